@@ -1,0 +1,26 @@
+"""Pure functions on tensors, each with a naive twin that is its equation: no parameters, no modules."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+_reported: set[tuple[str, str]] = set()
+
+
+def dispatch(forms: dict[str, Callable], form: str, op: str) -> Callable:
+    """The function of `forms` named `form`; the first use of each is logged once.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in forms:
+        near = difflib.get_close_matches(form, forms, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(forms)}."
+        raise ValueError(f"{op} has no form {form!r}; {hint}")
+    if (op, form) not in _reported:
+        _reported.add((op, form))
+        logger.info("%s uses its %s form", op, form)
+    return forms[form]

@@ -1,0 +1,71 @@
+r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is in this folder's README."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mosaics.ops import dispatch
+from mosaics.ops.kernel_regression import blockwise, naive, shifted
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.naive import weights
+
+FORMS = {
+    "naive": naive.kernel_regression,
+    "blockwise": blockwise.kernel_regression,
+    "shifted": shifted.kernel_regression,
+}
+
+__all__ = ["FORMS", "Bandwidth", "kernel_regression", "readable", "weights"]
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int,
+    window: int | None = None,
+    start: Tensor | None = None,
+    form: str | None = None,
+) -> Tensor:
+    r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs that t may read.
+
+    Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs t-window+1 ... t-delay of its own
+    document; without any it answers exactly 0.
+
+    Args:
+        queries: `(batch, heads, time, width)`; for Memory Mosaics the keys of the same positions.
+        keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions.
+        values: `(batch, heads, slots, value width)`.
+        bandwidth: beta as a function of n.
+        delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal).
+        window: a pair this far back or farther is out of reach; None is no limit.
+        start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
+            (negative: so many pairs before it); None: all stored pairs and positions are one document.
+        form: force one of `FORMS`; by default the fastest for this input.
+
+    Returns:
+        `(batch, heads, time, value width)` in the dtype of `values`.
+
+    Raises:
+        ValueError: the delay is negative, the window is below 1, or the form is unknown or cannot serve this input.
+    """
+    if delay < 0 or (window is not None and window < 1):
+        raise ValueError(f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more.")
+    if form is None:
+        form = _fastest(queries, keys, window, start)
+    return dispatch(FORMS, form, "kernel_regression")(
+        queries, keys, values, bandwidth, delay=delay, window=window, start=start
+    )
+
+
+def _fastest(queries: Tensor, keys: Tensor, window: int | None, start: Tensor | None) -> str:
+    time = queries.shape[2]
+    if time == 1:
+        return "naive"  # one query needs no tiles
+    if window is not None or keys.shape[2] != time:
+        return "blockwise"
+    # A call for each document pays as long as the documents are not shorter than a tile.
+    few = start is None or len(shifted.documents(start)) * blockwise.BLOCK <= start.numel()
+    return "shifted" if few else "blockwise"

@@ -1,0 +1,44 @@
+r"""The gated recurrence that makes keys: `leaky_average`. The mathematics is in this folder's README."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mosaics.ops import dispatch
+from mosaics.ops.leaky_average import chunked, naive
+from mosaics.ops.leaky_average.state import LeakyAverageState
+
+FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average}
+
+__all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
+
+
+def leaky_average(
+    inputs: Tensor,
+    log_gate: Tensor,
+    log_decay: Tensor,
+    state: LeakyAverageState | None = None,
+    *,
+    form: str | None = None,
+) -> tuple[Tensor, LeakyAverageState]:
+    r"""Unit keys from a gated leaky average: \( \bar k_t = g_t \tilde k_t + \lambda_t \bar k_{t-1},\ k_t = \bar k_t / \|\bar k_t\| \).
+
+    Source: Memory Mosaics v2, equation 8. Only directions leave the recurrence, so it is carried as direction and log
+    scale: no gate, however large or small, overflows. Computed in float32 or wider whatever the dtype of `inputs`.
+
+    Args:
+        inputs: \( \tilde k \), `(batch, heads, time, width)`.
+        log_gate: \( \log g \), `(batch, heads, time)`; -inf keeps a position out (padding).
+        log_decay: \( \log \lambda \le 0 \), `(batch, heads, time)`; -inf forgets all that came before (a new document).
+        state: what an earlier call returned, to continue it.
+        form: force one of `FORMS`; by default the fastest for this input.
+
+    Returns:
+        The keys in the shape and dtype of `inputs` (0 where the average is 0), and the state after the last position.
+
+    Raises:
+        ValueError: the form is unknown.
+    """
+    if form is None:
+        form = "naive" if inputs.shape[2] == 1 else "chunked"  # one position is one step of the recurrence
+    return dispatch(FORMS, form, "leaky_average")(inputs, log_gate, log_decay, state)

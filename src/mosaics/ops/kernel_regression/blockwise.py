@@ -1,0 +1,99 @@
+"""Kernel regression in tiles of queries against the slots that they may read, recomputed in the backward pass.
+
+Memory grows with the length, not with its square; windows and document borders cost only what they leave to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+
+BLOCK = 128
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int,
+    window: int | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Equation 4 in tiles; see `mosaics.ops.kernel_regression.kernel_regression`."""
+    time, slots = queries.shape[2], keys.shape[2]
+    first, end = readable(time, slots - time, start, delay, window, keys.device)
+    beta = bandwidth.at((end - first).clamp(min=0))
+    # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so the scaled query stays in float32.
+    scaled = beta[..., None].to(_tile_dtype(queries)) * queries
+    return _Blockwise.apply(scaled, keys, values, first, end)
+
+
+def _tile_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _tiles(first: Tensor, end: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+    """Rows, queries and slots of each tile, with what of it is masked `(rows or 1, 1, queries, slots)` and which queries read nothing."""
+    time = first.shape[-1]
+    for begin in range(0, time, BLOCK):
+        queries = slice(begin, min(begin + BLOCK, time))
+        block_first, block_end = first[..., queries], end[..., queries]
+        if first.dim() == 1:
+            groups = [(slice(None), int(block_first[0]))]
+        else:
+            lows = block_first.amin(-1).tolist()
+            # Rows whose documents begin at one slot are one tile; others are read row by row.
+            same = all(low == lows[0] for low in lows)
+            groups = [(slice(None), lows[0])] if same else [(slice(r, r + 1), low) for r, low in enumerate(lows)]
+        high = int(block_end.flatten()[-1])
+        for rows, low in groups:
+            if high <= low:
+                continue
+            slot = torch.arange(low, high, device=first.device)
+            tile_first, tile_end = (block_first, block_end) if first.dim() == 1 else (block_first[rows], block_end[rows])
+            masked = (slot < tile_first[..., None]) | (slot >= tile_end[..., None])
+            empty = (tile_end <= tile_first)[..., None]
+            if first.dim() == 2:
+                masked, empty = masked[:, None], empty[:, None]
+            yield rows, queries, slice(low, high), masked, empty
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        out = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=values.dtype, device=values.device)
+        for rows, block, slots, masked, empty in _tiles(first, end):
+            weights = _weights(queries[rows, :, block], keys[rows, :, slots], masked, empty)
+            out[rows, :, block] = (weights @ values[rows, :, slots].to(weights.dtype)).to(out.dtype)
+        ctx.save_for_backward(queries, keys, values, first, end)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, first, end = ctx.saved_tensors
+        dtype = _tile_dtype(queries)
+        grad_queries = torch.zeros_like(queries)
+        grad_keys = torch.zeros_like(keys, dtype=dtype)
+        grad_values = torch.zeros_like(values, dtype=dtype)
+        for rows, block, slots, masked, empty in _tiles(first, end):
+            tile_queries, tile_keys = queries[rows, :, block], keys[rows, :, slots].to(dtype)
+            weights = _weights(tile_queries, tile_keys, masked, empty)
+            tile_grad = grad[rows, :, block].to(dtype)
+            grad_values[rows, :, slots] += weights.mT @ tile_grad
+            grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
+            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
+            grad_queries[rows, :, block] = grad_logits @ tile_keys
+            grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
+        return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None
+
+
+def _weights(queries: Tensor, keys: Tensor, masked: Tensor, empty: Tensor) -> Tensor:
+    logits = (queries @ keys.to(queries.dtype).mT).masked_fill_(masked, -torch.inf)
+    return logits.masked_fill_(empty, 0.0).softmax(-1).masked_fill_(empty, 0.0)

@@ -1,0 +1,47 @@
+"""Kernel regression with every weight written out: the definition that every faster form is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+
+
+def weights(
+    queries: Tensor,
+    keys: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int,
+    window: int | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """The weights `(batch, heads, time, slots)` with which each query reads each stored pair; a row sums to 1, or to 0 without pairs."""
+    time, slots = queries.shape[2], keys.shape[2]
+    first, end = readable(time, slots - time, start, delay, window, keys.device)
+    slot = torch.arange(slots, device=keys.device)
+    allowed = (slot >= first[..., None]) & (slot < end[..., None])
+    allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    beta = bandwidth.at((end - first).clamp(min=0))
+    logits = beta[..., None] * (queries @ keys.transpose(-1, -2))
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    empty = ~allowed.any(-1, keepdim=True)
+    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int,
+    window: int | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Equation 4 of Memory Mosaics v2 as a T x T matrix of weights; see `mosaics.ops.kernel_regression.kernel_regression`."""
+    dtype = values.dtype
+    if dtype != torch.float64:
+        queries, keys, values = queries.float(), keys.float(), values.float()
+    return (weights(queries, keys, bandwidth, delay=delay, window=window, start=start) @ values).to(dtype)

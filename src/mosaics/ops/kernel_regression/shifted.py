@@ -1,0 +1,68 @@
+"""The read of whole documents as plain causal attention between shifted slices: a delay is a shift."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int,
+    window: int | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Equation 4 through PyTorch's fused attention, a call for each document; see `mosaics.ops.kernel_regression.kernel_regression`.
+
+    Rows that have the same document at the same place share a call.
+
+    Raises:
+        ValueError: there is a window, or a pair of an earlier call.
+    """
+    time = queries.shape[2]
+    if window is not None or keys.shape[2] != time:
+        raise ValueError("The shifted form reads whole documents without a window; use the blockwise form.")
+    first, end = readable(time, 0, start, delay, None, keys.device)
+    beta = bandwidth.at((end - first).clamp(min=0))
+    # In the queries' dtype, which the fused kernels ask for: in bfloat16 this moves a logit by up to beta / 512.
+    scaled = beta[..., None].to(queries.dtype) * queries
+
+    rows: dict[tuple[int, int], list[int]] = defaultdict(list)
+    if start is not None:
+        for row, begin, stop in documents(start):
+            rows[begin, stop].append(row)
+    if start is None or (len(rows) == 1 and (0, time) in rows):
+        return _read(scaled, keys, values, delay)
+    out = torch.zeros_like(values)
+    for (begin, stop), members in rows.items():
+        here = slice(None) if len(members) == len(start) else torch.tensor(members, device=start.device)
+        part = (x[here, :, begin:stop] for x in (scaled, keys, values))
+        out[here, :, begin:stop] = _read(*part, delay)
+    return out
+
+
+def documents(start: Tensor) -> list[tuple[int, int, int]]:
+    """Row, first position and end of every document in `start` `(batch, time)`, in order."""
+    time = start.shape[1]
+    borders = torch.nonzero(start == torch.arange(time, device=start.device)).tolist()
+    following = borders[1:] + [[-1, 0]]
+    return [(row, begin, stop if row == after else time) for (row, begin), (after, stop) in zip(borders, following, strict=True)]
+
+
+def _read(queries: Tensor, keys: Tensor, values: Tensor, delay: int) -> Tensor:
+    """One document: its position t reads its positions up to t - delay."""
+    time = queries.shape[2]
+    past = slice(0, max(time - delay, 0))
+    read = values[:, :, past]
+    if time > delay:
+        read = F.scaled_dot_product_attention(queries[:, :, delay:], keys[:, :, past], read, is_causal=True, scale=1.0)
+    return F.pad(read, (0, 0, min(delay, time), 0))

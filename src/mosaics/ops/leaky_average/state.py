@@ -1,0 +1,36 @@
+"""What the recurrence of the keys carries from one call to the next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LeakyAverageState(NamedTuple):
+    """The average so far as a direction and the logarithm of its length, in float32 or wider.
+
+    Attributes:
+        direction: `(batch, heads, width)`, of unit norm, or 0 where nothing was averaged yet.
+        log_scale: `(batch, heads)`, natural logarithm of the average's norm; -inf where nothing was averaged yet.
+    """
+
+    direction: Tensor
+    log_scale: Tensor
+
+    @classmethod
+    def empty(cls, inputs: Tensor) -> LeakyAverageState:
+        """The state before the first of `inputs` `(batch, heads, time, width)`."""
+        batch, heads, _, width = inputs.shape
+        return cls(inputs.new_zeros(batch, heads, width), inputs.new_full((batch, heads), -torch.inf))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm_floor(dtype: torch.dtype) -> float:
+    """The smallest norm that is divided by: below it a vector counts as (nearly) zero."""
+    return 1e-150 if dtype == torch.float64 else 1e-18
