@@ -1,0 +1,486 @@
+"""From text to tokenised shards: split, tokenizer, tokens, report."""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from mosaics.data.corpus import Corpus, Document, open_corpus
+from mosaics.data.shards import MANIFEST, PreparedCorpus, SplitWriter, write_manifest
+from mosaics.data.tokenizer import (
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    check_tokenizer,
+    encode_pieces,
+    load_tokenizer,
+    split_text,
+    token_bytes,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAIN, VALIDATION = "train", "validation"
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_PIECES = 4096
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Documents (empty ones left out), tokens with begin- and end-of-text, UTF-8 bytes of the text, and how
+    long the documents are: `lengths[i]` of them have 2^i to 2^(i+1) - 1 tokens, `length_tokens[i]` in all."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    lengths: list[int]
+    length_tokens: list[int]
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.text_bytes / self.tokens if self.tokens else float("nan")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prepare` made: where, from what, and its counts. `str(report)` is a table with the distribution
+    of document lengths (paper Fig. 10); `lengths.png` in the folder shows the same."""
+
+    folder: Path
+    corpus: str
+    vocab_size: int
+    empty_documents: int
+    splits: dict[str, SplitCounts]
+    reused: bool
+
+    def to_dict(self) -> dict:
+        """Everything as JSON values."""
+        splits = {
+            name: {**vars(counts), "bytes_per_token": counts.bytes_per_token if counts.tokens else None}
+            for name, counts in self.splits.items()
+        }
+        return {**vars(self), "folder": str(self.folder), "splits": splits}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.corpus} in {self.folder}: vocabulary of {self.vocab_size:,}, "
+            f"{self.empty_documents:,} empty documents left out",
+            f"{'split':<12}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}",
+        ]
+        for name, counts in self.splits.items():
+            per_token = f"{counts.bytes_per_token:.3f}" if counts.tokens else "-"
+            numbers = f"{counts.documents:>12,}{counts.tokens:>16,}{counts.text_bytes:>16,}{per_token:>13}"
+            lines.append(f"{name:<12}{numbers}")
+        documents, tokens = self._lengths()
+        lines += ["", f"{'tokens in a document':<24}{'documents':>12}{'of documents':>14}{'of tokens':>11}"]
+        for index in np.flatnonzero(documents):
+            share = documents[index] / documents.sum()
+            numbers = f"{documents[index]:>12,}{share:>14.1%}{tokens[index] / tokens.sum():>11.1%}"
+            lines.append(f"{_range(index):<24}{numbers}  {'#' * round(40 * share)}".rstrip())
+        return "\n".join(lines)
+
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        size = max(len(counts.lengths) for counts in self.splits.values())
+        documents, tokens = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        for counts in self.splits.values():
+            documents[: len(counts.lengths)] += counts.lengths
+            tokens[: len(counts.lengths)] += counts.length_tokens
+        return documents, tokens
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws the distribution of document lengths (paper Fig. 10) to an image file."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        documents, tokens = self._lengths()
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        first = int(np.flatnonzero(documents)[0])
+        places = np.arange(first, len(documents))
+        axes.bar(places - 0.2, 100 * documents[first:] / documents.sum(), 0.4, label="of the documents")
+        axes.bar(places + 0.2, 100 * tokens[first:] / tokens.sum(), 0.4, label="of the tokens")
+        axes.set_xticks(places, [f"$2^{{{place}}}$" for place in places])
+        axes.set(xlabel="tokens in a document, from", ylabel="share (%)")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=120)
+
+
+def prepare(
+    corpus: Corpus | str,
+    folder: str | os.PathLike,
+    *,
+    tokenizer: "str | os.PathLike | PreTrainedTokenizerBase | None" = None,
+    vocab_size: int = 4096,
+    validation: float | Corpus = 0.05,
+    seed: int = 0,
+    tokenizer_text_bytes: int = 1 << 26,
+    shard_tokens: int = 1 << 27,
+    show_progress: bool = False,
+) -> Report:
+    """Tokenises a corpus into a folder (layout: `mosaics.data.shards`), in bounded memory.
+
+    Documents are held out whole: which ones depends on the seed and their names alone. A corpus of one
+    document gives the end of its text. Everything is written beside the folder and renamed when it is
+    complete. A folder that holds the same text prepared in the same way is verified and used as it is.
+
+    Args:
+        corpus: a corpus, or what `open_corpus` takes.
+        folder: where to write.
+        tokenizer: a Hugging Face tokenizer, its folder or its name on the hub; None trains a byte-level BPE
+            on the training documents.
+        vocab_size: entries of a tokenizer trained here.
+        validation: the share of documents to hold out (at least one; 0 for none), or a corpus of its own.
+        seed: decides which documents are held out, and which of a large corpus the tokenizer is trained on.
+        tokenizer_text_bytes: the tokenizer is trained on at most about this much text.
+        shard_tokens: most tokens in a file.
+        show_progress: draws progress on stderr.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: no text, impossible settings, a folder with something else in it, a corpus that changes
+            meanwhile, a tokenizer without end-of-text; and whatever reading the corpus raises.
+        OSError: the folder can't be written (nothing is left behind).
+    """
+    folder = Path(folder)
+    corpus = open_corpus(corpus) if isinstance(corpus, str) else corpus
+    share = 0.0 if isinstance(validation, Corpus) else float(validation)
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"a validation share of {share} is out of range; choose from 0 to 0.5, for example 0.05"
+        )
+    if seed < 0:
+        raise ValueError(f"seed {seed} is negative; choose 0 or more")
+    if shard_tokens < 1 or tokenizer_text_bytes < 1:
+        raise ValueError("shards and the tokenizer's text must not be empty; choose 1 or more")
+    if tokenizer is None and not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        train_tokenizer([], vocab_size)  # raises, before the corpus is read
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
+    elif tokenizer is not None:
+        check_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__)
+    if folder.exists() and not (folder / MANIFEST).exists() and not (folder.is_dir() and _is_empty(folder)):
+        raise ValueError(f"{folder} exists and is not a prepared corpus; choose another folder")
+
+    with _progress(show_progress) as progress:
+        plan = _Plan(corpus, validation if isinstance(validation, Corpus) else None, share, seed)
+        plan.survey(progress)
+        settings = {
+            "text_sha256": plan.digest,
+            "validation": share if plan.validation is None else "corpus",
+            "seed": seed,
+            "shard_tokens": shard_tokens,
+        }
+        if tokenizer is None:
+            settings |= {"vocab_size": vocab_size, "tokenizer_text_bytes": tokenizer_text_bytes}
+        else:
+            settings |= {"tokenizer_sha256": _fingerprint(tokenizer)}
+        if (folder / MANIFEST).exists():
+            return _reuse(folder, settings)
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        try:
+            if tokenizer is None:
+                texts = plan.sample(tokenizer_text_bytes, progress)
+                tokenizer = train_tokenizer(texts, vocab_size)
+            report = _write(plan, tokenizer, partial, folder, settings, shard_tokens, progress)
+            os.chmod(partial, 0o777 & ~_umask())
+            _rename(partial, folder, settings)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(
+                    error.errno,
+                    f"no room to write {folder} ({error.strerror}); make room or choose another disk",
+                ) from None
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+@dataclass
+class _Plan:
+    """Which document goes where. The survey is the first of the passes over the corpus."""
+
+    corpus: Corpus
+    validation: Corpus | None
+    share: float
+    seed: int
+    documents: int = 0
+    empty: int = 0
+    text_bytes: int = 0
+    digest: str = ""
+    _last_held_out: int = -1
+    _held_out_bytes: int = field(default=0)
+
+    def survey(self, progress: Progress) -> None:
+        task = progress.add_task("reading", total=None)
+        places = []
+        digest = _Digest()
+        for document in self._all(digest):
+            self.text_bytes += digest.text_bytes
+            progress.update(task, advance=digest.text_bytes)
+            if not document.text:
+                self.empty += 1
+            elif not digest.held_out:
+                places.append(self._place("split", document))
+        self.documents = len(places)
+        self.digest = digest.hexdigest()
+        progress.update(task, total=self.text_bytes)
+        if not places:
+            raise ValueError(f"the corpus {self.corpus.name!r} holds no text; name one that does")
+        if self.share and self.documents > 1:
+            count = min(max(1, round(self.share * self.documents)), self.documents - 1)
+            self._last_held_out = int(np.partition(np.asarray(places, dtype=np.uint64), count - 1)[count - 1])
+
+    def _all(self, digest: "_Digest") -> Iterator[Document]:
+        for corpus, held_out in ((self.corpus, False), (self.validation or (), True)):
+            for document in corpus:
+                digest.add(document, held_out)
+                yield document
+
+    def _place(self, use: str, document: Document) -> int:
+        """A number below 2^64 that depends on the seed and the document's name alone."""
+        name = f"{self.seed}:{use}:{document.id}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+    def assigned(self) -> Iterator[tuple[str, Document]]:
+        """(split, document) for all documents that hold text, in the corpus's order."""
+        digest = _Digest()
+        for document in self._all(digest):
+            if not document.text:
+                continue
+            if digest.held_out:
+                yield VALIDATION, document
+            elif self.share and self.documents == 1:
+                yield from self._cut(document)
+            else:
+                held_out = self._place("split", document) <= self._last_held_out
+                yield VALIDATION if held_out else TRAIN, document
+        if digest.hexdigest() != self.digest:
+            raise ValueError(f"the corpus {self.corpus.name!r} changed while it was read; run again")
+
+    def _cut(self, document: Document) -> Iterator[tuple[str, Document]]:
+        text = document.text
+        middle = min(max(1, round(len(text) * (1 - self.share))), len(text) - 1)
+        cut = text.rfind("\n", 0, middle) + 1 or middle
+        if cut < 1:
+            raise ValueError(
+                f"the corpus {self.corpus.name!r} is too short to hold out a part; use validation 0"
+            )
+        yield TRAIN, Document(document.id, text[:cut])
+        yield VALIDATION, Document(f"{document.id} (end)", text[cut:])
+
+    def sample(self, limit: int, progress: Progress) -> Iterator[str]:
+        """The training texts, or a part of them of about `limit` bytes drawn by document."""
+        task = progress.add_task("training the tokenizer", total=self.text_bytes)
+        below = 2**64 * min(1.0, limit / self.text_bytes)
+        left = limit
+        for split, document in self.assigned():
+            size = len(document.text.encode())
+            progress.update(task, advance=size)
+            chosen = self.documents == 1 or self._place("tokenizer", document) < below
+            if split == TRAIN and chosen and left > 0:
+                yield document.text[:left]
+                left -= size
+        progress.update(task, description="merging pairs")
+
+
+class _Digest:
+    """SHA-256 of all names and texts."""
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+        self.text_bytes, self.held_out = 0, False
+
+    def add(self, document: Document, held_out: bool) -> None:
+        name, text = document.id.encode("utf-8", "surrogateescape"), document.text.encode()
+        self._hash.update(f"{held_out:d} {len(name)} {len(text)} ".encode())
+        self._hash.update(name)
+        self._hash.update(text)
+        self.text_bytes, self.held_out = len(text), held_out
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _write(
+    plan, tokenizer, partial: Path, folder: Path, settings: dict, shard_tokens: int, progress
+) -> Report:
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    table = token_bytes(tokenizer)
+    exact = table is not None
+    writers = {
+        split: SplitWriter(partial / split, np.dtype(dtype).newbyteorder("<"), shard_tokens)
+        for split in (TRAIN, VALIDATION)
+    }
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin, end = np.asarray(begin, np.int64), np.asarray([tokenizer.eos_token_id], np.int64)
+    task = progress.add_task("tokenising", total=plan.text_bytes)
+    counted = 0
+    for batch in _batches(_pieces(plan.assigned(), cut=table is not None)):
+        encoded = encode_pieces(tokenizer, [piece for _, _, piece, _, _ in batch])
+        for (split, document, piece, first, last), ids in zip(batch, encoded, strict=True):
+            writer = writers[split]
+            if first:
+                writer.write(begin)
+                counted = 0
+            writer.write(ids)
+            if table is not None:
+                counted += int(table[ids].sum())
+            if last:
+                writer.write(end)
+                size = len(document.text.encode())
+                writer.end_document(document.id, size)
+                exact = exact and counted == size
+            progress.update(task, advance=len(piece.encode()))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    if exact:
+        np.save(partial / "token_bytes.npy", table)
+    tokenizer.save_pretrained(partial / "tokenizer")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    counts = {split: _count(partial / split, values) for split, values in splits.items()}
+    report = Report(folder, plan.corpus.name, len(tokenizer), plan.empty, counts, reused=False)
+    report.plot(partial / "lengths.png")
+    content = report.to_dict()
+    del content["folder"], content["reused"]
+    write_manifest(
+        partial,
+        {
+            "settings": settings,
+            "tokenizer": {
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": pad,
+            },
+            "dtype": dtype,
+            "shard_tokens": shard_tokens,
+            "text_bytes": "token" if exact else "document",
+            "splits": splits,
+            "report": content,
+        },
+    )
+    return report
+
+
+def _pieces(assigned: Iterable[tuple[str, Document]], cut: bool) -> Iterator[tuple]:
+    for split, document in assigned:
+        pieces = list(split_text(document.text)) if cut else [document.text]
+        for index, piece in enumerate(pieces):
+            yield split, document, piece, index == 0, index == len(pieces) - 1
+
+
+def _batches(pieces: Iterable[tuple]) -> Iterator[list[tuple]]:
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[2])
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _count(folder: Path, values: dict) -> SplitCounts:
+    lengths = np.diff(np.load(folder / "offsets.npy"))
+    powers = np.frexp(lengths)[1] - 1
+    return SplitCounts(
+        values["documents"],
+        values["tokens"],
+        values["text_bytes"],
+        np.bincount(powers).tolist(),
+        np.bincount(powers, weights=lengths).astype(np.int64).tolist(),
+    )
+
+
+def _range(power: int) -> str:
+    return f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+
+
+def _fingerprint(tokenizer) -> str:
+    """SHA-256 of what decides the tokens."""
+    if tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return hashlib.sha256(f"{content}{roles}".encode()).hexdigest()
+
+
+def _reuse(folder: Path, settings: dict) -> Report:
+    prepared = PreparedCorpus(folder)
+    before = prepared.manifest.get("settings", {})
+    if before != settings:
+        differences = [
+            f"{name} {_short(before.get(name))} instead of {_short(settings.get(name))}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        raise ValueError(
+            f"{folder} was prepared in another way ({', '.join(differences)}); "
+            "choose another folder or remove it"
+        )
+    prepared.verify()
+    content = dict(prepared.manifest["report"])
+    splits = {
+        name: SplitCounts(**{key: value for key, value in counts.items() if key != "bytes_per_token"})
+        for name, counts in content.pop("splits").items()
+    }
+    return Report(folder=folder, splits=splits, reused=True, **content)
+
+
+def _short(value) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 16 else text[:12] + "..."
+
+
+def _rename(partial: Path, folder: Path, settings: dict) -> None:
+    try:
+        os.rename(partial, folder)  # takes the place of an empty folder, of nothing else
+    except OSError:
+        if not (folder / MANIFEST).exists():
+            raise
+        _reuse(folder, settings)  # another process was faster
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _progress(show: bool) -> Progress:
+    columns = TextColumn("{task.description:<22}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show)
