@@ -1,0 +1,407 @@
+"""The contract of a memory, the registry of memories, the layout of a batch, and what passes between calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest valid one, or all of them."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(valid)}."
+
+
+class State:
+    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, lists of them, or plain values."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor in the state, however deep, by `function` of it."""
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _mapped(getattr(self, f.name), function))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order; a row may be kept more than once."""
+        self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, next to each other."""
+        self.map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def detach(self) -> None:
+        """Cut the state off the graph that made it."""
+        self.map(Tensor.detach)
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, State):
+        value.map(function)
+    elif isinstance(value, list):
+        return [_mapped(v, function) for v in value]
+    return value
+
+
+@dataclass
+class Rows(State):
+    """What all memories of a model share about the rows of a batch between calls.
+
+    Attributes:
+        tokens: `(batch,)`, the real tokens of each row's open document so far; None while every row is one document
+            without padding, as long as the stored pairs.
+        document: `(batch,)`, the id of each row's open document; None until ids were given (then it counts as 0).
+    """
+
+    tokens: Tensor | None = None
+    document: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What each position of a call is. Rows are compact: real tokens first, padding (if any) at the end.
+
+    `Layout.of` makes it from a mask with padding anywhere, together with the order that compacts a row, so that no
+    memory meets padding between tokens. A document begins wherever the id changes.
+
+    Attributes:
+        batch: the number of rows.
+        time: the number of positions.
+        start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
+            (negative for a document that an earlier call opened); None when every row is one document, opened at the first
+            stored pair.
+        length: `(batch,)`, the real tokens of each row; None when there is no padding.
+    """
+
+    batch: int
+    time: int
+    start: Tensor | None = None
+    length: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        time: int,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        rows: Rows | None = None,
+        stored: int = 0,
+    ) -> tuple[Layout, Tensor | None, Rows]:
+        """The layout of a call, the order that compacts its rows, and what the next call has to know.
+
+        Args:
+            batch: the number of rows.
+            time: the number of positions.
+            attention_mask: `(batch, time)`, true (or 1) for real tokens; None: all are real.
+            document_ids: `(batch, time)`; None: the open document goes on.
+            rows: what the call before returned; None for the first.
+            stored: the positions of earlier calls.
+
+        Returns:
+            The layout; `(batch, time)` positions in compact order, or None if they are so already; the rows.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        order, length = None, None
+        if mask is not None:
+            length = mask.sum(1)
+            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                order = torch.argsort(~mask, dim=1, stable=True)
+        rows = rows or Rows()
+        fresh = stored == 0
+        if length is None and document_ids is None and rows.tokens is None:
+            return cls(batch, time), None, rows
+
+        device = next(x.device for x in (length, document_ids, rows.tokens) if x is not None)
+        position = torch.arange(time, device=device).expand(batch, time)
+        tokens = position.new_full((batch,), stored) if rows.tokens is None else rows.tokens
+        document = rows.document
+        border = torch.zeros(batch, time, dtype=torch.bool, device=device)
+        if document_ids is not None:
+            ids = document_ids if order is None else document_ids.gather(1, order)
+            before = torch.zeros_like(ids[:, 0]) if document is None else document
+            border = ids != torch.cat([before[:, None].to(ids), ids[:, :-1]], dim=1)
+        border[:, 0] |= fresh
+        if length is not None:
+            border &= position < length[:, None]
+        start = torch.where(border, position, -tokens[:, None]).cummax(1).values
+        whole = fresh and not bool(border[:, 1:].any())
+        if whole and length is None:
+            return cls(batch, time), None, Rows(None, document if document_ids is None else ids[:, -1])
+
+        last = position[:, -1] if length is None else length - 1
+        seen = last.clamp(min=0)[:, None]
+        rows = Rows(
+            torch.where(last >= 0, last + 1 - start.gather(1, seen)[:, 0], tokens),
+            document if document_ids is None else torch.where(last >= 0, ids.gather(1, seen)[:, 0], before.to(ids)),
+        )
+        return cls(batch, time, None if whole else start, length), order, rows
+
+    @property
+    def is_first(self) -> Tensor | None:
+        """`(batch, time)`, whether a position begins a document; None when only the first position of a fresh row may."""
+        return None if self.start is None else self.start == torch.arange(self.time, device=self.start.device)
+
+    @property
+    def is_padding(self) -> Tensor | None:
+        """`(batch, time)`, whether a position is padding; None when none is."""
+        return None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
+
+    def align(self, x: Tensor) -> Tensor:
+        """Shift the rows of `x` `(batch, ..., slots, width)` to the right until each row's last real position is the last slot."""
+        if self.length is None:
+            return x
+        slots = x.shape[-2]
+        source = (torch.arange(slots, device=x.device) - (self.time - self.length)[:, None]) % slots
+        source = source.view(self.batch, *[1] * (x.dim() - 3), slots, 1).expand(x.shape)
+        return x.gather(-2, source)
+
+
+@dataclass
+class Pairs(State):
+    """Key-value pairs in buffers that grow by half, so that storing one more costs the same however many there are.
+
+    The rows are aligned on the right: the newest pair of every row lies in the last slot.
+
+    Attributes:
+        keys: `(batch, heads, capacity, width)`.
+        values: `(batch, heads, capacity, value width)`; the newest pair's value is not known yet.
+        used: slots written.
+        limit: how many of the newest slots are kept; None keeps all.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    used: int = 0
+    limit: int | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
+
+        `values` has one more entry at the front if pairs are stored already: it completes the newest of them.
+        """
+        kept = self.used if self.limit is None else min(self.used, self.limit)
+        time = keys.shape[2]
+        total = kept + time
+        if kept == 0:
+            self.keys, self.values, self.used = keys, values, time
+            return keys, values
+        begin = self.used - kept
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self.keys.requires_grad):
+            self.keys = torch.cat([self.keys[:, :, begin : self.used], keys], dim=2)
+            self.values = torch.cat([self.values[:, :, begin : self.used - 1], values], dim=2)
+            self.used = total
+            return self.keys, self.values
+        if self.used + time > self.keys.shape[2]:
+            capacity = total + max(total // 2, 64)
+            self.keys = _grown(self.keys[:, :, begin : self.used], capacity)
+            self.values = _grown(self.values[:, :, begin : self.used], capacity)
+            self.used, begin = kept, 0
+        end = self.used + time
+        self.keys[:, :, self.used : end] = keys
+        self.values[:, :, self.used - 1 : end] = values
+        self.used = end
+        return self.keys[:, :, begin:end], self.values[:, :, begin:end]
+
+    def settle(self, layout: Layout) -> None:
+        """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""
+        if layout.length is not None:
+            self.keys = layout.align(self.keys[:, :, : self.used])
+            self.values = layout.align(self.values[:, :, : self.used])
+        if self.limit is not None and self.used > 4 * self.limit:
+            self.keys = self.keys[:, :, self.used - self.limit : self.used].clone()
+            self.values = self.values[:, :, self.used - self.limit : self.used].clone()
+            self.used = self.limit
+
+
+def _grown(x: Tensor, capacity: int) -> Tensor:
+    buffer = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+    buffer[:, :, : x.shape[2]] = x
+    return buffer
+
+
+@dataclass
+class Context:
+    """What belongs to one forward pass and is shared by all memories.
+
+    Attributes:
+        draw: the step's random number in [0, 1), one for all layers, micro-batches and processes, from which a memory
+            takes what it draws in training; None at evaluation and with a cache.
+        embeddings: `(batch, time, d)`, the token embeddings in compact order.
+        auxiliary_losses: losses that memories add for the trainer to sum.
+        reads: when a list, every memory that reads stored pairs appends a `Read`.
+        stream: what systems that pass memory from layer to layer carry.
+    """
+
+    draw: float | None = None
+    embeddings: Tensor | None = None
+    auxiliary_losses: list[Tensor] = field(default_factory=list)
+    reads: list[Read] | None = None
+    stream: dict[str, Any] = field(default_factory=dict)
+
+    def draw_integer(self, low: int, high: int) -> int:
+        """The step's draw as an integer between `low` and `high`, both included and all equally likely."""
+        return low + int(self.draw * (high - low + 1))
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one memory read: `weights` `(batch, heads, time, slots)` in compact order; a row sums to 1, or 0 without pairs."""
+
+    memory: str
+    layer_index: int
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Common:
+    """What belongs to the whole model and every memory may use.
+
+    Attributes:
+        hidden_size: d.
+        bias: whether linear maps have a bias.
+        norm_eps: of the norms.
+        dropout: probability, in training.
+        rotary_base: of memories that use rotary positions.
+    """
+
+    hidden_size: int
+    bias: bool = False
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    rotary_base: float = 500000.0
+
+
+class Memory(nn.Module):
+    """One memory: stores key-value pairs in some form and answers a key; owns everything up to its output map.
+
+    Parallel memories are added, so a memory can be taken out without touching the others. A subclass sets `Options`, a
+    dataclass of what a config may say of it, and registers itself with `@register("its_type")`.
+
+    Args:
+        options: this memory's `Options`.
+        common: what belongs to the whole model.
+        layer_index: the block's index, from 0.
+    """
+
+    Options: ClassVar[type]
+    type: ClassVar[str]
+
+    def __init__(self, options: Any, common: Common, layer_index: int) -> None:
+        super().__init__()
+        self.options, self.common, self.layer_index = options, common, layer_index
+
+    def initial_state(self) -> State | None:
+        """The state before the first token; None for a memory that carries nothing."""
+        return None
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
+        """Answer every position of `x` and store what it brings.
+
+        The result for a sequence does not depend on how it is cut into calls.
+
+        Args:
+            x: `(batch, time, d)`, compact rows.
+            layout: what each position is.
+            state: None when nothing follows this call; else `initial_state()` or what the last call returned, consumed.
+            context: what belongs to this pass.
+
+        Returns:
+            `(batch, time, d)`, and the state after the last position (None if none was given).
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self, layer_index: int) -> None:
+        """Initialise all parameters as the memory's paper says, with `torch.nn.init` functions; `layer_index` counts from 0."""
+        raise NotImplementedError
+
+    def flops(self, context_length: int) -> float:
+        """Floating-point operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
+        raise NotImplementedError
+
+    def state_bytes(self, context_length: int, element_size: int) -> int:
+        """Bytes of decoding state for one sequence of `context_length` tokens with elements of `element_size` bytes."""
+        return 0
+
+    def undecayed_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: scalars, vectors and norms."""
+        return {name for name, parameter in self.named_parameters() if parameter.dim() < 2}
+
+
+REGISTRY: dict[str, type[Memory]] = {}
+
+
+def register(name: str) -> Callable[[type[Memory]], type[Memory]]:
+    """Make a memory class known under `name`, the `type` that a config gives."""
+
+    def add(memory: type[Memory]) -> type[Memory]:
+        memory.type = name
+        REGISTRY[name] = memory
+        return memory
+
+    return add
+
+
+def option_names(name: str) -> set[str]:
+    """The options that a memory type has.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"There is no memory of type {name!r}; {nearest(name, REGISTRY)}")
+    return {f.name for f in dataclasses.fields(REGISTRY[name].Options)}
+
+
+def build(name: str, options: dict[str, Any], common: Common, layer_index: int) -> Memory:
+    """The memory of a type with its options.
+
+    Raises:
+        ValueError: the type or an option is unknown or missing, or a value is out of range.
+    """
+    valid = option_names(name)
+    for option in options:
+        if option not in valid:
+            raise ValueError(f"A {name} memory has no option {option!r}; {nearest(option, valid)}")
+    cls = REGISTRY[name]
+    types = get_type_hints(cls.Options)
+    for f in dataclasses.fields(cls.Options):
+        if f.name not in options:
+            if f.default is f.default_factory is dataclasses.MISSING:
+                raise ValueError(f"A {name} memory needs the option {f.name!r}; give it a value.")
+        elif not _is_a(options[f.name], types[f.name]):
+            raise ValueError(f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}.")
+    return cls(cls.Options(**options), common, layer_index)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kinds := get_args(kind):
+        if get_origin(kind) is not tuple:  # X | None
+            return any(_is_a(value, k) for k in kinds)
+        return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def init_clamped_normal(weight: Tensor, std: float) -> None:
+    """N(0, std) clamped to three standard deviations: clamped, not drawn again (Memory Mosaics v2, Table 6)."""
+    nn.init.normal_(weight, std=std)
+    with torch.no_grad():
+        weight.clamp_(-3 * std, 3 * std)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Two operations for each weight of the linear maps below `module`."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

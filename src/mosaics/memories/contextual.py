@@ -1,0 +1,144 @@
+"""What the two contextual memories of Memory Mosaics v2 share: gated keys, values that look ahead, an adaptive bandwidth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mosaics.memories.base import Common, Context, Layout, Memory, Pairs, Read, State, init_clamped_normal, linear_flops
+from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
+from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
+
+
+@dataclass
+class ContextualState(State):
+    """What a contextual memory carries: the average behind its keys, the last raw value, and the stored pairs."""
+
+    pairs: Pairs
+    direction: Tensor | None = None
+    log_scale: Tensor | None = None
+    raw_value: Tensor | None = None
+
+
+class ContextualMemory(Memory):
+    """Kernel regression over the pairs of the context (Memory Mosaics v2, equations 4 to 9).
+
+    Keys are gated leaky averages of unit norm, values mix a position with the next one, the bandwidth grows with the number
+    of pairs. A subclass says which pairs a position may read: `window` and `delay`.
+
+    Raises:
+        ValueError: the width is not a multiple of the number of heads.
+    """
+
+    window: int | None = None
+
+    def __init__(self, options, common: Common, layer_index: int) -> None:
+        super().__init__(options, common, layer_index)
+        d, heads = common.hidden_size, options.num_attention_heads
+        if heads < 1 or d % heads:
+            raise ValueError(f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it.")
+        self.heads = heads
+        self.key_proj = nn.Linear(d, d, bias=common.bias)
+        self.key_gate = nn.Linear(d, heads, bias=common.bias)
+        self.key_decay = nn.Linear(d, heads, bias=common.bias)
+        self.value_proj = nn.Linear(d, d, bias=common.bias)
+        self.out_proj = nn.Linear(d, d, bias=common.bias)
+        # Logarithms of beta_0 and beta_1, alpha, gamma, and the logarithm of alpha_psi, per head.
+        self.bandwidth_base = nn.Parameter(torch.empty(heads))
+        self.bandwidth_slope = nn.Parameter(torch.empty(heads))
+        self.bandwidth_exponent = nn.Parameter(torch.empty(heads))
+        self.value_mix = nn.Parameter(torch.empty(heads))
+        self.value_scale = nn.Parameter(torch.empty(heads))
+
+    def delay(self, context: Context) -> int:
+        """How far back the newest readable pair lies in this pass."""
+        raise NotImplementedError
+
+    def initial_state(self) -> ContextualState:
+        return ContextualState(Pairs(limit=None if self.window is None else self.window - 1))
+
+    def bandwidth(self) -> Bandwidth:
+        """beta(n), with the clamps of Table 6."""
+        return Bandwidth(
+            self.bandwidth_base.clamp(max=10).exp(),
+            self.bandwidth_slope.clamp(max=10).exp(),
+            self.bandwidth_exponent.abs().clamp(max=1),
+        )
+
+    def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
+        """Unit keys `(batch, heads, time, width)` (equation 8)."""
+        log_gate = self.key_gate(x).mT
+        log_decay = -self.key_decay(x).mT.abs()
+        if (first := layout.is_first) is not None:
+            log_decay = log_decay.masked_fill(first[:, None], -torch.inf)
+        if (padding := layout.is_padding) is not None:
+            log_gate = log_gate.masked_fill(padding[:, None], -torch.inf)
+            log_decay = log_decay.masked_fill(padding[:, None], 0.0)
+        before = None if state is None or state.direction is None else LeakyAverageState(state.direction, state.log_scale)
+        keys, after = leaky_average(self._split(self.key_proj(x)), log_gate, log_decay, before)
+        if state is not None:
+            state.direction, state.log_scale = after
+        return keys
+
+    def values(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
+        """Values `(batch, heads, time, width)` (equation 9), one more at the front when an earlier call left its last one open.
+
+        The last is made without its successor: nothing may read it before a later call completes it.
+        """
+        raw = self._split(self.value_proj(x))
+        if state is not None:
+            if state.raw_value is not None:
+                raw = torch.cat([state.raw_value, raw], dim=2)
+            state.raw_value = layout.align(raw)[:, :, -1:]
+        mix = self.value_mix.to(raw.dtype)[:, None, None]
+        mixed = mix * raw + (1 - mix) * F.pad(raw[:, :, 1:], (0, 0, 0, 1))
+        scale = self.value_scale.clamp(max=15).exp().to(raw.dtype)[:, None, None]
+        return scale * F.normalize(mixed, dim=-1, eps=max(1e-12, torch.finfo(mixed.dtype).tiny))
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: ContextualState | None, context: Context
+    ) -> tuple[Tensor, ContextualState | None]:
+        queries = keys = self.keys(x, layout, state)
+        values = self.values(x, layout, state)
+        if state is not None:
+            keys, values = state.pairs.append(keys, values)
+        access = dict(delay=self.delay(context), window=self.window, start=layout.start)
+        bandwidth = self.bandwidth()
+        read = kernel_regression(queries, keys, values, bandwidth, **access)
+        if context.reads is not None:
+            context.reads.append(Read(self.type, self.layer_index, weights(queries, keys, bandwidth, **access)))
+        if state is not None:
+            state.pairs.settle(layout)
+        return self.out_proj(read.transpose(1, 2).flatten(2)), state
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def reset_parameters(self, layer_index: int) -> None:
+        """Table 6. The scale of the values starts at exp(0) and is free to move: as printed, with |theta|, it never could."""
+        std = 1 / math.sqrt(2 * self.common.hidden_size * (layer_index + 1))
+        for linear in (self.key_proj, self.key_gate, self.key_decay, self.value_proj, self.out_proj):
+            init_clamped_normal(linear.weight, std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.bandwidth_base, 1.5)
+        nn.init.constant_(self.bandwidth_slope, 1.5)
+        nn.init.constant_(self.bandwidth_exponent, 1 / 3)
+        nn.init.uniform_(self.value_mix)
+        nn.init.zeros_(self.value_scale)
+
+    def flops(self, context_length: int) -> float:
+        pairs = context_length / 2
+        if self.window is not None and context_length > self.window:
+            pairs = self.window - self.window**2 / (2 * context_length)
+        return linear_flops(self) + 4 * pairs * self.common.hidden_size
+
+    def state_bytes(self, context_length: int, element_size: int) -> int:
+        pairs = context_length if self.window is None else min(context_length, self.window - 1)
+        d = self.common.hidden_size
+        recurrence = 4 * (d + self.heads)  # float32 whatever the dtype of the model
+        return 2 * pairs * d * element_size + d * element_size + recurrence

@@ -1,0 +1,48 @@
+"""The persistent memory of Memory Mosaics v2: a SwiGLU network, filled by training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mosaics.memories.base import Common, Context, Layout, Memory, init_clamped_normal, linear_flops, register
+
+
+@register("feed_forward")
+class FeedForwardMemory(Memory):
+    """W_2(SiLU(W_1 x) * W_3 x) (Memory Mosaics v2, section 3: the persistent memory).
+
+    Raises:
+        ValueError: the inner width is below 1.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """`intermediate_size` is the inner width d'."""
+
+        intermediate_size: int
+
+    def __init__(self, options: Options, common: Common, layer_index: int) -> None:
+        super().__init__(options, common, layer_index)
+        d, inner = common.hidden_size, options.intermediate_size
+        if inner < 1:
+            raise ValueError(f"intermediate_size is {inner}; give at least 1.")
+        self.gate_proj = nn.Linear(d, inner, bias=common.bias)
+        self.up_proj = nn.Linear(d, inner, bias=common.bias)
+        self.down_proj = nn.Linear(inner, d, bias=common.bias)
+
+    def forward(self, x: Tensor, layout: Layout, state: None, context: Context) -> tuple[Tensor, None]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+    def reset_parameters(self, layer_index: int) -> None:
+        """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            init_clamped_normal(linear.weight, 1 / math.sqrt(2 * linear.in_features * (layer_index + 1)))
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def flops(self, context_length: int) -> float:
+        return linear_flops(self)

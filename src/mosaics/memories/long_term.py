@@ -1,0 +1,36 @@
+"""The long-term memory of Memory Mosaics v2: all pairs of the document but the newest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mosaics.memories.base import Common, Context, register
+from mosaics.memories.contextual import ContextualMemory
+
+
+@register("long_term")
+class LongTermMemory(ContextualMemory):
+    """Holds the pairs 1 ... t-m at position t; training draws m anew at every step (Memory Mosaics v2, section 3 and Table 12).
+
+    Raises:
+        ValueError: a delay is below 1, the training range is empty, or the width is not a multiple of the number of heads.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """`num_attention_heads` heads; `delay` is m at evaluation, `train_delay` the range (both ends included) of m in training."""
+
+        num_attention_heads: int
+        delay: int = 64
+        train_delay: tuple[int, int] = (64, 256)
+
+    def __init__(self, options: Options, common: Common, layer_index: int) -> None:
+        low, high = options.train_delay
+        if options.delay < 1 or low < 1:
+            raise ValueError(f"The delays of the long-term memory are {options.delay} and {low}; give at least 1.")
+        if low > high:
+            raise ValueError(f"train_delay is [{low}, {high}]; give the smaller delay first.")
+        super().__init__(options, common, layer_index)
+
+    def delay(self, context: Context) -> int:
+        return self.options.delay if context.draw is None else context.draw_integer(*self.options.train_delay)

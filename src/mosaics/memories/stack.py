@@ -1,0 +1,150 @@
+"""Blocks of memories and the stack of blocks, which is a memory itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mosaics.memories.base import Common, Context, Layout, Memory, State, build
+
+
+@dataclass
+class BlockState(State):
+    """The states of a block's memories, in the order of its steps; None for those that carry nothing."""
+
+    memories: list[State | None]
+
+
+class Step(nn.Module):
+    """One residual step: x + the sum of parallel memories behind a norm of their own.
+
+    Args:
+        memories: `{"type": ..., "options": {...}}` of each.
+        norm: the kind of norm, a module class called with (width, eps).
+        common: what belongs to the whole model.
+        layer_index: the block's index, from 0.
+    """
+
+    def __init__(self, memories: list[dict[str, Any]], norm: type[nn.Module], common: Common, layer_index: int) -> None:
+        super().__init__()
+        self.dropout = common.dropout
+        self.norm = norm(common.hidden_size, common.norm_eps)
+        self.memories = nn.ModuleDict()
+        for spec in memories:
+            memory = build(spec["type"], spec.get("options", {}), common, layer_index)
+            count = sum(name.split("-")[0] == memory.type for name in self.memories)
+            self.memories[f"{memory.type}-{count + 1}" if count else memory.type] = memory
+
+    def forward(
+        self, x: Tensor, layout: Layout, states: list[State | None] | None, context: Context
+    ) -> tuple[Tensor, list[State | None]]:
+        """As `Memory.forward`, with one state a memory."""
+        inner = self.norm(x)
+        answer, after = None, []
+        for memory, state in zip(self.memories.values(), states or [None] * len(self.memories), strict=True):
+            y, state = memory(inner, layout, state, context)
+            answer = y if answer is None else answer + y
+            after.append(state)
+        return x + F.dropout(answer, self.dropout, self.training), after
+
+
+class Block(nn.Module):
+    """An ordered list of residual steps; v2 is `[[short_term, long_term], [feed_forward]]`."""
+
+    def __init__(
+        self, steps: list[list[dict[str, Any]]], norm: type[nn.Module], common: Common, layer_index: int
+    ) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(Step(memories, norm, common, layer_index) for memories in steps)
+
+    def memories(self) -> Iterator[Memory]:
+        """All memories, in order."""
+        for step in self.steps:
+            yield from step.memories.values()
+
+    def initial_state(self) -> BlockState:
+        """The state before the first token."""
+        return BlockState([memory.initial_state() for memory in self.memories()])
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: BlockState | None, context: Context
+    ) -> tuple[Tensor, BlockState | None]:
+        """As `Memory.forward`."""
+        begin = 0
+        for step in self.steps:
+            end = begin + len(step.memories)
+            states = None if state is None else state.memories[begin:end]
+            x, after = step(x, layout, states, context)
+            if state is not None:
+                state.memories[begin:end] = after
+            begin = end
+        return x, state
+
+    def remove(self, memory_type: str) -> int:
+        """Take out every memory of a type with its parameters, and steps that are left empty; returns how many went."""
+        removed = 0
+        for step in self.steps:
+            for name in [name for name, memory in step.memories.items() if memory.type == memory_type]:
+                del step.memories[name]
+                removed += 1
+        self.steps = nn.ModuleList(step for step in self.steps if len(step.memories))
+        return removed
+
+
+@dataclass
+class StackState(State):
+    """The states of a stack's blocks."""
+
+    blocks: list[BlockState]
+
+
+class Stack(Memory):
+    """Blocks one after the other. It meets the memory contract, so a system that wraps a whole network can hold one.
+
+    Args:
+        blocks: the steps of each block.
+        norm: the kind of norm, a module class called with (width, eps).
+        common: what belongs to the whole model.
+    """
+
+    def __init__(self, blocks: list[list[list[dict[str, Any]]]], norm: type[nn.Module], common: Common) -> None:
+        super().__init__(None, common, 0)
+        self.blocks = nn.ModuleList(Block(steps, norm, common, i) for i, steps in enumerate(blocks))
+        self.gradient_checkpointing = False
+
+    def initial_state(self) -> StackState:
+        return StackState([block.initial_state() for block in self.blocks])
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: StackState | None, context: Context, trace: list[Tensor] | None = None
+    ) -> tuple[Tensor, StackState | None]:
+        """As `Memory.forward`; `trace` collects what enters each block."""
+        for i, block in enumerate(self.blocks):
+            if trace is not None:
+                trace.append(x)
+            block_state = None if state is None else state.blocks[i]
+            if self.gradient_checkpointing and self.training and state is None:
+                x, _ = self._gradient_checkpointing_func(block.__call__, x, layout, None, context)
+            else:
+                x, block_state = block(x, layout, block_state, context)
+            if state is not None:
+                state.blocks[i] = block_state
+        return x, state
+
+    def memories(self) -> Iterator[Memory]:
+        """All memories of all blocks, in order."""
+        for block in self.blocks:
+            yield from block.memories()
+
+    def reset_parameters(self, layer_index: int) -> None:
+        """Every memory initialises itself; a stack has no parameters of its own."""
+
+    def flops(self, context_length: int) -> float:
+        return sum(memory.flops(context_length) for memory in self.memories())
+
+    def state_bytes(self, context_length: int, element_size: int) -> int:
+        return sum(memory.state_bytes(context_length, element_size) for memory in self.memories())

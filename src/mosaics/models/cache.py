@@ -1,0 +1,92 @@
+"""The states of a mosaic inside transformers' caches: the only file that knows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+from mosaics.memories import Rows, Stack, StackState, State
+from mosaics.memories.stack import BlockState
+
+
+class MosaicCacheLayer(DynamicLayer):
+    """The states of one block's memories; the first block's layer also holds what all memories share about the rows."""
+
+    _layer_type = "mosaic"
+    is_croppable = False  # the recurrence of the keys cannot be run backwards
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.state: BlockState | None = None
+        self.rows: Rows | None = None
+        self.positions = 0
+
+    def _states(self) -> list[State]:
+        return [state for state in (self.state, self.rows) if state is not None]
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, padding included, as transformers counts them."""
+        return self.positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Refused: a mosaic keeps the states of memories, not keys and values of attention."""
+        raise ValueError("This cache belongs to a mosaic; make a new cache for another model.")
+
+    def reset(self) -> None:
+        self.state, self.rows, self.positions, self.is_initialized = None, None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for state in self._states():
+            state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        for state in self._states():
+            state.select(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless nothing is to be removed."""
+        if tokens_to_remove:
+            raise ValueError("The memories of a mosaic cannot forget their newest tokens; keep a copy of the cache and go back to it.")
+
+    def offload(self) -> None:
+        raise ValueError("A mosaic's cache cannot be offloaded yet; leave out cache_implementation='offloaded'.")
+
+
+class MosaicStaticCacheLayer(StaticLayer):
+    """Refused: a static cache cannot hold the states of memories yet."""
+
+    _layer_type = "mosaic"
+
+    def __init__(self, *args, **kwargs) -> None:
+        raise ValueError("A mosaic's cache cannot be static yet; leave out cache_implementation, or pass 'dynamic'.")
+
+
+def open_cache(cache: Cache, stack: Stack) -> tuple[StackState, Rows | None, int]:
+    """The state that a cache holds for `stack`, what is known about its rows, and the positions seen.
+
+    Raises:
+        ValueError: the cache is of a kind that cannot hold the states of memories, or belongs to another model.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
+        raise ValueError(f"A mosaic cannot use {kind} cache; pass DynamicCache(config=model.config), or none.")
+    if cache.layer_class_to_replicate is not None and not cache.layers:
+        cache.layers.extend(MosaicCacheLayer() for _ in stack.blocks)
+    if not all(isinstance(layer, MosaicCacheLayer) for layer in cache.layers) or len(cache.layers) != len(stack.blocks):
+        raise ValueError("The cache belongs to another model; pass DynamicCache(config=model.config), or none.")
+    states = [layer.state or block.initial_state() for layer, block in zip(cache.layers, stack.blocks, strict=True)]
+    return StackState(states), cache.layers[0].rows, cache.layers[0].positions
+
+
+def close_cache(cache: Cache, state: StackState, rows: Rows, positions: int) -> None:
+    """Put back what `open_cache` gave, after a pass over `positions` more positions."""
+    cache.layers[0].rows = rows
+    for layer, block in zip(cache.layers, state.blocks, strict=True):
+        layer.state, layer.is_initialized = block, True
+        layer.positions += positions

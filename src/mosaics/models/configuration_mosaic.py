@@ -1,0 +1,223 @@
+"""The config of a mosaic: which memories make which blocks, and what belongs to the whole model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from mosaics.memories.base import Common, nearest, option_names
+
+# Keys that transformers itself writes or accepts beside the fields of a config.
+_TRANSFORMERS_KEYS = {
+    "_commit_hash",
+    "_from_auto",
+    "_name_or_path",
+    "attn_implementation",
+    "experts_implementation",
+    "auto_map",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
+
+
+@strict
+@dataclasses.dataclass(repr=False)
+class MosaicConfig(PreTrainedConfig):
+    """The config of a `MosaicForCausalLM`.
+
+    The options of the memories can be read and set on the config itself (`config.window`): setting one sets it in every
+    memory that has it.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: d, the width of the residual stream.
+        blocks: groups of equal blocks, each `{"repeat": n, "steps": [[memory, ...], ...]}`: a step is a sum of parallel
+            memories, a memory is `{"type": name, "options": {...}}`.
+        num_hidden_layers: number of blocks; derived from `blocks`, and checked against it.
+        max_position_embeddings: the training context, in tokens. A mosaic has no position encoding and reads on beyond it.
+        norm: `"rms"` or `"layer"`.
+        norm_eps: eps of the norms.
+        bias: whether linear maps and layer norms have biases.
+        dropout: probability, on the embeddings and on what every step adds.
+        logit_scale: factor of the logits.
+        rotary_base: base of memories that use rotary positions.
+        tie_word_embeddings: whether the classifier is the embedding.
+        use_cache: whether a forward pass at evaluation keeps the decoding state.
+        bos_token_id: begin of text.
+        eos_token_id: end of text.
+        pad_token_id: padding.
+
+    Raises:
+        ValueError: a key, type or option is unknown (the nearest valid name is given), or a value is impossible.
+    """
+
+    model_type = "mosaic"
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    blocks: list | None = None
+    num_hidden_layers: int | None = None
+    max_position_embeddings: int = 4096
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    bias: bool = False
+    dropout: float = 0.0
+    logit_scale: float = 1.0
+    rotary_base: float = 500000.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> MosaicConfig:
+        """The config of a preset, with fields of the config or options of its memories changed.
+
+        Args:
+            name: one of `mosaics.models.presets.PRESETS`.
+            overrides: e.g. `vocab_size`, `hidden_size`, `num_hidden_layers` (of a preset with one group of blocks),
+                `num_attention_heads`, `intermediate_size`, `window`, `delay`, `train_delay`.
+
+        Raises:
+            ValueError: the preset or a key is unknown, or a value is impossible.
+        """
+        from mosaics.models.presets import PRESETS
+
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
+        values = copy.deepcopy(PRESETS[name])
+        options = {option for memory in _memories(values["blocks"]) for option in option_names(memory["type"])}
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for key, value in overrides.items():
+            if key == "num_hidden_layers" and "blocks" not in overrides:
+                if len(values["blocks"]) > 1:
+                    raise ValueError(f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers.")
+                values["blocks"][0]["repeat"] = value
+            elif key in options:
+                _set_option(values["blocks"], key, value)
+            elif key in fields:
+                values[key] = value
+            else:
+                raise ValueError(f"{name} has no setting {key!r}; {nearest(key, fields | options)}")
+        return cls(**values)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        valid = {f.name for f in dataclasses.fields(self)}
+        for key in kwargs:
+            if key not in valid | _TRANSFORMERS_KEYS and not key.startswith("_"):
+                raise ValueError(f"A mosaic has no setting {key!r}; {nearest(key, valid - _INHERITED)}")
+        if self.blocks is None:
+            from mosaics.models.presets import PRESETS
+
+            self.blocks = copy.deepcopy(PRESETS["memory-mosaics-v2-small"]["blocks"])
+        self._check()
+        layers = sum(group["repeat"] for group in self.blocks)
+        if self.num_hidden_layers not in (None, layers):
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, but the blocks are {layers}; leave it out.")
+        self.num_hidden_layers = layers
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number of at least 1.")
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"norm is {self.norm!r}; choose 'rms' or 'layer'.")
+        for name in ("bias", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false.")
+        for name in ("dropout", "norm_eps", "logit_scale", "rotary_base"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; give a number.")
+            if name == "dropout" and not 0 <= value < 1:
+                raise ValueError(f"dropout is {value}; give a probability below 1.")
+            if name != "dropout" and value <= 0:
+                raise ValueError(f"{name} is {value}; give a number above 0.")
+        if not self.blocks:
+            raise ValueError("A mosaic without blocks holds no memory; give at least one.")
+        for group in self.blocks:
+            if not isinstance(group, dict) or set(group) != {"repeat", "steps"}:
+                raise ValueError(f"A group of blocks has the keys 'repeat' and 'steps', not {_keys(group)}.")
+            if not _is_whole(group["repeat"]) or group["repeat"] < 1:
+                raise ValueError(f"A group of blocks repeats {group['repeat']} times; num_hidden_layers is at least 1.")
+            if not group["steps"] or not all(group["steps"]):
+                raise ValueError("A block has no step, or a step no memory; give each at least one.")
+        for memory in _memories(self.blocks):
+            if not isinstance(memory, dict) or not set(memory) <= {"type", "options"} or "type" not in memory:
+                raise ValueError(f"A memory has the keys 'type' and 'options', not {_keys(memory)}.")
+            valid = option_names(memory["type"])
+            for option, value in memory.setdefault("options", {}).items():
+                if option not in valid:
+                    raise ValueError(f"A {memory['type']} memory has no option {option!r}; {nearest(option, valid)}")
+                if isinstance(value, tuple):  # as JSON gives it back
+                    memory["options"][option] = list(value)
+
+    def validate_layer_type(self) -> None:
+        """Every block has a cache layer of this project's own type."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches make for each block."""
+        return ["mosaic"] * self.num_hidden_layers
+
+    def block_steps(self) -> list[list[list[dict[str, Any]]]]:
+        """The steps of every block, groups written out."""
+        return [group["steps"] for group in self.blocks for _ in range(group["repeat"])]
+
+    def common(self) -> Common:
+        """What every memory may use of the whole model."""
+        return Common(self.hidden_size, self.bias, self.norm_eps, self.dropout, self.rotary_base)
+
+    def remove_memories(self, memory_type: str) -> None:
+        """Take every memory of a type, and steps that are left empty, out of the blocks."""
+        for group in self.blocks:
+            steps = [[memory for memory in step if memory["type"] != memory_type] for step in group["steps"]]
+            group["steps"] = [step for step in steps if step]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            values = [memory["options"][name] for memory in _memories(self.__dict__.get("blocks")) if name in memory["options"]]
+            if values and all(value == values[0] for value in values):
+                return values[0]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, and its memories no common option of that name.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _FIELDS and _set_option(self.__dict__.get("blocks"), name, value):
+            return
+        super().__setattr__(name, value)
+
+
+_FIELDS = {f.name for f in dataclasses.fields(MosaicConfig)}
+_INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+
+
+def _memories(blocks: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return [memory for group in blocks or [] for step in group["steps"] for memory in step]
+
+
+def _set_option(blocks: list[dict[str, Any]] | None, name: str, value: Any) -> bool:
+    """Set an option in every memory whose type has it; whether there was one."""
+    found = False
+    for memory in _memories(blocks):
+        if name in option_names(memory["type"]):
+            memory.setdefault("options", {})[name] = list(value) if isinstance(value, tuple) else value
+            found = True
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _keys(value: Any) -> str:
+    return repr(sorted(value)) if isinstance(value, dict) else repr(value)

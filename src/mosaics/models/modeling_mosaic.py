@@ -1,0 +1,336 @@
+"""The mosaic as a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from mosaics.memories import Context, Layout, Memory, Read, Stack
+from mosaics.memories.base import init_clamped_normal, nearest
+from mosaics.models.cache import close_cache, open_cache
+from mosaics.models.configuration_mosaic import MosaicConfig
+
+
+class MosaicPreTrainedModel(PreTrainedModel):
+    """What every mosaic model shares with transformers: initialisation and what it can do."""
+
+    config_class = MosaicConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["Block"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Memory):
+            own = list(module.parameters())
+            loaded = {p: p.clone() for p in own if getattr(p, "_is_hf_initialized", False)}
+            if len(loaded) < len(own):
+                module.reset_parameters(module.layer_index)
+                for parameter, value in loaded.items():
+                    parameter.copy_(value)
+        elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                init_clamped_normal(module.weight, (2 * self.config.hidden_size) ** -0.5)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+class MosaicModel(MosaicPreTrainedModel):
+    """Embedding, stack of blocks of memories, final norm.
+
+    Args:
+        config: the arrangement of memories.
+    """
+
+    def __init__(self, config: MosaicConfig) -> None:
+        super().__init__(config)
+        norm = _layer_norm(config.bias) if config.norm == "layer" else nn.RMSNorm
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.stack = Stack(config.block_steps(), norm, config.common())
+        self.norm = norm(config.hidden_size, config.norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        context: Context | None = None,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states; the arguments are those of `MosaicForCausalLM.forward`, and the pass's `context`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        batch, time = given.shape[:2]
+        if time == 0:
+            raise ValueError("The input has no tokens; give at least one for each row.")
+        for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            if x is not None and (x.dim() != 2 or x.shape[0] != batch or x.shape[1] < time):
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; give one number for each of the {batch} x {time} positions.")
+        if document_ids is not None and document_ids.shape[1] != time:
+            raise ValueError(f"document_ids has {document_ids.shape[1]} positions and the input {time}; give as many.")
+        attention_mask = None if attention_mask is None else attention_mask[:, -time:]
+
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            state, rows, stored = open_cache(past_key_values, self.stack)
+        else:
+            state, rows, stored = None, None, 0
+        layout, order, rows = Layout.of(batch, time, attention_mask, document_ids, rows, stored)
+
+        if context is None:
+            context = Context()
+        if self.training and state is None and context.draw is None:
+            context.draw = torch.rand(()).item()
+        elif state is not None:
+            context.draw = None
+        if order is not None:
+            given = given.gather(1, order if inputs_embeds is None else order[..., None].expand_as(given))
+        x = self.embed_tokens(given) if inputs_embeds is None else given
+        context.embeddings = x
+        x = F.dropout(x, self.config.dropout, self.training)
+
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        trace: list[Tensor] | None = [] if output_hidden_states else None
+        x, state = self.stack(x, layout, state, context, trace)
+        x = self.norm(x)
+        hidden_states = None if trace is None else tuple(_restored(h, order, layout) for h in [*trace, x])
+        if past_key_values is not None:
+            close_cache(past_key_values, state, rows, time)
+        return BaseModelOutputWithPast(
+            last_hidden_state=_restored(x, order, layout),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=hidden_states,
+        )
+
+
+class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
+    """A language model made of associative memories.
+
+    Args:
+        config: the arrangement of memories, e.g. `MosaicConfig.from_preset("memory-mosaics-v2-tiny")`.
+
+    Raises:
+        ValueError: the sizes are impossible.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MosaicConfig) -> None:
+        super().__init__(config)
+        self.model = MosaicModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        draw: float | None = None,
+        context: Context | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits for the token after each position, and the loss.
+
+        Args:
+            input_ids: `(batch, time)` integers.
+            attention_mask: `(batch, time)` or, on a cached call, `(batch, all positions so far)`; 0 is padding, which may lie
+                anywhere and changes nothing.
+            document_ids: `(batch, time)` integers. A document begins wherever the id changes from the previous real token; no
+                memory sees another document. On a cached call without ids the open document goes on.
+            inputs_embeds: `(batch, time, d)` in the place of `input_ids`.
+            labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in another
+                document than their position are not counted.
+            past_key_values: `DynamicCache(config=model.config)` or what an earlier call returned; it is changed in place.
+            use_cache: whether to return the cache; by default at evaluation only.
+            logits_to_keep: logits (and loss) for the last so many positions only, or for the given ones; 0 keeps all.
+            output_hidden_states: whether to return what enters each block, and the final states.
+            output_attentions: refused; see `read_weights`.
+            return_dict: False for a tuple.
+            draw: the step's random number in [0, 1), from which the long-term memory takes its delay in training. By default
+                a model in training mode draws one from torch's default generator for each pass. Without effect at evaluation
+                or with a cache.
+            context: a sink for what the pass leaves beside its output; made when not given.
+
+        Returns:
+            `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)`, `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: shapes do not fit, the cache is of another kind, or something unsupported is asked for.
+        """
+        if output_attentions:
+            raise ValueError("A mosaic has no attentions; call read_weights for what its memories read.")
+        if draw is not None and not 0 <= draw < 1:
+            raise ValueError(f"draw is {draw}; give a number from 0 up to, not including, 1.")
+        context = context or Context()
+        context.draw = draw if self.training else None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            context=context,
+        )
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            targets = shifted_targets(labels, attention_mask, document_ids)
+            kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
+            wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            # The sum over max(count, 1): a batch without a target has a loss of 0, not NaN.
+            loss = F.cross_entropy(wide, kept.flatten(), reduction="sum") / (kept != -100).sum().clamp(min=1)
+        for auxiliary in context.auxiliary_losses:
+            loss = auxiliary if loss is None else loss + auxiliary
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers does it, without what a mosaic has no use for.
+
+        Raises:
+            ValueError: `document_ids` are given: they are for scoring and training.
+        """
+        if kwargs.get("document_ids") is not None:
+            raise ValueError("generate takes no document_ids; give each document a row of its own, padded on the left.")
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+    @torch.no_grad()
+    def read_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> list[Read]:
+        """What every memory read at every position, as weights over the stored pairs.
+
+        Args:
+            input_ids: `(batch, time)`.
+            attention_mask: as in `forward`.
+            document_ids: as in `forward`.
+
+        Returns:
+            One `Read` for each memory that stores pairs, with weights `(batch, heads, time, time)`: keep the time short.
+        """
+        context = Context(reads=[])
+        self.model(input_ids, attention_mask, document_ids, use_cache=False, context=context)
+        return context.reads
+
+    def remove_memories(self, memory_type: str) -> None:
+        """Take every memory of a type out of the model, with its parameters (Tables 2, 9 and 10: the long-term memory).
+
+        Args:
+            memory_type: e.g. `"long_term"`.
+
+        Raises:
+            ValueError: the model has no such memory, or would be left without any.
+        """
+        present = {memory.type for memory in self.model.stack.memories()}
+        if memory_type not in present:
+            raise ValueError(f"The model has no {memory_type!r} memory; {nearest(memory_type, present)}")
+        if present == {memory_type}:
+            raise ValueError(f"{memory_type!r} is the only kind of memory in the model; nothing would be left.")
+        for block in self.model.stack.blocks:
+            block.remove(memory_type)
+        self.config.remove_memories(memory_type)
+
+    def undecayed_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: scalars and norms, and what the memories name."""
+        names = {name for name, parameter in self.named_parameters() if parameter.dim() < 2}
+        for prefix, module in self.named_modules():
+            if isinstance(module, Memory):
+                names |= {f"{prefix}.{name}" for name in module.undecayed_parameters()}
+        return names
+
+    def describe(self, context_length: int | None = None) -> dict[str, Any]:
+        """Parameters by kind, operations and decoding state; works on the meta device.
+
+        Args:
+            context_length: in tokens; by default the training context.
+
+        Returns:
+            `parameters` (`total`, `by_kind`), `context_length`, `flops_per_token` (forward, averaged over the context),
+            `state_bytes` (of one sequence of that length, in the model's dtype).
+        """
+        context_length = context_length or self.config.max_position_embeddings
+        kinds: dict[str, int] = {}
+        for memory in self.model.stack.memories():
+            kinds[memory.type] = kinds.get(memory.type, 0) + sum(p.numel() for p in memory.parameters())
+        kinds["embedding"] = self.model.embed_tokens.weight.numel()
+        kinds["classifier"] = 0 if self.config.tie_word_embeddings else self.lm_head.weight.numel()
+        total = sum(p.numel() for p in self.parameters())
+        kinds["norms"] = total - sum(kinds.values())
+        return {
+            "parameters": {"total": total, "by_kind": kinds},
+            "context_length": context_length,
+            "flops_per_token": self.model.stack.flops(context_length) + 2 * self.lm_head.weight.numel(),
+            "state_bytes": self.model.stack.state_bytes(context_length, self.dtype.itemsize),
+        }
+
+
+def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    """The label that each position predicts, `(batch, time)`; -100 where none is counted.
+
+    A position predicts the label of the next real token of its document; padding between the two changes nothing.
+    """
+    batch, time = labels.shape
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -time:].bool()
+        labels = labels.masked_fill(~attention_mask, -100)
+    layout, order, _ = Layout.of(batch, time, attention_mask, document_ids)
+    if order is not None:
+        labels = labels.gather(1, order)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if (first := layout.is_first) is not None:
+        targets = targets.masked_fill(F.pad(first[:, 1:], (0, 1), value=True), -100)
+    return targets if order is None else torch.empty_like(targets).scatter_(1, order, targets)
+
+
+def count_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    """How many targets the loss counts for a batch; the arguments are those of `MosaicForCausalLM.forward`."""
+    return (shifted_targets(labels, attention_mask, document_ids) != -100).sum()
+
+
+def _restored(x: Tensor, order: Tensor | None, layout: Layout) -> Tensor:
+    """Compact rows `(batch, time, d)` back in the order they came in, with 0 at padding."""
+    if (padding := layout.is_padding) is not None:
+        x = x.masked_fill(padding[..., None], 0)
+    return x if order is None else torch.empty_like(x).scatter_(1, order[..., None].expand_as(x), x)
+
+
+def _layer_norm(bias: bool):
+    return lambda width, eps: nn.LayerNorm(width, eps, bias=bias)
