@@ -1,7 +1,7 @@
 """Language models made of associative memories: Memory Mosaics v2 and its family.
 
-`MosaicConfig.from_preset(name, **overrides)` and `MosaicForCausalLM(config)` make a model; importing this package also lets
-transformers' `AutoModelForCausalLM` load one.
+`MosaicConfig.from_preset(name, **overrides)` and `MosaicForCausalLM(config)` make a model; importing this package also
+lets transformers' `AutoModelForCausalLM` load one.
 """
 
 import importlib

@@ -20,7 +20,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 class State:
-    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, lists of them, or plain values."""
+    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor in the state, however deep, by `function` of it."""
@@ -75,8 +75,8 @@ class Layout:
         batch: the number of rows.
         time: the number of positions.
         start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
-            (negative for a document that an earlier call opened); None when every row is one document, opened at the first
-            stored pair.
+            (negative for a document that an earlier call opened); None when every row is one document, opened at the
+            first stored pair.
         length: `(batch,)`, the real tokens of each row; None when there is no padding.
     """
 
@@ -148,16 +148,18 @@ class Layout:
 
     @property
     def is_first(self) -> Tensor | None:
-        """`(batch, time)`, whether a position begins a document; None when only the first position of a fresh row may."""
+        """`(batch, time)`, whether a position begins a document; None when only the first of a fresh row may."""
         return None if self.start is None else self.start == torch.arange(self.time, device=self.start.device)
 
     @property
     def is_padding(self) -> Tensor | None:
         """`(batch, time)`, whether a position is padding; None when none is."""
-        return None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
+        return (
+            None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
+        )
 
     def align(self, x: Tensor) -> Tensor:
-        """Shift the rows of `x` `(batch, ..., slots, width)` to the right until each row's last real position is the last slot."""
+        """Shift each row of `x` `(batch, ..., slots, width)` right until its last real position is the last slot."""
         if self.length is None:
             return x
         slots = x.shape[-2]
@@ -255,7 +257,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Read:
-    """What one memory read: `weights` `(batch, heads, time, slots)` in compact order; a row sums to 1, or 0 without pairs."""
+    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs."""
 
     memory: str
     layer_index: int
@@ -304,9 +306,7 @@ class Memory(nn.Module):
         """The state before the first token; None for a memory that carries nothing."""
         return None
 
-    def forward(
-        self, x: Tensor, layout: Layout, state: State | None, context: Context
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, layout: Layout, state: State | None, context: Context) -> tuple[Tensor, State | None]:
         """Answer every position of `x` and store what it brings.
 
         The result for a sequence does not depend on how it is cut into calls.
@@ -323,11 +323,11 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self, layer_index: int) -> None:
-        """Initialise all parameters as the memory's paper says, with `torch.nn.init` functions; `layer_index` counts from 0."""
+        """Initialise all parameters as the memory's paper says, with `torch.nn.init`; `layer_index` counts from 0."""
         raise NotImplementedError
 
     def flops(self, context_length: int) -> float:
-        """Floating-point operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
+        """Operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
         raise NotImplementedError
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
@@ -381,7 +381,9 @@ def build(name: str, options: dict[str, Any], common: Common, layer_index: int) 
             if f.default is f.default_factory is dataclasses.MISSING:
                 raise ValueError(f"A {name} memory needs the option {f.name!r}; give it a value.")
         elif not _is_a(options[f.name], types[f.name]):
-            raise ValueError(f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}.")
+            raise ValueError(
+                f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}."
+            )
     return cls(cls.Options(**options), common, layer_index)
 
 

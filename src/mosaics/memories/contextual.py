@@ -1,4 +1,4 @@
-"""What the two contextual memories of Memory Mosaics v2 share: gated keys, values that look ahead, an adaptive bandwidth."""
+"""What the contextual memories of Memory Mosaics v2 share: gated keys, values that look ahead, adaptive bandwidth."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ContextualState(State):
 class ContextualMemory(Memory):
     """Kernel regression over the pairs of the context (Memory Mosaics v2, equations 4 to 9).
 
-    Keys are gated leaky averages of unit norm, values mix a position with the next one, the bandwidth grows with the number
-    of pairs. A subclass says which pairs a position may read: `window` and `delay`.
+    Keys are gated leaky averages of unit norm, values mix a position with the next one, the bandwidth grows with the
+    number of pairs. A subclass says which pairs a position may read: `window` and `delay`.
 
     Raises:
         ValueError: the width is not a multiple of the number of heads.
@@ -40,7 +40,9 @@ class ContextualMemory(Memory):
         super().__init__(options, common, layer_index)
         d, heads = common.hidden_size, options.num_attention_heads
         if heads < 1 or d % heads:
-            raise ValueError(f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it.")
+            raise ValueError(
+                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
+            )
         self.heads = heads
         self.key_proj = nn.Linear(d, d, bias=common.bias)
         self.key_gate = nn.Linear(d, heads, bias=common.bias)
@@ -78,14 +80,17 @@ class ContextualMemory(Memory):
         if (padding := layout.is_padding) is not None:
             log_gate = log_gate.masked_fill(padding[:, None], -torch.inf)
             log_decay = log_decay.masked_fill(padding[:, None], 0.0)
-        before = None if state is None or state.direction is None else LeakyAverageState(state.direction, state.log_scale)
+        before = (
+            None if state is None or state.direction is None else LeakyAverageState(state.direction, state.log_scale)
+        )
         keys, after = leaky_average(self._split(self.key_proj(x)), log_gate, log_decay, before)
         if state is not None:
             state.direction, state.log_scale = after
         return keys
 
     def values(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
-        """Values `(batch, heads, time, width)` (equation 9), one more at the front when an earlier call left its last one open.
+        """Values `(batch, heads, time, width)` (equation 9), one more at the front when an earlier call left its last
+        one open.
 
         The last is made without its successor: nothing may read it before a later call completes it.
         """
@@ -119,7 +124,7 @@ class ContextualMemory(Memory):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def reset_parameters(self, layer_index: int) -> None:
-        """Table 6. The scale of the values starts at exp(0) and is free to move: as printed, with |theta|, it never could."""
+        """Table 6, but for the scale of the values: exp(theta), since exp(|theta|) as printed could never move from 0."""
         std = 1 / math.sqrt(2 * self.common.hidden_size * (layer_index + 1))
         for linear in (self.key_proj, self.key_gate, self.key_decay, self.value_proj, self.out_proj):
             init_clamped_normal(linear.weight, std)

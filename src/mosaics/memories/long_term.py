@@ -10,15 +10,17 @@ from mosaics.memories.contextual import ContextualMemory
 
 @register("long_term")
 class LongTermMemory(ContextualMemory):
-    """Holds the pairs 1 ... t-m at position t; training draws m anew at every step (Memory Mosaics v2, section 3 and Table 12).
+    """Holds the pairs 1 ... t-m at position t; training draws m anew at every step (Memory Mosaics v2, section 3 and
+    Table 12).
 
     Raises:
-        ValueError: a delay is below 1, the training range is empty, or the width is not a multiple of the number of heads.
+        ValueError: a delay is below 1, the training range is empty, or the width is not a multiple of the number of
+            heads.
     """
 
     @dataclass(frozen=True)
     class Options:
-        """`num_attention_heads` heads; `delay` is m at evaluation, `train_delay` the range (both ends included) of m in training."""
+        """`num_attention_heads` heads; `delay` is m at evaluation, `train_delay` the range of m in training, ends included."""
 
         num_attention_heads: int
         delay: int = 64

@@ -25,7 +25,9 @@ class ShortTermMemory(ContextualMemory):
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         if options.window < 2:
-            raise ValueError(f"The window of the short-term memory is {options.window}; give at least 2, which reads one pair.")
+            raise ValueError(
+                f"The window of the short-term memory is {options.window}; give at least 2, which reads one pair."
+            )
         super().__init__(options, common, layer_index)
         self.window = options.window
 

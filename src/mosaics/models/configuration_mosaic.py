@@ -42,7 +42,8 @@ class MosaicConfig(PreTrainedConfig):
         blocks: groups of equal blocks, each `{"repeat": n, "steps": [[memory, ...], ...]}`: a step is a sum of parallel
             memories, a memory is `{"type": name, "options": {...}}`.
         num_hidden_layers: number of blocks; derived from `blocks`, and checked against it.
-        max_position_embeddings: the training context, in tokens. A mosaic has no position encoding and reads on beyond it.
+        max_position_embeddings: the training context, in tokens. A mosaic has no position encoding and reads on beyond
+            it.
         norm: `"rms"` or `"layer"`.
         norm_eps: eps of the norms.
         bias: whether linear maps and layer norms have biases.
@@ -100,7 +101,9 @@ class MosaicConfig(PreTrainedConfig):
         for key, value in overrides.items():
             if key == "num_hidden_layers" and "blocks" not in overrides:
                 if len(values["blocks"]) > 1:
-                    raise ValueError(f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers.")
+                    raise ValueError(
+                        f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers."
+                    )
                 values["blocks"][0]["repeat"] = value
             elif key in options:
                 _set_option(values["blocks"], key, value)
@@ -122,7 +125,9 @@ class MosaicConfig(PreTrainedConfig):
         self._check()
         layers = sum(group["repeat"] for group in self.blocks)
         if self.num_hidden_layers not in (None, layers):
-            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, but the blocks are {layers}; leave it out.")
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}, but the blocks are {layers}; leave it out."
+            )
         self.num_hidden_layers = layers
         super().__post_init__(**kwargs)
 
@@ -186,10 +191,16 @@ class MosaicConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
-            values = [memory["options"][name] for memory in _memories(self.__dict__.get("blocks")) if name in memory["options"]]
+            values = [
+                memory["options"][name]
+                for memory in _memories(self.__dict__.get("blocks"))
+                if name in memory["options"]
+            ]
             if values and all(value == values[0] for value in values):
                 return values[0]
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, and its memories no common option of that name.")
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}, and its memories no common option of that name."
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _FIELDS and _set_option(self.__dict__.get("blocks"), name, value):

@@ -84,7 +84,9 @@ class MosaicModel(MosaicPreTrainedModel):
             raise ValueError("The input has no tokens; give at least one for each row.")
         for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
             if x is not None and (x.dim() != 2 or x.shape[0] != batch or x.shape[1] < time):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; give one number for each of the {batch} x {time} positions.")
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; give one number for each of the {batch} x {time} positions."
+                )
         if document_ids is not None and document_ids.shape[1] != time:
             raise ValueError(f"document_ids has {document_ids.shape[1]} positions and the input {time}; give as many.")
         attention_mask = None if attention_mask is None else attention_mask[:, -time:]
@@ -165,26 +167,28 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `(batch, time)` integers.
-            attention_mask: `(batch, time)` or, on a cached call, `(batch, all positions so far)`; 0 is padding, which may lie
-                anywhere and changes nothing.
-            document_ids: `(batch, time)` integers. A document begins wherever the id changes from the previous real token; no
-                memory sees another document. On a cached call without ids the open document goes on.
+            attention_mask: `(batch, time)` or, on a cached call, `(batch, all positions so far)`; 0 is padding, which
+                may lie anywhere and changes nothing.
+            document_ids: `(batch, time)` integers. A document begins wherever the id changes from the previous real
+                token; no memory sees another document. On a cached call without ids the open document goes on.
             inputs_embeds: `(batch, time, d)` in the place of `input_ids`.
-            labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in another
-                document than their position are not counted.
-            past_key_values: `DynamicCache(config=model.config)` or what an earlier call returned; it is changed in place.
+            labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in
+                another document than their position are not counted.
+            past_key_values: `DynamicCache(config=model.config)` or what an earlier call returned; it is changed in
+                place.
             use_cache: whether to return the cache; by default at evaluation only.
             logits_to_keep: logits (and loss) for the last so many positions only, or for the given ones; 0 keeps all.
             output_hidden_states: whether to return what enters each block, and the final states.
             output_attentions: refused; see `read_weights`.
             return_dict: False for a tuple.
-            draw: the step's random number in [0, 1), from which the long-term memory takes its delay in training. By default
-                a model in training mode draws one from torch's default generator for each pass. Without effect at evaluation
-                or with a cache.
+            draw: the step's random number in [0, 1), from which the long-term memory takes its delay in training. By
+                default a model in training mode draws one from torch's default generator for each pass. Without effect
+                at evaluation or with a cache.
             context: a sink for what the pass leaves beside its output; made when not given.
 
         Returns:
-            `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)`, `past_key_values`, `hidden_states`.
+            `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)`, `past_key_values`,
+            `hidden_states`.
 
         Raises:
             ValueError: shapes do not fit, the cache is of another kind, or something unsupported is asked for.
@@ -235,7 +239,9 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         return inputs
 
     @torch.no_grad()
-    def read_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> list[Read]:
+    def read_weights(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> list[Read]:
         """What every memory read at every position, as weights over the stored pairs.
 
         Args:
@@ -244,7 +250,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             document_ids: as in `forward`.
 
         Returns:
-            One `Read` for each memory that stores pairs, with weights `(batch, heads, time, time)`: keep the time short.
+            One `Read` for each memory that stores pairs, with weights `(batch, heads, time, time)`: keep the time
+            short.
         """
         context = Context(reads=[])
         self.model(input_ids, attention_mask, document_ids, use_cache=False, context=context)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def _memory_mosaics_v2(layers: int, heads: int, intermediate_size: int, window: int, train_delay: list[int]) -> list[dict[str, Any]]:
+def _memory_mosaics_v2(
+    layers: int, heads: int, intermediate_size: int, window: int, train_delay: list[int]
+) -> list[dict[str, Any]]:
     """Two contextual memories side by side, then a persistent one (Memory Mosaics v2, section 3).
 
     At evaluation the delay is the smallest of those drawn in training.

@@ -29,9 +29,11 @@ def kernel_regression(
     start: Tensor | None = None,
     form: str | None = None,
 ) -> Tensor:
-    r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs that t may read.
+    r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs
+    that t may read.
 
-    Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs t-window+1 ... t-delay of its own
+    Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs t-window+1 ... t-delay of its
+        own
     document; without any it answers exactly 0.
 
     Args:
@@ -52,7 +54,9 @@ def kernel_regression(
         ValueError: the delay is negative, the window is below 1, or the form is unknown or cannot serve this input.
     """
     if delay < 0 or (window is not None and window < 1):
-        raise ValueError(f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more.")
+        raise ValueError(
+            f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
+        )
     if form is None:
         form = _fastest(queries, keys, window, start)
     return dispatch(FORMS, form, "kernel_regression")(

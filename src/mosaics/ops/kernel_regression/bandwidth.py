@@ -36,11 +36,13 @@ def readable(
     """The slots that each position may read, as a half-open range.
 
     Slots count the `stored` pairs of earlier calls first, then the `time` pairs of this one: the pair of position t
-    lies in slot `stored + t`. Position t reads the pairs t-window+1 ... t-delay of its own document. This is the one place
-    where the paper's two readings of the window differ: equation 10 has t-h+1 ... t-1, Figure 11 draws t-h ... t-1.
+    lies in slot `stored + t`. Position t reads the pairs t-window+1 ... t-delay of its own document. This is the one
+    place where the paper's two readings of the window differ: equation 10 has t-h+1 ... t-1, Figure 11 draws t-h ...
+    t-1.
 
     Returns:
-        first and end, each `(time,)`, or `(batch, time)` where `start` is given; nothing is readable where end <= first.
+        first and end, each `(time,)`, or `(batch, time)` where `start` is given; nothing is readable where end <=
+        first.
     """
     own = torch.arange(stored, stored + time, device=device)
     end = own - delay + 1

@@ -56,7 +56,9 @@ def _tiles(first: Tensor, end: Tensor) -> Iterator[tuple[slice, slice, slice, Te
             if high <= low:
                 continue
             slot = torch.arange(low, high, device=first.device)
-            tile_first, tile_end = (block_first, block_end) if first.dim() == 1 else (block_first[rows], block_end[rows])
+            tile_first, tile_end = (
+                (block_first, block_end) if first.dim() == 1 else (block_first[rows], block_end[rows])
+            )
             masked = (slot < tile_first[..., None]) | (slot >= tile_end[..., None])
             empty = (tile_end <= tile_first)[..., None]
             if first.dim() == 2:

@@ -21,7 +21,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Equation 4 through PyTorch's fused attention, a call for each document; see `mosaics.ops.kernel_regression.kernel_regression`.
+    """Equation 4 through PyTorch's fused attention, a call for each document; see
+    `mosaics.ops.kernel_regression.kernel_regression`.
 
     Rows that have the same document at the same place share a call.
 
@@ -55,7 +56,10 @@ def documents(start: Tensor) -> list[tuple[int, int, int]]:
     time = start.shape[1]
     borders = torch.nonzero(start == torch.arange(time, device=start.device)).tolist()
     following = borders[1:] + [[-1, 0]]
-    return [(row, begin, stop if row == after else time) for (row, begin), (after, stop) in zip(borders, following, strict=True)]
+    return [
+        (row, begin, stop if row == after else time)
+        for (row, begin), (after, stop) in zip(borders, following, strict=True)
+    ]
 
 
 def _read(queries: Tensor, keys: Tensor, values: Tensor, delay: int) -> Tensor:

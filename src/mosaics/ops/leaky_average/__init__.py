@@ -21,7 +21,8 @@ def leaky_average(
     *,
     form: str | None = None,
 ) -> tuple[Tensor, LeakyAverageState]:
-    r"""Unit keys from a gated leaky average: \( \bar k_t = g_t \tilde k_t + \lambda_t \bar k_{t-1},\ k_t = \bar k_t / \|\bar k_t\| \).
+    r"""Unit keys from a gated leaky average: \( \bar k_t = g_t \tilde k_t + \lambda_t \bar k_{t-1},\ k_t = \bar k_t /
+    \|\bar k_t\| \).
 
     Source: Memory Mosaics v2, equation 8. Only directions leave the recurrence, so it is carried as direction and log
     scale: no gate, however large or small, overflows. Computed in float32 or wider whatever the dtype of `inputs`.

@@ -57,7 +57,9 @@ def _averages(
         end_scale = _finite_maximum(ends)
         added = ((ends - end_scale[..., None]).exp()[..., None, :] @ inputs[:, :, :-1]).squeeze(-2)
         end_scale = end_scale.masked_fill((ends == -torch.inf).all(-1), -torch.inf)
-        later, later_scale = _averages(added, end_scale, since_start[:, :, :-1, -1], first[:, :, 0], first_scale[:, :, 0])
+        later, later_scale = _averages(
+            added, end_scale, since_start[:, :, :-1, -1], first[:, :, 0], first_scale[:, :, 0]
+        )
         first = torch.cat([first, later], dim=2)
         first_scale = torch.cat([first_scale, later_scale], dim=2)
 
