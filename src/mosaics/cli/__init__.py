@@ -1,0 +1,117 @@
+"""The command line: one module per verb, and one place that turns errors into sentences.
+
+A verb's module defines a function of the verb's name (a typer command), optionally ``EXAMPLE`` (a runnable
+command line, shown at the end of ``--help``) and ``CONTEXT`` (click's context settings). Verb modules import
+nothing heavy at the top, so that ``mosaics --help`` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from mosaics._version import __version__
+
+VERBS = ("quickstart", "prepare", "train", "export", "generate", "info")
+
+app = typer.Typer(
+    name="mosaics",
+    help="Language models made of associative memories: prepare text, train, export, generate.",
+    epilog="MOSAICS_TRACEBACK=1 shows the traceback of an error.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _verb in VERBS:
+    _module = import_module(f"mosaics.cli.{_verb}")
+    _example = getattr(_module, "EXAMPLE", None)
+    app.command(
+        _verb,
+        epilog=f"\b\nExample:\n  {_example}" if _example else None,
+        context_settings=getattr(_module, "CONTEXT", None),
+    )(getattr(_module, _verb))
+
+
+def sentence(error: BaseException) -> str:
+    """One line that says what went wrong, for an error that the user can do something about."""
+    if hasattr(error, "format_message"):  # what click (or typer's copy of it) raises
+        text = error.format_message()
+        text = text[:1].lower() + text[1:]
+        option = getattr(error, "option_name", None)
+        if option and getattr(error, "ctx", None):
+            names = [name for parameter in error.ctx.command.params for name in parameter.opts]
+            nearest = get_close_matches(option, names, n=1, cutoff=0.4)
+            text = f"unknown option {option} ({f'did you mean {nearest[0]}?' if nearest else '--help lists them'})"
+    elif isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        text = f"{names}: {error.strerror}" if names else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 done, 2 an error that the user can mend, 130
+    interrupted.
+
+    Args:
+        arguments: words after ``mosaics``; None takes them from ``sys.argv``.
+
+    Returns:
+        The exit code. Every user error is one sentence on stderr that starts with ``error: ``; with the
+        environment variable ``MOSAICS_TRACEBACK=1`` it is raised instead.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app(words, prog_name="mosaics", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 0
+        if type(error).__name__ == "Abort":
+            print("error: interrupted", file=sys.stderr)
+            return 130
+        expected = isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")
+        if os.environ.get("MOSAICS_TRACEBACK") == "1" or not (expected or _is_out_of_memory(error)):
+            raise
+        if _is_out_of_memory(error):
+            error = ValueError("out of memory; lower training.micro_batch_size or training.context_length")
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2

@@ -1,0 +1,79 @@
+"""`mosaics generate`: continue a prompt."""
+
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+EXAMPLE = 'mosaics generate runs/first --prompt "def " --max-new-tokens 100 --seed 1'
+
+
+def generate(
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    prompt: Annotated[str, Option(help="The text to go on from; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, Option(help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, Option(help="Draw from the likeliest tokens with this much probability.")] = 0.95,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a prompt and stream the text to standard output."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"--temperature is {temperature}; it must be a number from 0 up")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    loaded, tokenizer = load_exported(model)
+    stream(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
+
+
+def load_exported(source: str | Path):
+    """A model and its tokenizer, the way anyone would load them: through transformers' Auto classes.
+
+    Raises:
+        ValueError: it has no tokenizer, or is a run that has not been exported.
+        OSError: there is no such model.
+    """
+    import transformers
+
+    import mosaics  # noqa: F401  (registers the architecture)
+
+    folder = Path(source)
+    if (folder / "recipe.yaml").is_file():
+        folder = folder / "export"
+        if not folder.is_dir():
+            raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
+    elif folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is no model (it has no config.json)")
+    elif not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise ValueError(f"there is no model {source}")
+    name = str(folder) if folder.exists() else str(source)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    if folder.exists() and not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{source} has no tokenizer; export the run that it came from")
+    return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def stream(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Print the prompt and its continuation token by token."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].shape[1]:
+        raise ValueError("the prompt is empty and the tokenizer has no begin-of-text; give a --prompt")
+    draws = {"do_sample": False}
+    if temperature:
+        draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **draws)

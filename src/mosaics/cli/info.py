@@ -1,0 +1,75 @@
+"""`mosaics info`: parameters, work and decoding state of a model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+EXAMPLE = "mosaics info memory-mosaics-v2-large --context 256 --without long_term"
+
+
+def info(
+    source: Annotated[str, Argument(metavar="PRESET|CHECKPOINT|RUN|RECIPE", help="What to look at.")],
+    context: Annotated[int | None, Option(help="Context in tokens; the training context if not given.")] = None,
+    without: Annotated[list[str] | None, Option(metavar="MEMORY", help="Leave out, as long_term.")] = None,
+    tensors: Annotated[bool, Option("--tensors", help="List every tensor and its shape.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print parameters by kind of memory, FLOPs per token and bytes of decoding state at a context length."""
+    from mosaics.training.setup import build_model
+
+    config = find_config(source)
+    length = context if context is not None else config.max_position_embeddings
+    if length < 1:
+        raise ValueError(f"--context is {length}; it must be at least 1")
+    model = build_model(config, meta=True)
+    for kind in without or ():
+        model.remove_memories(kind)
+    described = {"model": source, "context_length": length} | model.describe(context_length=length)
+    if tensors:
+        described["tensors"] = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    from mosaics.cli.tables import amount, show_table, size
+
+    parameters = described["parameters"]
+    show_table(
+        f"{source} without {', '.join(without)}" if without else source,
+        [
+            ("parameters", f"{parameters['total']:,} ({amount(parameters['total'])})"),
+            *((f"  {kind}", f"{count:,}") for kind, count in parameters["by_kind"].items()),
+            (f"FLOPs per token at {length:,}", f"{described['flops_per_token'] / 1e9:.4g} GFLOPs"),
+            (f"decoding state at {length:,}", size(described["state_bytes"])),
+        ],
+    )
+    if tensors:
+        show_table("tensors", [(name, "x".join(map(str, shape))) for name, shape in described["tensors"].items()])
+
+
+def find_config(source: str):
+    """The model configuration of a preset, a recipe, a run, a checkpoint or an exported model.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    import mosaics
+    from mosaics.models.presets import PRESETS
+    from mosaics.training.recipe import load_recipe, shipped_recipes
+    from mosaics.training.setup import build_config
+
+    path = Path(source)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return mosaics.MosaicConfig.from_pretrained(path)
+        if (path / "recipe.yaml").is_file():
+            from mosaics.training.export import find_checkpoint
+
+            return mosaics.MosaicConfig.from_pretrained(find_checkpoint(path))
+        raise ValueError(f"{source} is neither a model (config.json) nor a run (recipe.yaml)")
+    if source in PRESETS:
+        return mosaics.MosaicConfig.from_preset(source)
+    if path.is_file() or source in shipped_recipes():
+        return build_config(load_recipe(source))
+    return mosaics.MosaicConfig.from_preset(source)  # refused, with the nearest name

@@ -1,0 +1,89 @@
+"""One optimisation step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mosaics.training.draws import draw_step, seed_step
+from mosaics.training.optimizer import learning_rate
+from mosaics.training.recipe import Recipe
+from mosaics.training.setup import autocast
+
+
+class NonFinite(ValueError):
+    """A loss or a gradient that is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: `loss` in nats per counted target, the gradient's norm before clipping, the random number
+    that the long-term delay follows from, the learning rate and the number of counted targets."""
+
+    loss: float
+    gradient_norm: float
+    draw: float
+    learning_rate: float
+    targets: int
+
+
+def optimisation_step(model, optimizer: torch.optim.Optimizer, data, recipe: Recipe, step: int, dtype) -> StepResult:
+    """Do one optimisation step in place.
+
+    The loss is the mean over all counted targets of the step, however it is cut into micro-batches. Delay and
+    dropout depend on (seed, step) alone; one delay serves all layers and micro-batches.
+
+    Args:
+        model: a `MosaicForCausalLM` in training mode.
+        optimizer: as `make_optimizer` gives.
+        data: a `PackedDataset`; the step takes its sequences `(step-1)·batch_size … step·batch_size-1`.
+        recipe: the recipe.
+        step: counted from 1.
+        dtype: dtype of the matrix products.
+
+    Raises:
+        NonFinite: the loss or the gradient is not finite; the parameters are untouched.
+        ValueError: there is no target.
+    """
+    from mosaics.models import count_targets
+
+    training = recipe.training
+    size, first = training.micro_batch_size or training.batch_size, (step - 1) * training.batch_size
+    batch = data.batch(first, training.batch_size)
+    inputs = ("input_ids", "document_ids", "attention_mask", "labels")
+    batch = {key: batch[key].to(model.device) for key in inputs if batch[key] is not None}
+    micro_batches = [
+        {key: rows[start : start + size] for key, rows in batch.items()}
+        for start in range(0, training.batch_size, size)
+    ]
+    counts = [
+        int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"])) for rows in micro_batches
+    ]
+    where = f"of step {step} (sequences {first} to {first + training.batch_size - 1} of the stream)"
+    if not sum(counts):
+        raise ValueError(f"no token {where} can be predicted; the documents are too short")
+    draw = draw_step(recipe.seed, step)
+    seed_step(recipe.seed, step)
+    loss = 0.0
+    for rows, count in zip(micro_batches, counts, strict=True):
+        if not count:
+            continue
+        with autocast(model.device, dtype):
+            output = model(**rows, use_cache=False, draw=draw)
+        share = output.loss * (count / sum(counts))
+        share.backward()
+        loss += float(share.detach())
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        what = f"the gradient's norm {where} is {norm}" if math.isfinite(loss) else f"the loss {where} is {loss}"
+        raise NonFinite(
+            f"{what}, so the run stops with its parameters untouched and its checkpoints whole; lower "
+            "training.learning_rate or lengthen training.warmup_steps in a new run"
+        )
+    rate = learning_rate(step, training)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss, norm, draw, rate, sum(counts))

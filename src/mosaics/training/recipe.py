@@ -1,0 +1,282 @@
+"""Recipes: what a run does, as typed YAML with dotted overrides.
+
+A recipe has the sections below. Everything that decides a result is in it; the run folder keeps it resolved,
+with every default written out.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelSection(_Section):
+    """A preset's name; every further key is an override that `MosaicConfig.from_preset` checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    preset: str = "memory-mosaics-v2-tiny"
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys beside `preset`."""
+        return dict(self.model_extra or {})
+
+
+class DataSection(_Section):
+    """The corpus, its tokenizer and how documents are packed."""
+
+    corpus: str = Field("python-stdlib", description="what `mosaics prepare` takes: a name, path, glob or data set id")
+    field: str = Field("text", description="the field of a .jsonl record or data set row that holds the text")
+    tokenizer: str | None = Field(None, description="path or id; null trains a byte-level BPE on the corpus")
+    vocabulary_size: int = Field(4096, ge=260, le=1_000_000, description="size of a tokenizer trained here")
+    validation: float = Field(0.05, gt=0, lt=1, description="share of documents that is held out")
+    long_documents: Literal["split", "truncate"] = Field("split", description="documents longer than the context")
+    prepared: str | None = Field(None, description="a folder made by `mosaics prepare`; null prepares into the run")
+
+
+class TrainingSection(_Section):
+    """Optimisation. Defaults are those of the paper's Appendix C where it names one."""
+
+    steps: int = Field(1000, ge=1)
+    context_length: int = Field(512, ge=2, description="tokens in a sequence")
+    batch_size: int = Field(16, ge=1, description="sequences in an optimisation step")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences at a time; null: the whole batch")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    final_learning_rate_ratio: float = Field(0.01, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ValidationSection(_Section):
+    """When and on how much held-out text the loss is measured."""
+
+    every: int = Field(100, ge=1, description="optimisation steps; also before the first and after the last")
+    sequences: int | None = Field(64, ge=1, description="evenly spaced over the held-out text; null: all")
+
+
+class CheckpointSection(_Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(200, ge=1, description="optimisation steps; also after the last")
+    keep: int = Field(2, ge=2, description="the newest ones")
+    keep_every: int | None = Field(None, ge=1, description="steps divisible by this are kept for good")
+
+
+class LoggingSection(_Section):
+    """What is written while training."""
+
+    every: int = Field(10, ge=1, description="optimisation steps between lines of metrics.jsonl")
+    tensorboard: bool = False
+
+
+class ExportSection(_Section):
+    """What the exported model says of itself."""
+
+    license: str = Field("unknown", description="licence of the weights, as the Hugging Face hub names it")
+
+
+class Recipe(_Section):
+    """A whole run. `load_recipe` makes one from YAML and overrides."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    export: ExportSection = ExportSection()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in one optimisation step, padding included."""
+        return self.training.batch_size * self.training.context_length
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, sections in their order."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a YAML file, or the name of a recipe that comes with the package (`shipped_recipes`).
+        overrides: values by dotted key, such as ``{"training.steps": 100}``; they replace what the file says.
+
+    Returns:
+        The resolved recipe.
+
+    Raises:
+        ValueError: not a recipe, an unknown key (the nearest valid one is named) or an impossible value.
+        OSError: the file can't be read.
+    """
+    path = find_recipe(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}), so it is no recipe") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, but a recipe is a mapping of sections")
+    for dotted, value in (overrides or {}).items():
+        *sections, key = dotted.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise ValueError(f"--{dotted}: {section} is a value, not a section, in {path}")
+        place[key] = value
+    return make_recipe(values, str(path))
+
+
+def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Check plain values and make a `Recipe`; `name` is where they came from, for error messages.
+
+    Raises:
+        ValueError: as `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first, *others = error.errors()
+        dotted = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            text = f"unknown key {dotted}{_did_you_mean(dotted, recipe_keys())}"
+        else:
+            text = f"{dotted} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        more = f" (and {len(others)} more)" if others else ""
+        raise ValueError(f"{name}: {text}{more}") from error
+
+
+def recipe_keys() -> list[str]:
+    """All dotted keys of a recipe, sections first."""
+    keys = list(Recipe.model_fields)
+    for section, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{section}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Split words of a command line into dotted overrides and the rest.
+
+    ``--training.steps 100`` and ``--training.steps=100`` are the same; values are read as YAML scalars and
+    lists (``null``, ``true``, ``1e-3``, ``[8, 32]``), anything else is text.
+
+    Args:
+        words: the words.
+        options: names of other options, for the hint in an error message.
+
+    Returns:
+        Values by dotted key, and the words that belong to no override.
+
+    Raises:
+        ValueError: an unknown option or a missing value.
+    """
+    overrides: dict[str, Any] = {}
+    rest: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("-") or word == "-":
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name.split(".")[0] not in Recipe.model_fields:
+            hint = _did_you_mean(word.partition("=")[0], [*options, *(f"--{key}" for key in recipe_keys())])
+            raise ValueError(f"unknown option {word.partition('=')[0]}{hint}")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value, as in --{name} VALUE")
+            value = queue.pop(0)
+        overrides[name] = _read_value(value)
+    return overrides, rest
+
+
+def _read_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, bool | int | float | list) else text
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    packaged = Path(str(resources.files("mosaics"))) / "recipes"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        ValueError: there is neither; the nearest name is in the message.
+    """
+    path, shipped = Path(source), shipped_recipes()
+    if path.is_file():
+        return path
+    if str(source) in shipped:
+        return shipped[str(source)]
+    hint = _did_you_mean(path.stem, list(shipped))
+    raise ValueError(f"no recipe {source}{hint}; give a YAML file or one of {', '.join(shipped)}")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Sentences such as ``training.steps is 100 there and 200 here``, one for each key that differs."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        result = {}
+        for key, value in values.items():
+            result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return result
+
+    there, here = flat(old.resolved()), flat(new.resolved())
+    return [
+        f"{key} is {there.get(key, 'unset')!r} there and {here.get(key, 'unset')!r} here"
+        for key in {**there, **here}
+        if there.get(key, "unset") != here.get(key, "unset")
+    ]
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint with the nearest of the names; for a dotted key without one, the keys of its section."""
+    names = list(names)
+    section, _, last = name.rpartition(".")
+    near = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == section}
+    nearest = (
+        [near[key] for key in get_close_matches(last, near, n=1, cutoff=0.6)]
+        or [other for other in names if other.rpartition(".")[2] == last.removeprefix("--")]  # in another section
+        or get_close_matches(name, names, n=1, cutoff=0.7)
+    )
+    if section and near and (not nearest or nearest[0] not in near.values()):
+        return f" ({section} has {', '.join(near)})"
+    return f" (did you mean {nearest[0]}?)" if nearest else ""

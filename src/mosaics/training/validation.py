@@ -1,0 +1,63 @@
+"""The loss on held-out text."""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from mosaics.training.setup import autocast
+
+
+@torch.no_grad()
+def evaluate(model, data, *, sequences: int | None = None, batch_size: int = 8, dtype=torch.float32) -> dict[str, Any]:
+    """Measure the loss on held-out text with the model's evaluation delay.
+
+    Bits per byte are the nats of all predicted text tokens / ln 2 / the UTF-8 bytes of those tokens, which
+    does not depend on the tokenizer. End-of-text targets are no text: they are counted apart.
+
+    Args:
+        model: a causal language model; its mode is put back afterwards.
+        data: a `PackedDataset` of the validation split.
+        sequences: how many sequences (drawn without replacement by the data's seed); None takes all.
+        batch_size: sequences at a time.
+        dtype: dtype of the matrix products (autocast unless float32).
+
+    Returns:
+        `validation_nats_per_token`, `validation_bits_per_byte`, `validation_end_of_text_nats` (per
+        end-of-text target, None without one), `validation_tokens` and `validation_bytes` (both of predicted
+        text).
+
+    Raises:
+        ValueError: the held-out text has no token to predict.
+    """
+    count = len(data) if sequences is None else min(sequences, len(data))
+    text_nats = end_nats = 0.0
+    text_tokens = end_tokens = text_bytes = 0
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, count, batch_size):
+            batch = data.batch(first, min(batch_size, count - first))
+            batch = {key: value.to(model.device) for key, value in batch.items() if value is not None}
+            inputs = {key: batch[key] for key in ("input_ids", "document_ids", "attention_mask") if key in batch}
+            with autocast(model.device, dtype):
+                logits = model(**inputs, use_cache=False).logits
+            targets, is_text, is_end = (batch[k][:, 1:] for k in ("input_ids", "text_targets", "end_targets"))
+            nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none").double()
+            text_nats += float(nats[is_text].sum())
+            end_nats += float(nats[is_end].sum())
+            text_tokens += int(is_text.sum())
+            end_tokens += int(is_end.sum())
+            text_bytes += int(batch["text_bytes"].sum())
+    finally:
+        model.train(training)
+    if not text_bytes:
+        raise ValueError("the held-out text has no token to predict; give a larger corpus or a larger data.validation")
+    return {
+        "validation_bits_per_byte": text_nats / math.log(2) / text_bytes,
+        "validation_nats_per_token": text_nats / text_tokens,
+        "validation_end_of_text_nats": end_nats / end_tokens if end_tokens else None,
+        "validation_tokens": text_tokens,
+        "validation_bytes": text_bytes,
+    }
