@@ -124,7 +124,7 @@ class ContextualMemory(Memory):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def reset_parameters(self, layer_index: int) -> None:
-        """Table 6, but for the scale of the values: exp(theta), since exp(|theta|) as printed could never move from 0."""
+        """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
         std = 1 / math.sqrt(2 * self.common.hidden_size * (layer_index + 1))
         for linear in (self.key_proj, self.key_gate, self.key_decay, self.value_proj, self.out_proj):
             init_clamped_normal(linear.weight, std)

@@ -20,7 +20,7 @@ class LongTermMemory(ContextualMemory):
 
     @dataclass(frozen=True)
     class Options:
-        """`num_attention_heads` heads; `delay` is m at evaluation, `train_delay` the range of m in training, ends included."""
+        """`delay` is m at evaluation, `train_delay` the range of m in training, both ends included."""
 
         num_attention_heads: int
         delay: int = 64

@@ -52,9 +52,7 @@ class MosaicCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused, unless nothing is to be removed."""
         if tokens_to_remove:
-            raise ValueError(
-                "The memories of a mosaic cannot forget their newest tokens; keep a copy of the cache and go back to it."
-            )
+            raise ValueError("A mosaic cannot forget its newest tokens; keep a copy of the cache and go back to it.")
 
     def offload(self) -> None:
         raise ValueError("A mosaic's cache cannot be offloaded yet; leave out cache_implementation='offloaded'.")

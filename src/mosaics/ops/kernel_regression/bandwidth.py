@@ -22,7 +22,7 @@ class Bandwidth(NamedTuple):
     exponent: Tensor | None = None
 
     def at(self, count: Tensor) -> Tensor:
-        """beta at `count` pairs: `(..., time)` integers give `(..., heads, time)`; without pairs it has no meaning and is finite."""
+        """beta at `count` pairs: `(..., time)` integers give `(..., heads, time)`; finite also without pairs."""
         base = self.base[:, None]
         if self.slope is None:
             return base.expand(*count.shape[:-1], base.shape[0], count.shape[-1])

@@ -39,7 +39,7 @@ def _tile_dtype(x: Tensor) -> torch.dtype:
 
 
 def _tiles(first: Tensor, end: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
-    """Rows, queries and slots of each tile, with what of it is masked `(rows or 1, 1, queries, slots)` and which queries read nothing."""
+    """Rows, queries and slots of each tile; what of it is masked, and which of its queries read nothing."""
     time = first.shape[-1]
     for begin in range(0, time, BLOCK):
         queries = slice(begin, min(begin + BLOCK, time))

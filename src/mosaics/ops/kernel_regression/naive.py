@@ -17,7 +17,7 @@ def weights(
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The weights `(batch, heads, time, slots)` with which each query reads each stored pair; a row sums to 1, or to 0 without pairs."""
+    """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs."""
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time, start, delay, window, keys.device)
     slot = torch.arange(slots, device=keys.device)
@@ -40,7 +40,7 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Equation 4 of Memory Mosaics v2 as a T x T matrix of weights; see `mosaics.ops.kernel_regression.kernel_regression`."""
+    """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
     if dtype != torch.float64:
         queries, keys, values = queries.float(), keys.float(), values.float()

@@ -71,6 +71,6 @@ def _averages(
 
 
 def _finite_maximum(log_weights: Tensor) -> Tensor:
-    """The maximum over the last axis, 0 where there is nothing; a constant, since the direction does not depend on it."""
+    """The maximum over the last axis, 0 where there is nothing; a constant: the direction does not depend on it."""
     maximum = log_weights.detach().amax(-1)
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
