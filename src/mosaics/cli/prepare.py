@@ -23,9 +23,7 @@ def prepare(
     dataset_split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
     tokenizer: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or hub name of a tokenizer. Default: train a byte-level BPE on the corpus."
-        ),
+        typer.Option(help="Folder or hub name of a tokenizer. Default: train a byte-level BPE on the corpus."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained here.")] = 4096,
     validation: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.05,

@@ -91,9 +91,7 @@ def open_corpus(
     try:
         "".encode(encoding)
     except LookupError:
-        raise ValueError(
-            f"unknown encoding {encoding!r}; use a name that Python knows, such as utf-8"
-        ) from None
+        raise ValueError(f"unknown encoding {encoding!r}; use a name that Python knows, such as utf-8") from None
     if spec == STANDARD_LIBRARY:
         library = _standard_library()
         return Corpus(spec, lambda: _read_files(library, field, "utf-8"))
@@ -101,9 +99,7 @@ def open_corpus(
         return _open_dataset(spec, spec[3:], field, split)
     path = Path(spec).expanduser()
     if not spec.strip():
-        raise ValueError(
-            f"the corpus has an empty name; give a file, a folder, a pattern or {STANDARD_LIBRARY!r}"
-        )
+        raise ValueError(f"the corpus has an empty name; give a file, a folder, a pattern or {STANDARD_LIBRARY!r}")
     if path.is_dir():
         files = _named(path, (file for file in path.rglob("*") if _kind(file) in _TEXT))
         wanted = "no .txt, .md or .jsonl file (.gz, .xz)"
@@ -131,9 +127,7 @@ def _standard_library() -> list[tuple[str, Path]]:
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if name not in _NOT_LIBRARY_TEXT]
         found += [
-            Path(folder, name)
-            for name in files
-            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
         ]
     if not found:
         raise FileNotFoundError(f"this Python has no library sources in {root}; name a corpus of your own")
@@ -179,9 +173,7 @@ def _read_records(name: str, path: Path, stream: BinaryIO, field: str, encoding:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not a JSON record ({error}); correct or remove the line") from None
         if not isinstance(record, dict):
-            raise ValueError(
-                f"{where} holds a {type(record).__name__}, not a record with fields; correct the line"
-            )
+            raise ValueError(f"{where} holds a {type(record).__name__}, not a record with fields; correct the line")
         yield Document(f"{name}:{number}", _text_of(record, field, where))
 
 
@@ -191,9 +183,7 @@ def _text_of(record: dict, field: str, where: str) -> str:
         raise ValueError(f"{where} has no field {field!r}; its fields are: {names}")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(
-            f"field {field!r} of {where} holds a {type(text).__name__}, not text; name a text field"
-        )
+        raise ValueError(f"field {field!r} of {where} holds a {type(text).__name__}, not text; name a text field")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -206,9 +196,7 @@ def _text_of(record: dict, field: str, where: str) -> str:
 
 def _decode(data: bytes, path: Path, offset: int, encoding: str) -> str:
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise ValueError(
-            f"{path} has a document of more than {MAX_DOCUMENT_BYTES} bytes; cut it into several"
-        )
+        raise ValueError(f"{path} has a document of more than {MAX_DOCUMENT_BYTES} bytes; cut it into several")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -248,14 +236,12 @@ def _open_dataset(spec: str, source: str, field: str, split: str) -> Corpus:
     try:
         dataset = load_dataset(name, configuration or None, split=split)
     except Exception as error:  # whatever the hub, the network or a data file may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
-            f"{spec!r} is no file here, and could not be loaded as a Hugging Face dataset: {reason}"
+            f"{spec!r} is no file here, and no Hugging Face dataset that can be loaded ({reason}); name another"
         ) from error
     if field not in dataset.column_names:
-        raise ValueError(
-            f"{spec!r} has no column {field!r}; its columns are: {', '.join(dataset.column_names)}"
-        )
+        raise ValueError(f"{spec!r} has no column {field!r}; its columns are: {', '.join(dataset.column_names)}")
 
     def documents() -> Iterator[Document]:
         number = 0

@@ -110,9 +110,7 @@ class PackedDataset:
             ValueError: a negative position or fewer than one row.
         """
         if first_sequence < 0 or count < 1:
-            raise ValueError(
-                f"{count} rows from {first_sequence} are out of range; take 1 or more from 0 or later"
-            )
+            raise ValueError(f"{count} rows from {first_sequence} are out of range; take 1 or more from 0 or later")
         numbers = (divmod(number, len(self)) for number in range(first_sequence, first_sequence + count))
         return self._collate([int(self._order(epoch)[index]) for epoch, index in numbers])
 
@@ -127,13 +125,8 @@ class PackedDataset:
 
         Reads the list of names: for messages, not for every step.
         """
-        rows = [
-            int(self._order(n // len(self))[n % len(self)])
-            for n in range(first_sequence, first_sequence + count)
-        ]
-        documents = [
-            self._document[self._first_piece[row] : self._first_piece[row + 1]].tolist() for row in rows
-        ]
+        rows = [int(self._order(n // len(self))[n % len(self)]) for n in range(first_sequence, first_sequence + count)]
+        documents = [self._document[self._first_piece[row] : self._first_piece[row + 1]].tolist() for row in rows]
         names = self._split.names([number for row in documents for number in row])
         return [[names.pop(0) for _ in row] for row in documents]
 
@@ -160,9 +153,7 @@ class PackedDataset:
                 if self.prepared.token_bytes is not None:
                     counted = self.prepared.token_bytes[tokens]
                 else:
-                    counted = _even_share(
-                        inside - begins, stop - first - 1 - begins, self._split.text_bytes[document]
-                    )
+                    counted = _even_share(inside - begins, stop - first - 1 - begins, self._split.text_bytes[document])
                 text_bytes[line] += counted[is_text].sum()
                 place += length
             documents[line, place:] = number + 1

@@ -3,10 +3,10 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,8 @@ from rich.progress import (
 from mosaics.data.corpus import Corpus, Document, open_corpus
 from mosaics.data.shards import MANIFEST, PreparedCorpus, SplitWriter, write_manifest
 from mosaics.data.tokenizer import (
-    LARGEST_VOCABULARY,
-    SMALLEST_VOCABULARY,
     check_tokenizer,
+    check_vocab_size,
     encode_pieces,
     load_tokenizer,
     split_text,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION = "train", "validation"
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_PIECES = 4096
+_SAMPLE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -163,30 +163,29 @@ def prepare(
     """
     folder = Path(folder)
     corpus = open_corpus(corpus) if isinstance(corpus, str) else corpus
-    share = 0.0 if isinstance(validation, Corpus) else float(validation)
-    if not 0 <= share < 1:
-        raise ValueError(
-            f"a validation share of {share} is out of range; choose from 0 to 0.5, for example 0.05"
-        )
+    held_out = validation if isinstance(validation, Corpus) else None
+    share = 0.0 if held_out else float(validation)
+    if not 0 <= share <= 0.5:
+        raise ValueError(f"a validation share of {share} is out of range; choose from 0 to 0.5, such as 0.05")
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; choose 0 or more")
     if shard_tokens < 1 or tokenizer_text_bytes < 1:
         raise ValueError("shards and the tokenizer's text must not be empty; choose 1 or more")
-    if tokenizer is None and not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
-        train_tokenizer([], vocab_size)  # raises, before the corpus is read
-    if isinstance(tokenizer, str | os.PathLike):
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
+    elif isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
-    elif tokenizer is not None:
+    else:
         check_tokenizer(tokenizer, tokenizer.name_or_path or type(tokenizer).__name__)
     if folder.exists() and not (folder / MANIFEST).exists() and not (folder.is_dir() and _is_empty(folder)):
         raise ValueError(f"{folder} exists and is not a prepared corpus; choose another folder")
 
     with _progress(show_progress) as progress:
-        plan = _Plan(corpus, validation if isinstance(validation, Corpus) else None, share, seed)
+        plan = _Plan(corpus, held_out, share, seed)
         plan.survey(progress)
         settings = {
             "text_sha256": plan.digest,
-            "validation": share if plan.validation is None else "corpus",
+            "validation": "corpus" if held_out else share,
             "seed": seed,
             "shard_tokens": shard_tokens,
         }
@@ -197,21 +196,21 @@ def prepare(
         if (folder / MANIFEST).exists():
             return _reuse(folder, settings)
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        target = folder.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        partial.mkdir()
         try:
             if tokenizer is None:
-                texts = plan.sample(tokenizer_text_bytes, progress)
-                tokenizer = train_tokenizer(texts, vocab_size)
+                tokenizer = train_tokenizer(plan.sample(tokenizer_text_bytes, progress), vocab_size)
             report = _write(plan, tokenizer, partial, folder, settings, shard_tokens, progress)
-            os.chmod(partial, 0o777 & ~_umask())
-            _rename(partial, folder, settings)
+            _rename(partial, target, settings)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(
-                    error.errno,
-                    f"no room to write {folder} ({error.strerror}); make room or choose another disk",
-                ) from None
+            # Some libraries report a short write without its number.
+            unnumbered = error.errno is None and type(error) is OSError
+            if unnumbered or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                reason = error.strerror or error
+                raise OSError(f"no room to write {folder} ({reason}); make room or choose another disk") from None
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -231,7 +230,6 @@ class _Plan:
     text_bytes: int = 0
     digest: str = ""
     _last_held_out: int = -1
-    _held_out_bytes: int = field(default=0)
 
     def survey(self, progress: Progress) -> None:
         task = progress.add_task("reading", total=None)
@@ -283,26 +281,26 @@ class _Plan:
     def _cut(self, document: Document) -> Iterator[tuple[str, Document]]:
         text = document.text
         middle = min(max(1, round(len(text) * (1 - self.share))), len(text) - 1)
-        cut = text.rfind("\n", 0, middle) + 1 or middle
+        cut = text.rfind("\n", max(0, middle - 4096), middle) + 1 or middle
         if cut < 1:
-            raise ValueError(
-                f"the corpus {self.corpus.name!r} is too short to hold out a part; use validation 0"
-            )
+            raise ValueError(f"the corpus {self.corpus.name!r} is too short to hold out a part; use validation 0")
         yield TRAIN, Document(document.id, text[:cut])
         yield VALIDATION, Document(f"{document.id} (end)", text[cut:])
 
     def sample(self, limit: int, progress: Progress) -> Iterator[str]:
-        """The training texts, or a part of them of about `limit` bytes drawn by document."""
+        """The training texts, or parts of them drawn from all over the corpus, of `limit` characters at most."""
         task = progress.add_task("training the tokenizer", total=self.text_bytes)
         below = 2**64 * min(1.0, limit / self.text_bytes)
         left = limit
         for split, document in self.assigned():
-            size = len(document.text.encode())
-            progress.update(task, advance=size)
-            chosen = self.documents == 1 or self._place("tokenizer", document) < below
-            if split == TRAIN and chosen and left > 0:
-                yield document.text[:left]
-                left -= size
+            progress.update(task, advance=len(document.text.encode()))
+            if split != TRAIN:
+                continue
+            for index, part in enumerate(split_text(document.text, _SAMPLE_CHARACTERS)):
+                first = left == limit  # never nothing at all
+                if left and (first or self._place(f"tokenizer {index}", document) < below):
+                    yield part[:left]
+                    left -= len(part[:left])
         progress.update(task, description="merging pairs")
 
 
@@ -324,9 +322,7 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _write(
-    plan, tokenizer, partial: Path, folder: Path, settings: dict, shard_tokens: int, progress
-) -> Report:
+def _write(plan, tokenizer, partial: Path, folder: Path, settings: dict, shard_tokens: int, progress) -> Report:
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     table = token_bytes(tokenizer)
     exact = table is not None
@@ -337,7 +333,7 @@ def _write(
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     begin, end = np.asarray(begin, np.int64), np.asarray([tokenizer.eos_token_id], np.int64)
     task = progress.add_task("tokenising", total=plan.text_bytes)
-    counted = 0
+    counted = encoded_bytes = 0
     for batch in _batches(_pieces(plan.assigned(), cut=table is not None)):
         encoded = encode_pieces(tokenizer, [piece for _, _, piece, _, _ in batch])
         for (split, document, piece, first, last), ids in zip(batch, encoded, strict=True):
@@ -353,11 +349,15 @@ def _write(
                 size = len(document.text.encode())
                 writer.end_document(document.id, size)
                 exact = exact and counted == size
-            progress.update(task, advance=len(piece.encode()))
+            encoded_bytes += len(piece.encode())
+        progress.update(task, completed=encoded_bytes)
     splits = {split: writer.close() for split, writer in writers.items()}
     if exact:
         np.save(partial / "token_bytes.npy", table)
-    tokenizer.save_pretrained(partial / "tokenizer")
+    try:
+        tokenizer.save_pretrained(partial / "tokenizer")
+    except Exception as error:  # the library's own errors have no type
+        raise error if isinstance(error, OSError | ValueError) else OSError(str(error)) from None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     counts = {split: _count(partial / split, values) for split, values in splits.items()}
     report = Report(folder, plan.corpus.name, len(tokenizer), plan.empty, counts, reused=False)
@@ -439,8 +439,7 @@ def _reuse(folder: Path, settings: dict) -> Report:
             if before.get(name) != settings.get(name)
         ]
         raise ValueError(
-            f"{folder} was prepared in another way ({', '.join(differences)}); "
-            "choose another folder or remove it"
+            f"{folder} was prepared in another way ({', '.join(differences)}); choose another folder or remove it"
         )
     prepared.verify()
     content = dict(prepared.manifest["report"])
@@ -473,12 +472,6 @@ def _rename(partial: Path, folder: Path, settings: dict) -> None:
 def _is_empty(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return next(entries, None) is None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _progress(show: bool) -> Progress:

@@ -144,13 +144,9 @@ class PreparedCorpus:
                 f"no prepared corpus in {self.folder}; make one with `mosaics prepare --out {self.folder}`"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self.folder / MANIFEST} is damaged ({error}); prepare the corpus again"
-            ) from None
+            raise ValueError(f"{self.folder / MANIFEST} is damaged ({error}); prepare the corpus again") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.folder / MANIFEST} is not that of a prepared corpus; choose another folder"
-            )
+            raise ValueError(f"{self.folder / MANIFEST} is not that of a prepared corpus; choose another folder")
         if manifest.get("version") != VERSION:
             raise ValueError(
                 f"{self.folder} has format version {manifest.get('version')!r} instead of {VERSION}; "
@@ -164,20 +160,21 @@ class PreparedCorpus:
             self.pad_token_id = int(manifest["tokenizer"]["pad_token_id"])
             for name, entry in manifest["files"].items():
                 self._check(name, entry["bytes"])
+            self._splits = {
+                name: {key: int(counts[key]) for key in ("documents", "tokens", "text_bytes", "shards")}
+                for name, counts in manifest["splits"].items()
+            }
+            self._shard_tokens = int(manifest["shard_tokens"])
             self._dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[manifest["dtype"]]
             exact = manifest["text_bytes"] == "token"
             self.token_bytes = np.load(self.folder / "token_bytes.npy", allow_pickle=False) if exact else None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.folder / MANIFEST} is damaged ({error!r}); prepare the corpus again"
-            ) from None
+            raise ValueError(f"{self.folder / MANIFEST} is damaged ({error!r}); prepare the corpus again") from None
 
     def _check(self, name: str, size: int) -> Path:
         path = self.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            raise ValueError(
-                f"{self.folder / MANIFEST} names a file outside the folder, {name!r}; don't use it"
-            )
+            raise ValueError(f"{self.folder / MANIFEST} names a file outside the folder, {name!r}; don't use it")
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes instead of {size}"
@@ -190,7 +187,7 @@ class PreparedCorpus:
         Raises:
             ValueError: a file differs from what was written.
         """
-        others = {name for name in self.manifest["splits"] if split and name != split}
+        others = {name for name in self._splits if split and name != split}
         for name, entry in self.manifest["files"].items():
             if Path(name).parts[0] not in others and sha256(self.folder / name) != entry["sha256"]:
                 raise ValueError(
@@ -204,11 +201,10 @@ class PreparedCorpus:
         Raises:
             ValueError: the folder has no such split, or it has no document.
         """
-        splits = self.manifest["splits"]
-        if not splits.get(name, {}).get("documents"):
-            there = ", ".join(key for key, counts in splits.items() if counts["documents"])
+        if name not in self._splits or not self._splits[name]["documents"]:
+            there = ", ".join(key for key, counts in self._splits.items() if counts["documents"])
             raise ValueError(f"{self.folder} has no documents in split {name!r}; it has: {there}")
-        return PreparedSplit(self.folder / name, self._dtype, splits[name], self.manifest["shard_tokens"])
+        return PreparedSplit(self.folder / name, self._dtype, self._splits[name], self._shard_tokens)
 
     def tokenizer(self):
         """The tokenizer that the corpus was prepared with."""

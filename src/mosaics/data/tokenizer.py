@@ -51,11 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> "PreTrained
     """
     from transformers import PreTrainedTokenizerFast
 
-    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
-        raise ValueError(
-            f"a vocabulary of {vocab_size} entries is out of range; "
-            f"choose from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
-        )
+    check_vocab_size(vocab_size)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,6 +83,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> "PreTrained
     )
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `ValueError` for a vocabulary that `train_tokenizer` can't make."""
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} entries is out of range; "
+            f"choose from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
+        )
+
+
 def load_tokenizer(name: str | os.PathLike) -> "PreTrainedTokenizerBase":
     """Loads a tokenizer from a folder or by its name on the Hugging Face hub.
 
@@ -98,16 +103,15 @@ def load_tokenizer(name: str | os.PathLike) -> "PreTrainedTokenizerBase":
 
     name = os.fspath(name)
     if Path(name).is_file():
-        raise ValueError(
-            f"{name} is a file; give the folder that holds tokenizer.json and tokenizer_config.json"
-        )
+        raise ValueError(f"{name} is a file; give the folder that holds tokenizer.json and tokenizer_config.json")
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no tokenizer folder {name!r}; give one that exists or a name on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged file, the hub or the network may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the tokenizer {name!r} could not be loaded: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        where = "in that folder" if Path(name).is_dir() else "here or on the Hugging Face hub"
+        raise ValueError(f"no tokenizer {name!r} could be loaded {where} ({reason}); name another") from error
     return check_tokenizer(tokenizer, name)
 
 
