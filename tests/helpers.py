@@ -1,0 +1,48 @@
+"""What several tests use."""
+
+from __future__ import annotations
+
+import torch
+
+from mosaics import MosaicConfig, MosaicForCausalLM
+
+VOCABULARY = 61
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of what was expected; the plain difference where 0 was expected."""
+    value, expected = value.detach().double(), expected.detach().double()
+    size = expected.norm()
+    return ((value - expected).norm() / (size if size > 0 else 1.0)).item()
+
+
+def gradients(output: torch.Tensor, inputs, seed: int = 7) -> list[torch.Tensor]:
+    """Gradients of a fixed random projection of `output`, 0 for inputs that it does not depend on."""
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = torch.autograd.grad((output * weight.to(output.dtype)).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def tiny_config(**overrides) -> MosaicConfig:
+    """Two blocks of width 16 whose windows and delays have borders within a few tokens."""
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    reach = dict(window=6, delay=3, train_delay=[3, 6])
+    return MosaicConfig.from_preset("memory-mosaics-v2-tiny", **{**sizes, **reach, **overrides})
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, scale: float = 4.0, **overrides) -> MosaicForCausalLM:
+    """A random tiny model at evaluation, with weights so large that every memory matters to the logits."""
+    torch.manual_seed(3)
+    model = MosaicForCausalLM(tiny_config(**overrides)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import relative_error
+from mosaics.memories import REGISTRY, Common, Context, Layout, Stack
+from mosaics.memories.base import build
+
+OPTIONS = {
+    "short_term": dict(num_attention_heads=2, window=5),
+    "long_term": dict(num_attention_heads=2, delay=3, train_delay=[3, 5]),
+    "feed_forward": dict(intermediate_size=12),
+}
+
+
+def memory(name, width=8, layer_index=0, **options):
+    torch.manual_seed(1)
+    made = build(name, {**OPTIONS[name], **options}, Common(width), layer_index).double()
+    with torch.no_grad():
+        made.reset_parameters(layer_index)
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [4, 1, 17, 8]])
+def test_memory_any_cut_equals_whole(name, pieces):
+    made, x = memory(name), torch.randn(2, 30, 8, dtype=torch.float64)
+    whole, none = made(x, Layout(2, 30), None, Context())
+    assert none is None
+    state, begin, parts = made.initial_state(), 0, []
+    for piece in pieces:
+        y, state = made(x[:, begin : begin + piece], Layout(2, piece), state, Context())
+        parts.append(y)
+        begin += piece
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_memory_gradient_through_the_state_equals_whole(name):
+    made, x = memory(name), torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
+    whole, _ = made(x, Layout(1, 20), None, Context())
+    first, state = made(x[:, :9], Layout(1, 9), made.initial_state(), Context())
+    second, _ = made(x[:, 9:], Layout(1, 11), state, Context())
+    (expected,) = torch.autograd.grad(whole.square().sum(), x)
+    (found,) = torch.autograd.grad(torch.cat([first, second], dim=1).square().sum(), x)
+    assert relative_error(found, expected) < 1e-9
+
+
+def test_long_term_memory_draws_every_delay_between_both_ends_equally():
+    made = memory("long_term", train_delay=[3, 5])
+    drawn = [made.delay(Context(draw=i / 300)) for i in range(300)]
+    assert [drawn.count(delay) for delay in (2, 3, 4, 5, 6)] == [0, 100, 100, 100, 0]
+    assert made.delay(Context()) == 3
+
+
+def test_short_term_memory_reads_the_pairs_of_equation_10():
+    made, context = memory("short_term", window=4), Context(reads=[])
+    made(torch.randn(1, 10, 8, dtype=torch.float64), Layout(1, 10), None, context)
+    read = context.reads[0].weights[0, 0]
+    assert {t: (read[t] > 0).nonzero()[:, 0].tolist() for t in (0, 1, 3, 9)} == {0: [], 1: [0], 3: [0, 1, 2], 9: [6, 7, 8]}
+
+
+@pytest.mark.parametrize("draw, delay", [(None, 3), (0.99, 5)])
+def test_long_term_memory_reads_all_pairs_up_to_the_delay(draw, delay):
+    made, context = memory("long_term"), Context(reads=[], draw=draw)
+    made(torch.randn(1, 10, 8, dtype=torch.float64), Layout(1, 10), None, context)
+    read = context.reads[0].weights[0, 0]
+    for t in range(10):
+        assert (read[t] > 0).nonzero()[:, 0].tolist() == list(range(max(0, t - delay + 1)))
+
+
+@pytest.mark.parametrize("name", ["short_term", "long_term"])
+def test_contextual_memory_reads_what_equations_8_and_9_store(name):
+    """One head computed by hand from the parameters: keys, values, bandwidth, read, output map."""
+    made = memory(name, num_attention_heads=1)
+    with torch.no_grad():
+        for parameter in (made.bandwidth_base, made.bandwidth_slope, made.bandwidth_exponent, made.value_scale):
+            parameter.add_(0.3)
+    x = torch.randn(9, 8, dtype=torch.float64)
+    out, _ = made(x[None], Layout(1, 9), None, Context())
+    gate, decay = made.key_gate(x)[:, 0].exp(), (-made.key_decay(x)[:, 0].abs()).exp()
+    average, keys = torch.zeros(8, dtype=torch.float64), []
+    for t in range(9):
+        average = gate[t] * made.key_proj(x[t]) + decay[t] * average
+        keys.append(average / average.norm())
+    raw, mix = made.value_proj(x), made.value_mix[0]
+    for t in range(9):
+        reachable = range(max(0, t - 4), t) if name == "short_term" else range(t - 3 + 1)
+        answer = torch.zeros(8, dtype=torch.float64)
+        if len(reachable):
+            beta = math.exp(1.8) * len(reachable) ** (1 / 3 + 0.3) + math.exp(1.8)
+            weights = torch.stack([beta * keys[t] @ keys[i] for i in reachable]).softmax(0)
+            for weight, i in zip(weights, reachable, strict=True):
+                value = mix * raw[i] + (1 - mix) * raw[i + 1]
+                answer = answer + weight * math.exp(0.3) * value / value.norm()
+        assert relative_error(out[0, t], made.out_proj(answer)) < 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("layer_index", [0, 3])
+def test_memory_reset_parameters_follows_table_6(name, layer_index):
+    made = memory(name, width=128, layer_index=layer_index, **({} if name == "feed_forward" else {"num_attention_heads": 8}))
+    for label, linear in made.named_modules():
+        if isinstance(linear, nn.Linear) and linear.weight.numel() >= 1000:
+            sigma = 1 / math.sqrt(2 * linear.in_features * (layer_index + 1))
+            weight = linear.weight
+            assert abs(weight.std() / sigma - 0.9867) < 0.04, label  # clamped at three deviations
+            assert weight.abs().max() <= 3 * sigma * (1 + 1e-9), label
+            assert abs(weight.mean() / sigma) < 0.1, label
+    if name != "feed_forward":
+        assert made.bandwidth().base.tolist() == pytest.approx([math.exp(1.5)] * 8)
+        assert made.bandwidth().slope.tolist() == pytest.approx([math.exp(1.5)] * 8)
+        assert made.bandwidth().exponent.tolist() == pytest.approx([1 / 3] * 8)
+        assert (made.value_scale == 0).all() and ((made.value_mix >= 0) & (made.value_mix <= 1)).all()
+        assert made.value_mix.std() > 0.1
+
+
+def test_memory_reset_parameters_clamps_and_does_not_draw_again():
+    wide = memory("feed_forward", width=256, intermediate_size=512).up_proj.weight
+    share = (wide.abs() >= 3 / math.sqrt(512) * (1 - 1e-9)).double().mean().item()
+    assert 0.0015 < share < 0.0045  # 0.27 % of a normal lies beyond three deviations
+
+
+def test_contextual_memory_bandwidth_is_clamped():
+    made = memory("short_term")
+    with torch.no_grad():
+        made.bandwidth_base.fill_(50)
+        made.bandwidth_slope.fill_(50)
+        made.bandwidth_exponent.fill_(-7)
+        made.value_scale.fill_(99)
+    assert made.bandwidth().base.max() == math.exp(10) and made.bandwidth().exponent.max() == 1
+    assert torch.isfinite(made(torch.randn(1, 6, 8, dtype=torch.float64), Layout(1, 6), None, Context())[0]).all()
+
+
+def test_contextual_memory_value_scale_can_move_from_its_start():
+    made = memory("short_term")
+    out, _ = made(torch.randn(1, 6, 8, dtype=torch.float64), Layout(1, 6), None, Context())
+    out.square().sum().backward()
+    assert (made.value_scale.grad != 0).all()
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("short", {}, "did you mean 'short_term'"),
+        ("short_term", dict(num_attention_heads=2, windows=3), "did you mean 'window'"),
+        ("short_term", dict(window=3), "needs the option 'num_attention_heads'"),
+        ("short_term", dict(num_attention_heads=2, window="3"), "of type int"),
+        ("short_term", dict(num_attention_heads=2, window=1), "at least 2"),
+        ("short_term", dict(num_attention_heads=3), "not a multiple"),
+        ("long_term", dict(num_attention_heads=2, delay=0), "at least 1"),
+        ("long_term", dict(num_attention_heads=2, train_delay=[9, 3]), "smaller delay first"),
+        ("long_term", dict(num_attention_heads=2, train_delay=[9]), "of type tuple"),
+        ("feed_forward", dict(intermediate_size=0), "at least 1"),
+    ],
+)
+def test_build_refuses_wrong_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, options, Common(8), 0)
+
+
+def test_stack_meets_the_memory_contract():
+    steps = [[{"type": n, "options": OPTIONS[n]} for n in ("short_term", "long_term")], [{"type": "feed_forward", "options": OPTIONS["feed_forward"]}]]
+    stack = Stack([steps, steps], nn.RMSNorm, Common(8)).double()
+    for made in stack.memories():
+        made.reset_parameters(made.layer_index)
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    whole, _ = stack(x, Layout(2, 12), None, Context())
+    first, state = stack(x[:, :5], Layout(2, 5), stack.initial_state(), Context())
+    state.select(torch.tensor([1, 0]))
+    second, _ = stack(x[[1, 0], 5:], Layout(2, 7), state, Context())
+    assert relative_error(first, whole[:, :5]) < 1e-9 and relative_error(second, whole[[1, 0], 5:]) < 1e-9
+    assert stack.flops(16) == sum(made.flops(16) for made in stack.memories())
+
+
+@pytest.mark.parametrize("name", ["short_term", "long_term"])
+@pytest.mark.parametrize("time", [1, 4, 40])
+def test_contextual_memory_state_bytes_are_those_it_holds(name, time):
+    made = memory(name).float()
+    _, state = made(torch.randn(1, time, 8), Layout(1, time), made.initial_state(), Context())
+    held = min(time, 4) if name == "short_term" else time
+    tensors = [state.pairs.keys[:, :, -held:], state.pairs.values[:, :, -held:], state.direction, state.log_scale, state.raw_value]
+    assert made.state_bytes(time, 4) == sum(x.numel() * 4 for x in tensors)

@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import gradients, relative_error
+from mosaics.ops.kernel_regression import FORMS, Bandwidth, blockwise, kernel_regression, weights
+
+FAST = [form for form in FORMS if form != "naive"]
+
+
+def inputs(time, stored=0, batch=2, heads=2, width=4, dtype=torch.float64, seed=0):
+    """Unit keys as queries too (rows of `stored` older pairs first), values, and a bandwidth near Table 6's start."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    keys = F.normalize(normal(batch, heads, stored + time, width), dim=-1).to(dtype).requires_grad_()
+    values = normal(batch, heads, stored + time, 3).to(dtype).requires_grad_()
+    base, slope = (math.exp(1.5) + 0.1 * normal(heads) for _ in range(2))
+    bandwidth = Bandwidth(*(x.to(dtype).requires_grad_() for x in (base, slope, 1 / 3 + 0.05 * normal(heads))))
+    return keys, values, bandwidth
+
+
+def starts(batch, time, stored, seed):
+    """Documents that begin at random, the first of them within the stored pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    border = torch.rand(batch, time, generator=generator) < 0.05
+    open_since = -torch.randint(0, stored + 1, (batch, 1), generator=generator)
+    if stored == 0:
+        border[:, 0] = True
+    return torch.where(border, torch.arange(time), open_since).cummax(1).values
+
+
+def read(keys, values, bandwidth, time, form, **access):
+    return kernel_regression(keys[:, :, keys.shape[2] - time :], keys, values, bandwidth, form=form, **access)
+
+
+def serves(form, stored, access):
+    return form != "shifted" or (stored == 0 and access.get("window") is None)
+
+
+def test_kernel_regression_naive_is_equations_3_and_6():
+    time, delay, window = 9, 2, 6
+    keys, values, bandwidth = inputs(time)
+    start = starts(2, time, 0, seed=4)
+    out = read(keys, values, bandwidth, time, "naive", delay=delay, window=window, start=start)
+    for b in range(2):
+        for h in range(2):
+            for t in range(time):
+                pairs = [i for i in range(time) if i >= start[b, t] and t - window + 1 <= i <= t - delay]
+                if not pairs:
+                    assert (out[b, h, t] == 0).all()
+                    continue
+                beta = bandwidth.slope[h] * len(pairs) ** bandwidth.exponent[h] + bandwidth.base[h]
+                # Equation 3: exp(-beta' |k - k_i|^2) with beta' = beta / 2, the factor that equation 4 absorbs.
+                kernel = [torch.exp(-beta / 2 * (keys[b, h, t] - keys[b, h, i]).square().sum()) for i in pairs]
+                expected = sum(k * values[b, h, i] for k, i in zip(kernel, pairs, strict=True)) / sum(kernel)
+                assert relative_error(out[b, h, t], expected) < 1e-12
+
+
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("stored", [0, 1, 50])
+@pytest.mark.parametrize("delay, window", [(1, None), (7, None), (64, None), (0, None), (1, 2), (1, 32), (3, 5)])
+@pytest.mark.parametrize("time", [1, 2, 63, 129, 300])
+def test_kernel_regression_form_equals_naive_in_value_and_gradient(form, time, delay, window, stored, documents):
+    access = dict(delay=delay, window=window, start=starts(2, time, stored, seed=time) if documents else None)
+    if not serves(form, stored, access):
+        with pytest.raises(ValueError, match="blockwise"):
+            read(*inputs(time, stored), time, form, **access)
+        return
+    keys, values, bandwidth = inputs(time, stored)
+    leaves = (keys, values, *bandwidth)
+    value, expected = (read(keys, values, bandwidth, time, f, **access) for f in (form, "naive"))
+    assert relative_error(value, expected) < 1e-9
+    for g, e in zip(gradients(value, leaves), gradients(expected, leaves), strict=True):
+        assert relative_error(g, e) < 1e-9
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_kernel_regression_forms_agree_at_length_1000(window):
+    keys, values, bandwidth = inputs(1000, batch=1, heads=1)
+    expected = read(keys, values, bandwidth, 1000, "naive", delay=64, window=window)
+    for form in FAST:
+        if serves(form, 0, dict(window=window)):
+            assert relative_error(read(keys, values, bandwidth, 1000, form, delay=64, window=window), expected) < 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 70), st.integers(0, 30), st.integers(0, 20), st.none() | st.integers(1, 40), st.integers(0, 10**6)
+)
+def test_kernel_regression_forms_agree_on_any_shape(time, stored, delay, window, seed):
+    keys, values, bandwidth = inputs(time, stored, seed=seed)
+    access = dict(delay=delay, window=window, start=starts(2, time, stored, seed) if seed % 2 else None)
+    expected = read(keys, values, bandwidth, time, "naive", **access)
+    block, blockwise.BLOCK = blockwise.BLOCK, 1 + seed % 17  # many tiles, however short the sequence
+    try:
+        for form in FAST:
+            if serves(form, stored, access):
+                assert relative_error(read(keys, values, bandwidth, time, form, **access), expected) < 1e-9
+    finally:
+        blockwise.BLOCK = block
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_kernel_regression_form_equals_naive_in_float32(form):
+    keys, values, bandwidth = inputs(400, dtype=torch.float32, width=16)
+    exact_keys, exact_values, exact_bandwidth = inputs(400, width=16)
+    value = read(keys, values, bandwidth, 400, form, delay=5)
+    expected = read(exact_keys, exact_values, exact_bandwidth, 400, "naive", delay=5)
+    assert relative_error(value, expected) < 1e-5
+    leaves, exact = (keys, values, *bandwidth), (exact_keys, exact_values, *exact_bandwidth)
+    for g, e in zip(gradients(value, leaves), gradients(expected, exact), strict=True):
+        assert relative_error(g, e) < 1e-5
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_kernel_regression_bfloat16_is_near_the_float32_twin(form):
+    keys, values, bandwidth = inputs(2000, batch=1, heads=1, width=64)
+    low_keys, low_values = keys.detach().bfloat16(), values.detach().bfloat16()
+    wide = Bandwidth(*(x.detach().float() for x in bandwidth))
+    value = read(low_keys, low_values, wide, 2000, form, delay=64)
+    expected = read(low_keys.float(), low_values.float(), wide, 2000, "naive", delay=64)
+    assert value.dtype == torch.bfloat16
+    assert relative_error(value, expected) < 1e-2
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("time, delay", [(5, 5), (5, 9), (4, 3)])
+def test_kernel_regression_without_pairs_is_exactly_zero(form, time, delay):
+    keys, values, bandwidth = inputs(time)
+    out = read(keys, values, bandwidth, time, form, delay=delay)
+    assert (out[:, :, :delay] == 0).all()
+    assert out.isfinite().all() and (time <= delay or (out[:, :, delay:] != 0).all())
+    if out.requires_grad:
+        assert all(g.isfinite().all() for g in gradients(out, (keys, values, *bandwidth)))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_kernel_regression_does_not_depend_on_unreadable_pairs(form):
+    keys, values, bandwidth = inputs(40)
+    start = torch.where(torch.arange(40) >= 20, 20, 0).expand(2, 40)
+    out = read(keys, values, bandwidth, 40, form, delay=3, start=start)
+    for t in (0, 2, 3, 19, 20, 22, 23, 39):
+        (touched,) = torch.autograd.grad(out[:, :, t].sum(), values, retain_graph=True, allow_unused=True)
+        reached = set() if touched is None else set(touched.abs().sum((0, 1, 3)).nonzero()[:, 0].tolist())
+        assert reached == set(range(20 if t >= 20 else 0, t - 3 + 1))
+
+
+def test_kernel_regression_weights_sum_to_one_or_zero():
+    keys, _, bandwidth = inputs(30)
+    sums = weights(keys, keys, bandwidth, delay=4, window=9).sum(-1)
+    assert (sums[:, :, :4] == 0).all() and (sums[:, :, 4:] - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("window", [None, 5])
+def test_kernel_regression_gradcheck(form, window):
+    if not serves(form, 0, dict(window=window)):
+        return
+    keys, values, bandwidth = inputs(11, batch=1, heads=2, width=3)
+    queries = torch.randn(1, 2, 11, 3, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([[0] * 6 + [6] * 5])
+    function = lambda q, k, v, *beta: kernel_regression(  # noqa: E731
+        q, k, v, Bandwidth(*beta), delay=2, window=window, start=start, form=form
+    )
+    assert torch.autograd.gradcheck(function, (queries, keys, values, *bandwidth))
+
+
+@pytest.mark.parametrize("access", [dict(delay=-1), dict(delay=1, window=0), dict(delay=1, form="shift")])
+def test_kernel_regression_refuses_impossible_access(access):
+    keys, values, bandwidth = inputs(4)
+    with pytest.raises(ValueError):
+        kernel_regression(keys, keys, values, bandwidth, **access)
