@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from mosaics import MosaicConfig
+from mosaics.models import PRESETS
+
+
+def tiny(**overrides):
+    return MosaicConfig.from_preset("memory-mosaics-v2-tiny", **overrides)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_from_preset_survives_saving(tmp_path, name):
+    config = MosaicConfig.from_preset(name)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+    assert AutoConfig.from_pretrained(tmp_path).blocks == config.blocks
+
+
+def test_from_preset_overrides_reach_the_memories():
+    config = tiny(window=9, delay=2, train_delay=(2, 7), num_attention_heads=8, intermediate_size=10, num_hidden_layers=3)
+    assert (config.window, config.delay, config.train_delay) == (9, 2, [2, 7])
+    assert (config.num_attention_heads, config.intermediate_size, config.num_hidden_layers) == (8, 10, 3)
+    steps = config.block_steps()
+    assert len(steps) == 3 and [m["type"] for m in steps[0][0]] == ["short_term", "long_term"]
+    assert tiny().window == PRESETS["memory-mosaics-v2-tiny"]["blocks"][0]["steps"][0][0]["options"]["window"]
+
+
+def test_setting_an_option_on_the_config_sets_it_in_the_memories():
+    config = tiny()
+    config.window = 11
+    assert config.blocks[0]["steps"][0][0]["options"]["window"] == 11 and config.to_dict()["blocks"] == config.blocks
+    with pytest.raises(AttributeError):
+        _ = config.windows
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(windw=3), "did you mean 'window'"),
+        (dict(hiden_size=3), "did you mean 'hidden_size'"),
+        (dict(vocab_size=0), "vocab_size is 0"),
+        (dict(hidden_size="a"), "hidden_size is 'a'"),
+        (dict(num_hidden_layers=0), "repeats 0 times"),
+        (dict(norm="batch"), "'rms' or 'layer'"),
+        (dict(dropout=1.0), "probability below 1"),
+        (dict(norm_eps=float("nan")), "norm_eps is nan"),
+        (dict(logit_scale=0.0), "above 0"),
+        (dict(bias=1), "true or false"),
+        (dict(blocks=[]), "at least one"),
+        (dict(blocks=[{"repeat": 1, "step": []}]), "'repeat' and 'steps'"),
+        (dict(blocks=[{"repeat": 1, "steps": [[]]}]), "no memory"),
+        (dict(blocks=[{"repeat": 1, "steps": [[{"type": "longterm"}]]}]), "did you mean 'long_term'"),
+        (dict(blocks=[{"repeat": 1, "steps": [[{"type": "long_term", "options": {"dely": 3}}]]}]), "did you mean 'delay'"),
+        (dict(blocks=[{"repeat": 1, "steps": [[{"typ": "long_term"}]]}]), "'type' and 'options'"),
+    ],
+)
+def test_from_preset_refuses_what_is_impossible(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)
+
+
+def test_from_preset_refuses_an_unknown_preset():
+    with pytest.raises(ValueError, match="did you mean 'memory-mosaics-v2-tiny'"):
+        MosaicConfig.from_preset("memory-mosaic-v2-tiny")
+
+
+@pytest.mark.parametrize("key", ["widow", "hidden_sizes", "layers"])
+def test_config_file_with_an_unknown_key_is_refused(tmp_path, key):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: 3}))
+    with pytest.raises(ValueError, match=key):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_config_refuses_a_number_of_blocks_that_is_not_theirs():
+    with pytest.raises(ValueError, match="num_hidden_layers is 7"):
+        MosaicConfig(num_hidden_layers=7)

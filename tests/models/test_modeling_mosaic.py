@@ -1,0 +1,341 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from helpers import VOCABULARY, tiny_config, tiny_model, tokens
+from mosaics import MosaicConfig, MosaicForCausalLM
+from mosaics.models import count_targets
+
+BOUND = 1e-9
+VARIANTS = {
+    "v2": {},
+    "layer norm, biases, tied, scaled": dict(norm="layer", bias=True, tie_word_embeddings=True, logit_scale=0.25),
+    "widest reach": dict(window=50, delay=1, train_delay=[1, 60]),
+    "narrowest window": dict(window=2, delay=2, train_delay=[2, 2]),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def model(request):
+    return tiny_model(**VARIANTS[request.param])
+
+
+def plain(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def cached(model, ids, pieces, attention_mask=None, document_ids=None):
+    """Logits of a sequence fed in pieces."""
+    cache, begin, logits = None, 0, []
+    with torch.no_grad():
+        for piece in pieces:
+            part = slice(begin, begin + piece)
+            output = model(
+                ids[:, part],
+                attention_mask=None if attention_mask is None else attention_mask[:, : begin + piece],
+                document_ids=None if document_ids is None else document_ids[:, part],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, begin = output.past_key_values, begin + piece
+            logits.append(output.logits)
+    assert cache.get_seq_length() == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def difference(value, expected):
+    return (value - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [39, 1], [1, 39], [2, 7, 1, 1, 29]])
+def test_forward_any_split_equals_whole(model, pieces):
+    ids = tokens(2, 40)
+    assert difference(cached(model, ids, pieces), plain(model, ids)) < BOUND
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_forward_padding_documents_and_cuts_change_nothing(data):
+    """Rows of random documents with padding anywhere, fed in random pieces: each document as if it were alone."""
+    model = tiny_model()
+    seed = data.draw(st.integers(0, 10**6))
+    generator = torch.Generator().manual_seed(seed)
+    time = data.draw(st.integers(1, 45))
+    pieces = []
+    while sum(pieces) < time:
+        pieces.append(data.draw(st.integers(1, min(20, time - sum(pieces)))))
+    ids = tokens(3, time, seed)
+    mask = torch.rand(3, time, generator=generator) < 0.7
+    mask[1] = torch.arange(time) >= time // 3  # padded on the left
+    mask[2] = torch.arange(time) < time - time // 3  # and on the right
+    documents = (torch.rand(3, time, generator=generator) < 0.1).cumsum(1) % 3
+    logits = {
+        "whole": model(ids, mask, documents, use_cache=False).logits,
+        "pieces": cached(model, ids, pieces, mask.long(), documents),
+    }
+    for row in range(3):
+        real = mask[row].nonzero()[:, 0]
+        borders = [i for i in range(1, len(real)) if documents[row, real[i]] != documents[row, real[i - 1]]]
+        for begin, end in zip([0, *borders], [*borders, len(real)], strict=True):
+            if begin == end:
+                continue
+            where = real[begin:end]
+            alone = plain(model, ids[row : row + 1, where])[0]
+            for name, found in logits.items():
+                assert difference(found[row, where], alone) < BOUND, name
+
+
+@pytest.mark.parametrize("time", [1, 2, 3, 6, 7, 63])
+def test_forward_is_strictly_causal(model, time):
+    ids = tokens(1, time)
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % VOCABULARY
+    assert torch.equal(plain(model, ids)[:, :-1], plain(model, changed)[:, :-1])
+
+
+def test_forward_gradient_reaches_no_later_position():
+    model = tiny_model()
+    embeddings = model.model.embed_tokens(tokens(1, 20)).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    for t in range(20):
+        (g,) = torch.autograd.grad(logits[0, t].square().sum(), embeddings, retain_graph=True)
+        assert (g[0, t + 1 :] == 0).all() and (g[0, t] != 0).any()
+        assert t < 3 or (g[0, 0] != 0).any()
+
+
+def test_forward_context_beyond_the_window_matters_through_the_long_term_memory_alone():
+    model = tiny_model(num_hidden_layers=1, window=3, delay=10, train_delay=[10, 10])
+    embeddings = model.model.embed_tokens(tokens(1, 40)).detach().requires_grad_()
+    whole = torch.autograd.grad(model(inputs_embeds=embeddings).logits[0, -1].sum(), embeddings)[0][0, 0].norm()
+    model.remove_memories("long_term")
+    without = torch.autograd.grad(model(inputs_embeds=embeddings).logits[0, -1].sum(), embeddings)[0][0, 0].norm()
+    assert without < 1e-4 * whole
+
+
+def test_forward_a_memory_with_no_pairs_answers_exactly_zero():
+    """Before the delay the long-term memory adds nothing: the first logits equal those of the model without it."""
+    model = tiny_model(delay=9, train_delay=[9, 9])
+    ids = tokens(2, 9)
+    whole = plain(model, ids)
+    model.remove_memories("long_term")
+    assert torch.equal(plain(model, ids), whole)
+
+
+def test_forward_loss_counts_what_is_predicted_and_nothing_else():
+    model = tiny_model()
+    ids = tokens(2, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, [0, 1, 6]] = 0  # padding on the left and in the middle
+    labels = ids.clone()
+    labels[0, 8] = -100
+    output = model(ids, mask, documents, labels=labels)
+    log_probabilities = output.logits.log_softmax(-1)
+    pairs = [(0, t, t + 1) for t in range(11) if t != 4 and t + 1 != 8]
+    pairs += [(1, 2, 3), (1, 3, 4), (1, 4, 5), (1, 5, 7), *((1, t, t + 1) for t in range(7, 11))]
+    expected = -sum(log_probabilities[r, t, ids[r, u]] for r, t, u in pairs) / len(pairs)
+    assert difference(output.loss, expected) < BOUND
+    assert count_targets(labels, mask, documents) == len(pairs)
+
+
+def test_forward_loss_of_packed_documents_is_the_mean_over_separate_ones():
+    model, ids = tiny_model(), tokens(1, 30)
+    documents = torch.tensor([[0] * 11 + [1] * 19])
+    packed = model(ids, document_ids=documents, labels=ids).loss
+    first, second = (model(part, labels=part).loss for part in (ids[:, :11], ids[:, 11:]))
+    assert difference(packed, (10 * first + 18 * second) / 28) < BOUND
+
+
+def test_forward_loss_without_targets_is_zero():
+    model = tiny_model()
+    assert model(tokens(1, 1), labels=tokens(1, 1)).loss == 0
+
+
+def test_forward_logits_to_keep_are_the_last(model):
+    ids = tokens(2, 9)
+    output = model(ids, labels=ids, logits_to_keep=3)
+    assert torch.equal(output.logits, model(ids).logits[:, -3:])
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, -2:].flatten())
+    assert difference(output.loss, expected) < BOUND
+
+
+def test_forward_training_draws_one_delay_from_the_default_generator():
+    model, ids = tiny_model().train(), tokens(2, 30)
+    losses = []
+    for seed in (1, 1, 2, 3, 4, 5, 6):
+        torch.manual_seed(seed)
+        losses.append(model(ids, labels=ids).loss.item())
+    assert losses[0] == losses[1] and len(set(losses)) > 2
+    by_delay = {model(ids, labels=ids, draw=(d + 0.5) / 4).loss.item() for d in range(4)}  # delays 3, 4, 5, 6
+    assert len(by_delay) == 4 and set(losses) <= by_delay
+
+
+def test_forward_at_evaluation_and_with_a_cache_uses_the_set_delay():
+    model, ids = tiny_model(), tokens(1, 30)
+    expected = plain(model, ids)
+    assert torch.equal(model(ids, draw=0.99).logits, expected)
+    model.train()
+    assert difference(model(ids, use_cache=True).logits, expected) < BOUND
+    model.config.delay = 4
+    assert difference(plain(MosaicForCausalLM(model.config).double().eval(), ids), expected) > 1e-3
+
+
+def test_forward_dropout_works_in_training_only():
+    model, ids = tiny_model(dropout=0.5), tokens(1, 20)
+    assert torch.equal(plain(model, ids), plain(model, ids))
+    model.train()
+    assert difference(model(ids, draw=0.0).logits, model(ids, draw=0.0).logits) > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = tiny_model(dropout=0.2).train(), tokens(2, 25)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_hidden_states_are_those_of_each_block(model):
+    ids, mask = tokens(2, 9), torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    output = model(ids, attention_mask=mask, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert difference(output.hidden_states[0][1], model.model.embed_tokens(ids[1])) == 0
+    assert difference(model.lm_head(output.hidden_states[-1]) * model.config.logit_scale, output.logits) < BOUND
+
+
+def test_read_weights_sum_to_one_over_the_pairs_of_each_memory():
+    reads = tiny_model().read_weights(tokens(2, 12))
+    assert [(r.memory, r.layer_index) for r in reads] == [(m, i) for i in (0, 1) for m in ("short_term", "long_term")]
+    for r in reads:
+        assert r.weights.shape == (2, 2, 12, 12)
+        first = 1 if r.memory == "short_term" else 3
+        assert (r.weights[:, :, :first] == 0).all() and (r.weights[:, :, first:].sum(-1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_save_pretrained_and_from_pretrained_keep_the_logits(tmp_path, variant):
+    model = tiny_model(torch.float32, **VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MosaicForCausalLM and not list(tmp_path.glob("*.bin"))
+    assert torch.equal(plain(loaded, tokens(2, 30)), plain(model, tokens(2, 30)))
+
+
+def test_from_pretrained_initialises_what_a_file_lacks_and_keeps_the_rest(tmp_path):
+    model = tiny_model(torch.float32)
+    model.remove_memories("long_term")
+    model.save_pretrained(tmp_path)
+    whole = MosaicForCausalLM.from_pretrained(tmp_path, config=tiny_config())
+    for block, original in zip(whole.model.stack.blocks, model.model.stack.blocks, strict=True):
+        added, kept = block.steps[0].memories["long_term"], block.steps[0].memories["short_term"]
+        assert torch.equal(kept.key_proj.weight, original.steps[0].memories["short_term"].key_proj.weight)
+        assert (added.bandwidth_base == 1.5).all() and 0 < added.key_proj.weight.std() < 1
+
+
+def test_remove_memories_drops_the_parameters_and_survives_saving(tmp_path):
+    model = tiny_model(torch.float32)
+    before = model.num_parameters()
+    long_term = sum(p.numel() for n, p in model.named_parameters() if "long_term" in n)
+    model.remove_memories("long_term")
+    assert model.num_parameters() == before - long_term and long_term > 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(loaded, tokens(1, 20)), plain(model, tokens(1, 20)))
+    assert loaded.generate(tokens(1, 4), max_new_tokens=3).shape == (1, 7)
+    with pytest.raises(ValueError, match="no 'long_term' memory"):
+        model.remove_memories("long_term")
+
+
+def test_initialisation_follows_table_6_in_every_block():
+    model = MosaicForCausalLM(tiny_config(hidden_size=64, vocab_size=500))
+    for name, sigma in (("model.embed_tokens", 128**-0.5), ("lm_head", 128**-0.5)):
+        weight = model.get_submodule(name).weight
+        assert abs(weight.std() / sigma - 0.9867) < 0.03 and weight.abs().max() <= 3 * sigma * (1 + 1e-6)
+    for layer, block in enumerate(model.model.stack.blocks):
+        weight = block.steps[0].memories["long_term"].value_proj.weight
+        assert abs(weight.std() * (128 * (layer + 1)) ** 0.5 - 0.9867) < 0.05
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    assert len(norms) == 5 and all((p == 1).all() for p in norms)
+
+
+def test_undecayed_parameters_are_scalars_and_norms():
+    model = tiny_model(bias=True)
+    undecayed = model.undecayed_parameters()
+    for name, parameter in model.named_parameters():
+        assert (name in undecayed) == (parameter.dim() < 2), name
+
+
+@pytest.mark.parametrize(
+    "name, remove, billions, gflops",
+    [
+        ("small", False, 2.039, None),
+        ("small", True, 1.735, None),
+        ("large", False, 9.926, 18.94),
+        ("large", True, 8.307, 15.63),
+    ],
+)
+def test_describe_gives_the_figures_of_the_paper(name, remove, billions, gflops):
+    with torch.device("meta"):
+        model = MosaicForCausalLM(MosaicConfig.from_preset(f"memory-mosaics-v2-{name}"))
+    if remove:
+        model.remove_memories("long_term")
+    figures = model.describe(256)
+    assert abs(figures["parameters"]["total"] / 1e9 - billions) < 1e-3
+    assert sum(figures["parameters"]["by_kind"].values()) == figures["parameters"]["total"]
+    assert gflops is None or abs(figures["flops_per_token"] / 1e9 - gflops) < 0.01
+
+
+def test_training_lowers_the_loss_on_real_text():
+    import textwrap  # any source of the standard library is real text
+
+    text = open(textwrap.__file__, encoding="utf-8").read().encode()[:8000]
+    ids = torch.tensor([b % VOCABULARY for b in text]).view(-1, 100)[:64]
+    torch.manual_seed(0)
+    model = MosaicForCausalLM(tiny_config(hidden_size=32)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3.9 and losses[-1] < 2.9
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(), "either input_ids or inputs_embeds"),
+        (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "no tokens"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), document_ids=torch.zeros(1, 3)), "document_ids"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4)), "attention_mask"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), output_attentions=True), "read_weights"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), draw=1.0), "draw is 1.0"),
+    ],
+)
+def test_forward_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**arguments)
+
+
+def test_importing_mosaics_registers_the_model_with_transformers(tmp_path):
+    tiny_model(torch.float32).save_pretrained(tmp_path)
+    code = (
+        "import mosaics; from transformers import AutoModelForCausalLM as A; "
+        "print(type(A.from_pretrained(__import__('sys').argv[1])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "MosaicForCausalLM", done.stderr
