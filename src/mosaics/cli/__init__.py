@@ -94,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(words, prog_name="mosaics", standalone_mode=False)
         sys.stdout.flush()
+        if result == 130:  # newer typers turn Ctrl-C into this
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -42,8 +42,9 @@ def load_exported(source: str | Path):
         OSError: there is no such model.
     """
     import transformers
+    from safetensors import SafetensorError
 
-    import mosaics  # noqa: F401  (registers the architecture)
+    import mosaics.models  # noqa: F401  (registers the architecture)
 
     folder = Path(source)
     if (folder / "recipe.yaml").is_file():
@@ -57,9 +58,12 @@ def load_exported(source: str | Path):
     name = str(folder) if folder.exists() else str(source)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
     if folder.exists() and not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{source} has no tokenizer; export the run that it came from")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the .safetensors of {source} are damaged ({error}); export it again") from error
     return model, transformers.AutoTokenizer.from_pretrained(name)
 
 

@@ -54,6 +54,8 @@ def find_config(source: str):
     Raises:
         ValueError: it is none of them.
     """
+    import transformers
+
     import mosaics
     from mosaics.models.presets import PRESETS
     from mosaics.training.recipe import load_recipe, shipped_recipes
@@ -62,7 +64,10 @@ def find_config(source: str):
     path = Path(source)
     if path.is_dir():
         if (path / "config.json").is_file():
-            return mosaics.MosaicConfig.from_pretrained(path)
+            config = transformers.AutoConfig.from_pretrained(path)
+            if not isinstance(config, mosaics.MosaicConfig):
+                raise ValueError(f"{source} holds a {config.model_type}, not a mosaic")
+            return config
         if (path / "recipe.yaml").is_file():
             from mosaics.training.export import find_checkpoint
 

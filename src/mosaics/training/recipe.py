@@ -273,7 +273,7 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
     section, _, last = name.rpartition(".")
     near = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == section}
     nearest = (
-        [near[key] for key in get_close_matches(last, near, n=1, cutoff=0.6)]
+        [near[key] for key in get_close_matches(last, near, n=1, cutoff=0.7)]
         or [other for other in names if other.rpartition(".")[2] == last.removeprefix("--")]  # in another section
         or get_close_matches(name, names, n=1, cutoff=0.7)
     )

@@ -1,0 +1,31 @@
+"""`mosaics quickstart`, with a run small enough for a test."""
+
+from .conftest import OPTIONS
+
+
+def test_quickstart_goes_from_text_to_sample_and_again(mosaics, refused, text_folder, tmp_path):
+    command = [
+        "quickstart",
+        "--corpus",
+        text_folder / "*.txt",
+        "--run",
+        tmp_path / "run",
+        "--prompt",
+        "import ",
+        *OPTIONS,
+    ]
+    code, output, error = mosaics(*command)
+    assert code == 0, error
+    assert "bytes/token" in output and "validation bits per byte, steps 0 to 4: " in output
+    assert "loaded with AutoModelForCausalLM" in output and "import " in output.split("AutoModelForCausalLM")[1]
+    first, *_, last = (float(bits) for bits in output.split("steps 0 to 4: ")[1].split(" (")[0].split(" -> "))
+    assert last < first
+    assert (tmp_path / "run" / "curves.png").is_file()
+    code, again, _ = mosaics(*command)
+    assert code == 0 and "is finished" in again
+    assert again.split("AutoModelForCausalLM")[1] == output.split("AutoModelForCausalLM")[1]
+    assert "another recipe" in refused(*command, "--training.steps", 5)
+
+
+def test_quickstart_refuses_words(refused):
+    assert "options only" in refused("quickstart", "books.txt")
