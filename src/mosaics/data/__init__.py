@@ -2,7 +2,7 @@
 
 from mosaics.data.corpus import Corpus, Document, open_corpus
 from mosaics.data.packing import PackedDataset
-from mosaics.data.prepare import Report, prepare
+from mosaics.data.preparation import Report, prepare
 from mosaics.data.shards import PreparedCorpus
 from mosaics.data.tokenizer import load_tokenizer, train_tokenizer
 

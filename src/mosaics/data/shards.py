@@ -81,8 +81,8 @@ class PreparedSplit:
 
     def __init__(self, folder: Path, dtype: np.dtype, counts: dict, shard_tokens: int):
         self._folder, self._shard_tokens = folder, shard_tokens
-        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-        self.text_bytes = np.load(folder / "text_bytes.npy", mmap_mode="r", allow_pickle=False)
+        self.offsets = _load(folder / "offsets.npy")
+        self.text_bytes = _load(folder / "text_bytes.npy")
         self._shards = [
             np.memmap(folder / _shard_name(index), dtype=dtype, mode="r") for index in range(counts["shards"])
         ]
@@ -167,7 +167,7 @@ class PreparedCorpus:
             self._shard_tokens = int(manifest["shard_tokens"])
             self._dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[manifest["dtype"]]
             exact = manifest["text_bytes"] == "token"
-            self.token_bytes = np.load(self.folder / "token_bytes.npy", allow_pickle=False) if exact else None
+            self.token_bytes = _load(self.folder / "token_bytes.npy") if exact else None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / MANIFEST} is damaged ({error!r}); prepare the corpus again") from None
 
@@ -231,6 +231,13 @@ def sha256(path: Path, sync: bool = False) -> str:
         if sync:
             os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):  # numpy's words are about pickles, whatever the damage
+        raise ValueError(f"{path} is damaged; remove the folder and prepare the corpus again") from None
 
 
 def _shard_name(index: int) -> str:

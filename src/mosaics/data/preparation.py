@@ -100,8 +100,8 @@ class Report:
         size = max(len(counts.lengths) for counts in self.splits.values())
         documents, tokens = np.zeros(size, np.int64), np.zeros(size, np.int64)
         for counts in self.splits.values():
-            documents[: len(counts.lengths)] += counts.lengths
-            tokens[: len(counts.lengths)] += counts.length_tokens
+            documents[: len(counts.lengths)] += np.asarray(counts.lengths, np.int64)
+            tokens[: len(counts.lengths)] += np.asarray(counts.length_tokens, np.int64)
         return documents, tokens
 
     def plot(self, path: str | os.PathLike) -> None:
