@@ -1,0 +1,106 @@
+"""The error of each form of the two ops in float32 and bfloat16, against the naive twin in float64 (above 8192 tokens
+against the blockwise form in float64, one head: a T x T array would not fit).
+
+`python benchmarks/precision.py` prints two tables of relative root mean square errors: `rounded` against the twin fed
+the same rounded inputs (what the form adds), `exact` against the twin fed the inputs before they were rounded.
+"""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaics.ops import kernel_regression as read
+from mosaics.ops import leaky_average as average
+
+HEADS, WIDTH, DELAY = 4, 128, 64
+FORMS = ("naive", "blockwise", "shifted")
+LARGEST_SQUARE = 8192
+
+
+def error(value: Tensor, expected: Tensor) -> str:
+    return f"{((value.double() - expected).norm() / expected.norm()).item():9.1e}"
+
+
+def bandwidth(dtype: torch.dtype, heads: int = HEADS) -> read.Bandwidth:
+    """Table 6's initialisation."""
+    theta = torch.full((heads,), 1.5, dtype=dtype)
+    return read.Bandwidth(theta.exp(), theta.exp(), torch.full((heads,), 1 / 3, dtype=dtype))
+
+
+def rounded_logits(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """For comparison, what no form does: the logits of the whole T x T read in the dtype of the inputs."""
+    first, end = read.readable(queries.shape[2], 0, None, DELAY, None, queries.device)
+    slot = torch.arange(keys.shape[2])
+    outside = (slot < first[:, None]) | (slot >= end[:, None])
+    beta = bandwidth(torch.float32).at((end - first).clamp(min=0)).to(queries.dtype)
+    logits = beta[..., None] * (queries @ keys.mT)
+    weights = logits.masked_fill(outside, -torch.inf).softmax(-1).nan_to_num()
+    return weights @ values
+
+
+def reads(time: int, repeated: bool) -> None:
+    """Random keys, or keys of which the second half repeats the first, so that one pair stands out for each query."""
+    small = time <= LARGEST_SQUARE
+    heads, twin = (HEADS, read.FORMS["naive"]) if small else (1, read.FORMS["blockwise"])
+    forms = FORMS if small else FORMS[1:]
+    inputs = torch.randn(1, heads, time, WIDTH, dtype=torch.float64)
+    if repeated:
+        inputs[:, :, time // 2 :] = inputs[:, :, : time - time // 2]
+    ones = torch.ones(1, heads, time, dtype=torch.float64)
+    keys, _ = average.leaky_average(inputs, 0 * ones, -0.4 * ones)  # the decay at initialisation, block 1
+    values = F.normalize(torch.randn(1, heads, time, WIDTH, dtype=torch.float64), dim=-1)
+    exact = twin(keys, keys, values, bandwidth(torch.float64, heads), delay=DELAY)
+    for dtype in (torch.float32, torch.bfloat16):
+        k, v = keys.to(dtype), values.to(dtype)
+        expected = twin(k.double(), k.double(), v.double(), bandwidth(torch.float64, heads), delay=DELAY)
+        beta = bandwidth(torch.float32, heads)
+        found = {form: read.kernel_regression(k, k, v, beta, delay=DELAY, form=form) for form in forms}
+        if dtype == torch.bfloat16 and small:
+            found["(logits in bfloat16)"] = rounded_logits(k, k, v)
+        for form, out in found.items():
+            kind = "repeated" if repeated else "random"
+            print(f"  {time:6d} {kind:9s} {str(dtype)[6:]:9s} {form:21s} {error(out, expected)} {error(out, exact)}")
+
+
+def averages(time: int, spread: float) -> None:
+    """Gates and decays whose logarithms vary by `spread`."""
+    inputs = torch.randn(1, HEADS, time, WIDTH, dtype=torch.float64)
+    log_gate = spread * torch.randn(1, HEADS, time, dtype=torch.float64)
+    log_decay = -(spread * torch.randn(1, HEADS, time, dtype=torch.float64)).abs()
+    exact, _ = average.leaky_average(inputs, log_gate, log_decay, form="naive")
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = [x.to(dtype) for x in (inputs, log_gate, log_decay)]
+        expected, _ = average.leaky_average(*(x.double() for x in arguments), form="naive")
+        for form in ("naive", "chunked"):
+            out, _ = average.leaky_average(*arguments, form=form)
+            print(f"  {time:6d} {spread:<9g} {str(dtype)[6:]:9s} {form:21s} {error(out, expected)} {error(out, exact)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096], help="tokens")
+    lengths = parser.parse_args().lengths
+    torch.manual_seed(0)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    print(f"commit {commit}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU; heads of {WIDTH}")
+    counts = torch.tensor([255, 500, 4096, 32768])
+    for count, beta in zip(counts.tolist(), bandwidth(torch.float64).at(counts)[0].tolist(), strict=True):
+        spacing = 2.0 ** (torch.tensor(beta).log2().floor().item() - 7)
+        print(f"beta({count}) = {beta:.1f}; bfloat16 numbers of that size are {spacing:g} apart")
+    print("kernel_regression: length, keys, dtype, form, error (same rounded inputs, exact inputs)")
+    for time in lengths:
+        for repeated in (False, True):
+            reads(time, repeated)
+    print("leaky_average: length, spread of the log gates, dtype, form, error (same rounded inputs, exact inputs)")
+    for time in lengths:
+        for spread in (1.0, 10.0):
+            averages(time, spread)
+
+
+if __name__ == "__main__":
+    main()
