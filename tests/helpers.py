@@ -25,7 +25,9 @@ def gradients(output: torch.Tensor, inputs, seed: int = 7) -> list[torch.Tensor]
 
 def tiny_config(**overrides) -> MosaicConfig:
     """Two blocks of width 16 whose windows and delays have borders within a few tokens."""
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    sizes = dict(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
     reach = dict(window=6, delay=3, train_delay=[3, 6])
     return MosaicConfig.from_preset("memory-mosaics-v2-tiny", **{**sizes, **reach, **overrides})
 

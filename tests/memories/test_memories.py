@@ -9,6 +9,7 @@ from mosaics.memories import REGISTRY, Common, Context, Layout, Stack
 from mosaics.memories.base import build
 
 OPTIONS = {
+    "attention": dict(num_attention_heads=4, num_key_value_heads=2, window=5, delay=1),
     "short_term": dict(num_attention_heads=2, window=5),
     "long_term": dict(num_attention_heads=2, delay=3, train_delay=[3, 5]),
     "feed_forward": dict(intermediate_size=12),
@@ -31,7 +32,7 @@ def test_memory_any_cut_equals_whole(name, pieces):
     assert none is None
     state, begin, parts = made.initial_state(), 0, []
     for piece in pieces:
-        y, state = made(x[:, begin : begin + piece], Layout(2, piece), state, Context())
+        y, state = made(x[:, begin : begin + piece], Layout(2, piece, stored=begin), state, Context())
         parts.append(y)
         begin += piece
     assert relative_error(torch.cat(parts, dim=1), whole) < 1e-9
@@ -42,7 +43,7 @@ def test_memory_gradient_through_the_state_equals_whole(name):
     made, x = memory(name), torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
     whole, _ = made(x, Layout(1, 20), None, Context())
     first, state = made(x[:, :9], Layout(1, 9), made.initial_state(), Context())
-    second, _ = made(x[:, 9:], Layout(1, 11), state, Context())
+    second, _ = made(x[:, 9:], Layout(1, 11, stored=9), state, Context())
     (expected,) = torch.autograd.grad(whole.square().sum(), x)
     (found,) = torch.autograd.grad(torch.cat([first, second], dim=1).square().sum(), x)
     assert relative_error(found, expected) < 1e-9
@@ -59,7 +60,12 @@ def test_short_term_memory_reads_the_pairs_of_equation_10():
     made, context = memory("short_term", window=4), Context(reads=[])
     made(torch.randn(1, 10, 8, dtype=torch.float64), Layout(1, 10), None, context)
     read = context.reads[0].weights[0, 0]
-    assert {t: (read[t] > 0).nonzero()[:, 0].tolist() for t in (0, 1, 3, 9)} == {0: [], 1: [0], 3: [0, 1, 2], 9: [6, 7, 8]}
+    assert {t: (read[t] > 0).nonzero()[:, 0].tolist() for t in (0, 1, 3, 9)} == {
+        0: [],
+        1: [0],
+        3: [0, 1, 2],
+        9: [6, 7, 8],
+    }
 
 
 @pytest.mark.parametrize("draw, delay", [(None, 3), (0.99, 5)])
@@ -101,7 +107,9 @@ def test_contextual_memory_reads_what_equations_8_and_9_store(name):
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 @pytest.mark.parametrize("layer_index", [0, 3])
 def test_memory_reset_parameters_follows_table_6(name, layer_index):
-    made = memory(name, width=128, layer_index=layer_index, **({} if name == "feed_forward" else {"num_attention_heads": 8}))
+    made = memory(
+        name, width=128, layer_index=layer_index, **({} if name == "feed_forward" else {"num_attention_heads": 8})
+    )
     for label, linear in made.named_modules():
         if isinstance(linear, nn.Linear) and linear.weight.numel() >= 1000:
             sigma = 1 / math.sqrt(2 * linear.in_features * (layer_index + 1))
@@ -109,7 +117,7 @@ def test_memory_reset_parameters_follows_table_6(name, layer_index):
             assert abs(weight.std() / sigma - 0.9867) < 0.04, label  # clamped at three deviations
             assert weight.abs().max() <= 3 * sigma * (1 + 1e-9), label
             assert abs(weight.mean() / sigma) < 0.1, label
-    if name != "feed_forward":
+    if name in ("short_term", "long_term"):
         assert made.bandwidth().base.tolist() == pytest.approx([math.exp(1.5)] * 8)
         assert made.bandwidth().slope.tolist() == pytest.approx([math.exp(1.5)] * 8)
         assert made.bandwidth().exponent.tolist() == pytest.approx([1 / 3] * 8)
@@ -154,6 +162,11 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("long_term", dict(num_attention_heads=2, train_delay=[9, 3]), "smaller delay first"),
         ("long_term", dict(num_attention_heads=2, train_delay=[9]), "of type tuple"),
         ("feed_forward", dict(intermediate_size=0), "at least 1"),
+        ("attention", dict(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
+        ("attention", dict(num_attention_heads=3), "not a multiple"),
+        ("attention", dict(num_attention_heads=8), "even width"),
+        ("attention", dict(num_attention_heads=2, window=3, delay=3), "larger than the delay"),
+        ("attention", dict(num_attention_heads=2, train_delay=[4, 2]), "smaller first"),
     ],
 )
 def test_build_refuses_wrong_options(name, options, message):
@@ -162,7 +175,10 @@ def test_build_refuses_wrong_options(name, options, message):
 
 
 def test_stack_meets_the_memory_contract():
-    steps = [[{"type": n, "options": OPTIONS[n]} for n in ("short_term", "long_term")], [{"type": "feed_forward", "options": OPTIONS["feed_forward"]}]]
+    steps = [
+        [{"type": n, "options": OPTIONS[n]} for n in ("short_term", "long_term")],
+        [{"type": "feed_forward", "options": OPTIONS["feed_forward"]}],
+    ]
     stack = Stack([steps, steps], nn.RMSNorm, Common(8)).double()
     for made in stack.memories():
         made.reset_parameters(made.layer_index)
@@ -170,9 +186,29 @@ def test_stack_meets_the_memory_contract():
     whole, _ = stack(x, Layout(2, 12), None, Context())
     first, state = stack(x[:, :5], Layout(2, 5), stack.initial_state(), Context())
     state.select(torch.tensor([1, 0]))
-    second, _ = stack(x[[1, 0], 5:], Layout(2, 7), state, Context())
+    second, _ = stack(x[[1, 0], 5:], Layout(2, 7, stored=5), state, Context())
     assert relative_error(first, whole[:, :5]) < 1e-9 and relative_error(second, whole[[1, 0], 5:]) < 1e-9
     assert stack.flops(16) == sum(made.flops(16) for made in stack.memories())
+
+
+@pytest.mark.parametrize("options, pairs", [({}, range(6)), (dict(window=3), range(3, 6)), (dict(delay=2), range(4))])
+def test_attention_memory_reads_what_its_window_and_delay_allow(options, pairs):
+    made = build("attention", dict(num_attention_heads=2, **options), Common(8), 0).double()
+    made.reset_parameters(0)
+    context = Context(reads=[])
+    made(torch.randn(1, 6, 8, dtype=torch.float64), Layout(1, 6), None, context)
+    assert (context.reads[0].weights[0, 0, 5] > 0).nonzero()[:, 0].tolist() == list(pairs)
+
+
+def test_attention_memory_depends_on_relative_positions_only():
+    """A document reads the same wherever it stands in a row."""
+    made = build("attention", dict(num_attention_heads=2), Common(8), 0).double()
+    made.reset_parameters(0)
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    start = torch.tensor([[0] * 4 + [4] * 5])
+    packed, _ = made(x, Layout(1, 9, start), None, Context())
+    alone, _ = made(x[:, 4:], Layout(1, 5), None, Context())
+    assert relative_error(packed[:, 4:], alone) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["short_term", "long_term"])
@@ -181,5 +217,11 @@ def test_contextual_memory_state_bytes_are_those_it_holds(name, time):
     made = memory(name).float()
     _, state = made(torch.randn(1, time, 8), Layout(1, time), made.initial_state(), Context())
     held = min(time, 4) if name == "short_term" else time
-    tensors = [state.pairs.keys[:, :, -held:], state.pairs.values[:, :, -held:], state.direction, state.log_scale, state.raw_value]
+    tensors = [
+        state.pairs.keys[:, :, -held:],
+        state.pairs.values[:, :, -held:],
+        state.direction,
+        state.log_scale,
+        state.raw_value,
+    ]
     assert made.state_bytes(time, 4) == sum(x.numel() * 4 for x in tensors)

@@ -20,7 +20,9 @@ def test_from_preset_survives_saving(tmp_path, name):
 
 
 def test_from_preset_overrides_reach_the_memories():
-    config = tiny(window=9, delay=2, train_delay=(2, 7), num_attention_heads=8, intermediate_size=10, num_hidden_layers=3)
+    config = tiny(
+        window=9, delay=2, train_delay=(2, 7), num_attention_heads=8, intermediate_size=10, num_hidden_layers=3
+    )
     assert (config.window, config.delay, config.train_delay) == (9, 2, [2, 7])
     assert (config.num_attention_heads, config.intermediate_size, config.num_hidden_layers) == (8, 10, 3)
     steps = config.block_steps()
@@ -53,7 +55,10 @@ def test_setting_an_option_on_the_config_sets_it_in_the_memories():
         (dict(blocks=[{"repeat": 1, "step": []}]), "'repeat' and 'steps'"),
         (dict(blocks=[{"repeat": 1, "steps": [[]]}]), "no memory"),
         (dict(blocks=[{"repeat": 1, "steps": [[{"type": "longterm"}]]}]), "did you mean 'long_term'"),
-        (dict(blocks=[{"repeat": 1, "steps": [[{"type": "long_term", "options": {"dely": 3}}]]}]), "did you mean 'delay'"),
+        (
+            dict(blocks=[{"repeat": 1, "steps": [[{"type": "long_term", "options": {"dely": 3}}]]}]),
+            "did you mean 'delay'",
+        ),
         (dict(blocks=[{"repeat": 1, "steps": [[{"typ": "long_term"}]]}]), "'type' and 'options'"),
     ],
 )

@@ -43,7 +43,9 @@ def test_generate_with_a_cache_equals_without(model, options, padded):
     ids, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
     if padded:
         mask[0, :6], mask[2, :13] = 0, 0
-    expected = generate(model, ids, False, attention_mask=mask, **{k: v for k, v in options.items() if "prefill" not in k})
+    expected = generate(
+        model, ids, False, attention_mask=mask, **{k: v for k, v in options.items() if "prefill" not in k}
+    )
     assert torch.equal(generate(model, ids, True, attention_mask=mask, **options), expected)
 
 

@@ -15,7 +15,11 @@ def inputs(time, batch=2, heads=3, width=5, dtype=torch.float64, seed=0, continu
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    x, gate, decay = normal(batch, heads, time, width), 3 * normal(batch, heads, time), -normal(batch, heads, time).abs()
+    x, gate, decay = (
+        normal(batch, heads, time, width),
+        3 * normal(batch, heads, time),
+        -normal(batch, heads, time).abs(),
+    )
     if borders:
         decay = decay.masked_fill(torch.rand(batch, 1, time, generator=generator) < 0.1, -torch.inf)
     state = None

@@ -78,12 +78,14 @@ class Layout:
             (negative for a document that an earlier call opened); None when every row is one document, opened at the
             first stored pair.
         length: `(batch,)`, the real tokens of each row; None when there is no padding.
+        stored: the positions of earlier calls.
     """
 
     batch: int
     time: int
     start: Tensor | None = None
     length: Tensor | None = None
+    stored: int = 0
 
     @classmethod
     def of(
@@ -119,7 +121,7 @@ class Layout:
         rows = rows or Rows()
         fresh = stored == 0
         if length is None and document_ids is None and rows.tokens is None:
-            return cls(batch, time), None, rows
+            return cls(batch, time, stored=stored), None, rows
 
         device = next(x.device for x in (length, document_ids, rows.tokens) if x is not None)
         position = torch.arange(time, device=device).expand(batch, time)
@@ -144,7 +146,7 @@ class Layout:
             torch.where(last >= 0, last + 1 - start.gather(1, seen)[:, 0], tokens),
             document if document_ids is None else torch.where(last >= 0, ids.gather(1, seen)[:, 0], before.to(ids)),
         )
-        return cls(batch, time, None if whole else start, length), order, rows
+        return cls(batch, time, None if whole else start, length, stored), order, rows
 
     @property
     def is_first(self) -> Tensor | None:
@@ -157,6 +159,11 @@ class Layout:
         return (
             None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
         )
+
+    def position(self, device: torch.device) -> Tensor:
+        """`(batch or 1, time)`, how many tokens of its document come before each position."""
+        own = torch.arange(self.time, device=device)
+        return (own + self.stored)[None] if self.start is None else own - self.start
 
     def align(self, x: Tensor) -> Tensor:
         """Shift each row of `x` `(batch, ..., slots, width)` right until its last real position is the last slot."""
@@ -189,7 +196,7 @@ class Pairs(State):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
 
-        `values` has one more entry at the front if pairs are stored already: it completes the newest of them.
+        `values` may have more entries at the front: they replace those of the newest pairs stored before.
         """
         kept = self.used if self.limit is None else min(self.used, self.limit)
         time = keys.shape[2]
@@ -198,9 +205,11 @@ class Pairs(State):
             self.keys, self.values, self.used = keys, values, time
             return keys, values
         begin = self.used - kept
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self.keys.requires_grad):
+        needs_graph = any(x.requires_grad for x in (keys, values, self.keys, self.values))
+        if torch.is_grad_enabled() and needs_graph:
             self.keys = torch.cat([self.keys[:, :, begin : self.used], keys], dim=2)
-            self.values = torch.cat([self.values[:, :, begin : self.used - 1], values], dim=2)
+            older = self.values[:, :, begin : begin + total - values.shape[2]]
+            self.values = torch.cat([older, values], dim=2)
             self.used = total
             return self.keys, self.values
         if self.used + time > self.keys.shape[2]:
@@ -210,7 +219,7 @@ class Pairs(State):
             self.used, begin = kept, 0
         end = self.used + time
         self.keys[:, :, self.used : end] = keys
-        self.values[:, :, self.used - 1 : end] = values
+        self.values[:, :, end - values.shape[2] : end] = values
         self.used = end
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
@@ -219,7 +228,7 @@ class Pairs(State):
         if layout.length is not None:
             self.keys = layout.align(self.keys[:, :, : self.used])
             self.values = layout.align(self.values[:, :, : self.used])
-        if self.limit is not None and self.used > 4 * self.limit:
+        if self.limit is not None and self.used > 4 * self.limit + 64:
             self.keys = self.keys[:, :, self.used - self.limit : self.used].clone()
             self.values = self.values[:, :, self.used - self.limit : self.used].clone()
             self.used = self.limit
@@ -407,3 +416,10 @@ def init_clamped_normal(weight: Tensor, std: float) -> None:
 def linear_flops(module: nn.Module) -> int:
     """Two operations for each weight of the linear maps below `module`."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def mean_pairs(context_length: int, window: int | None) -> float:
+    """How many pairs a position reads, averaged over a causal context."""
+    if window is None or context_length <= window:
+        return context_length / 2
+    return window - window**2 / (2 * context_length)

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, Pairs, Read, State, init_clamped_normal, linear_flops
+from mosaics.memories.base import (
+    Common,
+    Context,
+    Layout,
+    Memory,
+    Pairs,
+    Read,
+    State,
+    init_clamped_normal,
+    linear_flops,
+    mean_pairs,
+)
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 
@@ -137,10 +148,7 @@ class ContextualMemory(Memory):
         nn.init.zeros_(self.value_scale)
 
     def flops(self, context_length: int) -> float:
-        pairs = context_length / 2
-        if self.window is not None and context_length > self.window:
-            pairs = self.window - self.window**2 / (2 * context_length)
-        return linear_flops(self) + 4 * pairs * self.common.hidden_size
+        return linear_flops(self) + 4 * mean_pairs(context_length, self.window) * self.common.hidden_size
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.window is None else min(context_length, self.window - 1)

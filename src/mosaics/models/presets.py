@@ -5,40 +5,71 @@ from __future__ import annotations
 from typing import Any
 
 
-def _memory_mosaics_v2(
-    layers: int, heads: int, intermediate_size: int, window: int, train_delay: list[int]
-) -> list[dict[str, Any]]:
-    """Two contextual memories side by side, then a persistent one (Memory Mosaics v2, section 3).
+def _blocks(layers: int, contextual: list[dict[str, Any]], intermediate_size: int) -> list[dict[str, Any]]:
+    """Parallel contextual memories, then a persistent one."""
+    persistent = {"type": "feed_forward", "options": {"intermediate_size": intermediate_size}}
+    return [{"repeat": layers, "steps": [contextual, [persistent]]}]
 
-    At evaluation the delay is the smallest of those drawn in training.
-    """
-    short = {"num_attention_heads": heads, "window": window}
+
+def _memory_mosaics_v2(heads: int, window: int, train_delay: list[int]) -> list[dict[str, Any]]:
+    """Memory Mosaics v2, section 3; at evaluation the delay is the smallest of those drawn in training."""
     long = {"num_attention_heads": heads, "delay": train_delay[0], "train_delay": train_delay}
-    steps = [
-        [{"type": "short_term", "options": short}, {"type": "long_term", "options": long}],
-        [{"type": "feed_forward", "options": {"intermediate_size": intermediate_size}}],
+    return [
+        {"type": "short_term", "options": {"num_attention_heads": heads, "window": window}},
+        {"type": "long_term", "options": long},
     ]
-    return [{"repeat": layers, "steps": steps}]
 
 
-_LLAMA_3_TOKENS = {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001}
+def _transformer(heads: int) -> list[dict[str, Any]]:
+    """The paper's baseline: Llama with as many heads for keys and values as for queries."""
+    return [{"type": "attention", "options": {"num_attention_heads": heads}}]
 
-PRESETS: dict[str, dict[str, Any]] = {
+
+def _long_short(heads: int, window: int, train_delay: list[int]) -> list[dict[str, Any]]:
+    """A Transformer whose attention is split as the memories of v2 are (Figure 5)."""
+    long = {"num_attention_heads": heads, "delay": train_delay[0], "train_delay": train_delay}
+    return [
+        {"type": "attention", "options": {"num_attention_heads": heads, "window": window}},
+        {"type": "attention", "options": long},
+    ]
+
+
+_SIZES: dict[str, dict[str, Any]] = {
     # Not in the paper: for a laptop, with the window and the delays scaled to a context of 512.
-    "memory-mosaics-v2-tiny": {
-        "vocab_size": 4096,
+    "tiny": {
+        "layers": 4,
+        "heads": 4,
         "hidden_size": 256,
-        "max_position_embeddings": 512,
-        "blocks": _memory_mosaics_v2(layers=4, heads=4, intermediate_size=768, window=64, train_delay=[16, 64]),
+        "intermediate_size": 768,
+        "window": 64,
+        "train_delay": [16, 64],
     },
-    "memory-mosaics-v2-small": {
-        **_LLAMA_3_TOKENS,
-        "hidden_size": 2048,
-        "blocks": _memory_mosaics_v2(layers=24, heads=16, intermediate_size=6144, window=256, train_delay=[64, 256]),
-    },
-    "memory-mosaics-v2-large": {
-        **_LLAMA_3_TOKENS,
-        "hidden_size": 4096,
-        "blocks": _memory_mosaics_v2(layers=32, heads=32, intermediate_size=14336, window=256, train_delay=[64, 256]),
-    },
+    "small": {"layers": 24, "heads": 16, "hidden_size": 2048, "intermediate_size": 6144},
+    "large": {"layers": 32, "heads": 32, "hidden_size": 4096, "intermediate_size": 14336},
 }
+_PAPER = {"window": 256, "train_delay": [64, 256], "vocab_size": 128256, "context": 4096}
+_LAPTOP = {"vocab_size": 4096, "context": 512}
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    presets = {}
+    for size, own in _SIZES.items():
+        s = {**(_LAPTOP if size == "tiny" else _PAPER), **own}
+        arrangements = {
+            "memory-mosaics-v2": _memory_mosaics_v2(s["heads"], s["window"], s["train_delay"]),
+            "transformer": _transformer(s["heads"]),
+            "transformer-long-short": _long_short(s["heads"], s["window"], s["train_delay"]),
+        }
+        for name, contextual in arrangements.items():
+            presets[f"{name}-{size}"] = {
+                "vocab_size": s["vocab_size"],
+                "hidden_size": s["hidden_size"],
+                "max_position_embeddings": s["context"],
+                "blocks": _blocks(s["layers"], contextual, s["intermediate_size"]),
+            }
+            if size != "tiny":  # Llama 3's tokenizer
+                presets[f"{name}-{size}"] |= {"bos_token_id": 128000, "eos_token_id": 128001}
+    return presets
+
+
+PRESETS: dict[str, dict[str, Any]] = _presets()
