@@ -102,7 +102,8 @@ def test_leaky_average_bfloat16_is_near_the_float32_twin(form):
     value, expected = leaky_average(*low, form=form)[0], leaky_average(*high, form="naive")[0]
     assert value.dtype == torch.bfloat16
     assert relative_error(value, expected) < 5e-3
-    for (g, e), bound in zip(zip(gradients(value, low), gradients(expected, high), strict=True), (5e-3, 2e-2, 2e-2)):
+    bounds = (5e-3, 2e-2, 2e-2)
+    for g, e, bound in zip(gradients(value, low), gradients(expected, high), bounds, strict=True):
         assert relative_error(g, e) < bound
 
 

@@ -33,7 +33,7 @@ class AttentionState(State):
 
 @register("attention")
 class AttentionMemory(Memory):
-    """Attention as in Llama: position t reads the pairs of the positions t-window+1 ... t-delay by softmax(q_t k_i /
+    """Attention as in Llama: position t reads positions t-window+1 ... t-delay by softmax(q_t k_i /
     sqrt(width)).
 
     With a delay of 0 and no window it is Llama's own, whose projections have the same names. A window on one and a
@@ -79,7 +79,7 @@ class AttentionMemory(Memory):
             or (options.window is not None and options.window <= options.delay)
         ):
             raise ValueError(
-                f"The attention reads from {options.window} to {options.delay} positions back (training: {low} to {high}); "
+                f"The attention has window {options.window}, delay {options.delay} and training delays {low} to {high}; "
                 "give delays of at least 0, the smaller first, and a window larger than the delay."
             )
         self.heads, self.pair_heads = heads, pair_heads
