@@ -24,7 +24,7 @@ def _repeatable():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data and other people's reference outputs, where they are at hand; elsewhere a test that needs them is skipped."""
+    """Real data and other people's reference outputs, where they are at hand; elsewhere the test is skipped."""
     folder = Path(os.environ.get("MOSAICS_SHARED", Path(__file__).parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip("no shared data here; set MOSAICS_SHARED to a folder that holds it")

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mosaics.cli import main
+
+
+@pytest.fixture()
+def llama(tmp_path):
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_convert_there_and_back_keeps_every_weight(llama, tmp_path, capsys):
+    mosaic, back = tmp_path / "mosaic", tmp_path / "back"
+    assert main(["convert", str(llama), "--to", "mosaic", "--output", str(mosaic)]) == 0
+    assert main(["convert", str(mosaic), "--to", "llama", "--output", str(back)]) == 0
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, mosaic, back)]
+    ids = torch.arange(20)[None]
+    first, second, third = (model(ids).logits for model in models)
+    assert torch.equal(first, third) and (first - second).abs().max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "llama", "mosaic"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda words: [*words[:2], "--to", "llama", *words[4:]], "takes a mosaic"),
+        (lambda words: [*words[:5], words[1]], "exists already"),
+        (lambda words: [*words[:2], "--to", "gpt", *words[4:]], "is not one of"),
+        (lambda words: [words[0], "no/such/folder/here", *words[2:]], "no/such/folder/here"),
+    ],
+)
+def test_convert_refuses_wrong_input_in_one_sentence(llama, tmp_path, capsys, change, message):
+    words = ["convert", str(llama), "--to", "mosaic", "--output", str(tmp_path / "out")]
+    assert main(change(words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
