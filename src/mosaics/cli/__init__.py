@@ -16,7 +16,7 @@ import typer
 
 from mosaics._version import __version__
 
-VERBS = ("quickstart", "prepare", "train", "export", "convert", "generate", "info")
+VERBS = ("quickstart", "prepare", "train", "export", "convert", "generate", "evaluate", "info")
 
 app = typer.Typer(
     name="mosaics",

@@ -1,0 +1,55 @@
+"""What a task asks, and what came out of it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question to a model.
+
+    Attributes:
+        id: unique in its suite and the same whenever the suite is built with the same settings.
+        prompt: text, or token ids where a task is about tokens. Comes after `prefix`.
+        references: the accepted answers.
+        choices: the possible answers (with the white space before them), if the model is to choose.
+        prefix: text that many consecutive examples have in common; it is encoded once.
+        ending: text that has to follow a chosen answer, scored with it, so that no choice wins by being the
+            beginning of another.
+        meta: what the results are grouped by (length, depth, shots ...).
+    """
+
+    id: str
+    prompt: str | list[int]
+    references: list[str]
+    choices: list[str] | None = None
+    prefix: str = ""
+    ending: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (first 16 hexadecimal digits) of all that the model is shown."""
+        shown = json.dumps([self.prefix, self.prompt, self.choices, self.ending], ensure_ascii=False)
+        return hashlib.sha256(shown.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A model's answer to one example, as it stands in the results."""
+
+    id: str
+    prompt_digest: str
+    prediction: Any
+    references: list[str]
+    score: float
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Example, prediction: Any, score: float, **meta: Any) -> "Record":
+        return cls(example.id, example.digest, prediction, example.references, float(score), example.meta | meta)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,405 @@
+"""A language model as the suites see it: likelihoods of continuations, greedy generation, nats per token.
+
+Nothing here depends on the batch: rows are filled up on the right, where a causal model cannot see it, and rows
+that are generated together have the same length. A prefix that consecutive examples share is encoded once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mosaics.data.tokenizer import encode_pieces
+from mosaics.evaluation.example import Example
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class Scorer:
+    """Asks a transformers causal language model.
+
+    Args:
+        model: any causal language model of transformers, at evaluation.
+        tokenizer: its tokenizer.
+        batch_size: rows in a pass at most.
+        limit: tokens of prompt and answer together that are allowed, if any; it is not the training length.
+        chunk: positions in a pass: longer rows are passed piece by piece with a cache.
+        batch_tokens: positions in a pass over several rows, the cached ones included, at most (bounds the memory).
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        batch_size: int = 16,
+        limit: int | None = None,
+        chunk: int = 2048,
+        batch_tokens: int = 1 << 17,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("limit", limit), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.batch_size, self.limit, self.chunk, self.batch_tokens = batch_size, limit, chunk, batch_tokens
+        known = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in known
+        # Recurrent models of others have caches of their own, which take one token at a time.
+        own = getattr(model.config, "model_type", "") == "mosaic"
+        self._cached = own or ("past_key_values" in known and not getattr(model, "_is_stateful", False))
+        ids = tokenizer("a").input_ids
+        begin = tokenizer.bos_token_id
+        self._begin = [begin] if begin is not None and ids[:1] == [begin] else []
+        self._prefix: tuple[tuple[int, ...], object] = ((), None)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        without: Sequence[str] = (),
+        **options,
+    ) -> Scorer:
+        """Loads a model through transformers' Auto classes.
+
+        Args:
+            source: an exported model, a run's folder (its export), or a name on the Hugging Face hub.
+            device: as torch names it; `auto` takes a GPU if there is one.
+            dtype: `float32`, `bfloat16`, `float16` or `float64`.
+            without: memories to take out, as `long_term` (mosaics only).
+            options: those of the class.
+
+        Raises:
+            ValueError: an unknown dtype or memory, a run without export, a model that has no such memory.
+            OSError: there is no such model.
+        """
+        import transformers
+
+        import mosaics.models  # noqa: F401  (registers the architecture)
+
+        folder = Path(source)
+        if (folder / "recipe.yaml").is_file():
+            folder = folder / "export"
+            if not folder.is_dir():
+                raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
+        name = str(folder) if folder.exists() else str(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return cls(place(model, device, dtype, without), tokenizer, **options)
+
+    @property
+    def training_length(self) -> int | None:
+        """The context that the model was trained with, as far as its config says."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text: begin-of-text, or what separates texts.
+
+        Raises:
+            ValueError: the tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError("the tokenizer has neither begin-of-text nor end-of-text; set its bos_token and save it again")
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a hash over the config and a sample of every weight; tells models apart."""
+        digest = hashlib.sha256(repr(sorted(self.model.config.to_diff_dict().items())).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 1024)].double().cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Token ids of a text, after begin-of-text if the tokenizer puts it there; special tokens inside the text
+        are read as plain text."""
+        return (self._begin if begin else []) + encode_pieces(self.tokenizer, [text])[0].tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, begin-of-text included."""
+        return len(self.encode(text))
+
+    # What the suites ask
+
+    def choose(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Log-likelihood (nats) of every choice of every example, with the example's ending.
+
+        Raises:
+            ValueError: a prompt with its choice is longer than the limit.
+        """
+        return [[sum(score) for score in scores] for scores in self.choice_scores(examples)]
+
+    def choice_scores(self, examples: Sequence[Example]) -> list[list[list[float]]]:
+        """Log-likelihood of every token of every choice of every example."""
+        results: list[list[list[float]]] = []
+        for prefix, group in groupby(examples, key=lambda example: example.prefix):
+            group = list(group)
+            rows, shared = [], self._shared_ids(prefix)
+            for example in group:
+                context = self._ids(example)
+                for choice in example.choices:
+                    rows.append(self._row(example, context, choice))
+                    shared = shared[: _common(shared, rows[-1][0])]
+            scores = iter(self.loglikelihoods(rows, shared))
+            results += [[next(scores) for _ in example.choices] for example in group]
+        return results
+
+    def complete(self, examples: Sequence[Example], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy continuations of the examples' prompts.
+
+        Args:
+            examples: what to go on from.
+            max_new_tokens: tokens to write at most; end-of-text ends earlier.
+            stop: texts that end an answer; they are cut off with what follows.
+
+        Raises:
+            ValueError: a prompt with the room for its answer is longer than the limit.
+        """
+        texts: list[str] = []
+        for prefix, group in groupby(examples, key=lambda example: example.prefix):
+            rows, shared = [], self._shared_ids(prefix)
+            for example in group:
+                rows.append(self._ids(example))
+                self._check_length(example.id, len(rows[-1]) + max_new_tokens)
+                shared = shared[: _common(shared, rows[-1])]
+            for ids in self._generate(rows, shared, max_new_tokens, stop):
+                texts.append(_before(self.decode(ids), stop))
+        return texts
+
+    def next_logprobs(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Log-probabilities of the token after each of the positions of one row: float32 `(positions, vocabulary)`."""
+        found = []
+        for start, logits in self._pass(torch.tensor([ids]), None, min(positions)):
+            here = [p - start for p in positions if start <= p < start + logits.shape[1]]
+            found.append(logits[0, here].float().log_softmax(-1).cpu())
+        return torch.cat(found)
+
+    def token_nats(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Nats of every token but the first of each row: float32 `(tokens - 1,)`; rows may differ in length."""
+        scored = self.loglikelihoods([(row[:1], row[1:]) for row in rows])
+        return [-torch.tensor(scores) for scores in scored]
+
+    # Token level
+
+    def loglikelihoods(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], prefix: Sequence[int] = ()
+    ) -> list[list[float]]:
+        """Log-likelihood of every token of continuations.
+
+        Args:
+            requests: (context, continuation) in token ids; contexts are not empty.
+            prefix: ids that all contexts begin with; they are passed once.
+
+        Returns:
+            Nats (negative or 0) of each token, for each request.
+        """
+        results: list[list[float]] = [[] for _ in requests]
+        rows = [(list(context) + list(continuation[:-1]), len(context) - 1) for context, continuation in requests]
+        # The last id of each context has to be passed again, for what it says about the continuation.
+        length = min(len(prefix), *(start for _, start in rows)) if rows else 0
+        cache, length = self._prefix_cache(prefix[:length])
+        for batch in self._batches([len(row) for row, _ in rows]):
+            width = max(len(rows[i][0]) for i in batch) - length
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for line, i in enumerate(batch):
+                tail = torch.tensor(rows[i][0][length:])
+                ids[line, : len(tail)] = tail
+            first = min(rows[i][1] for i in batch) - length
+            for start, logits in self._pass(ids, self._copies(cache, len(batch)), first):
+                # Only what is asked for leaves the device, and no second array of the whole vocabulary is made.
+                for line, i in enumerate(batch):
+                    continuation, offset = requests[i][1], rows[i][1] - length
+                    low, high = max(start, offset), min(start + logits.shape[1], offset + len(continuation))
+                    if low < high:
+                        targets = torch.tensor(continuation[low - offset : high - offset], device=logits.device)
+                        piece = logits[line, low - start : high - start].float()
+                        results[i] += (piece.gather(1, targets[:, None])[:, 0] - piece.logsumexp(-1)).tolist()
+        return results
+
+    def _generate(self, rows, prefix, max_new_tokens: int, stop: Sequence[str]) -> list[list[int]]:
+        """Greedy continuations of rows of ids; rows of one length go together."""
+        answers: list[list[int]] = [[] for _ in rows]
+        length = min(len(prefix), *(len(row) - 1 for row in rows)) if rows else 0
+        cache, length = self._prefix_cache(prefix[:length])
+        ends = {self.tokenizer.eos_token_id} - {None}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for _, same in groupby(order, key=lambda i: len(rows[i])):
+            same = list(same)
+            room = self._rows_for(len(rows[same[0]]) + max_new_tokens)
+            for batch in (same[i : i + room] for i in range(0, len(same), room)):
+                ids = torch.tensor([rows[i][length:] for i in batch])
+                state, done = self._copies(cache, len(batch)), set()
+                for step in range(max_new_tokens):
+                    if step and not self._cached:
+                        ids = torch.tensor([rows[i] + answers[i] for i in batch])
+                    logits, state = self._step(ids, state)
+                    tokens = logits.argmax(-1).tolist()
+                    for line, (i, token) in enumerate(zip(batch, tokens, strict=True)):
+                        if token in ends:
+                            done.add(line)
+                        answers[i].append(token)
+                        if line not in done and stop:
+                            text = self.decode(answers[i])
+                            if _before(text, stop) != text:
+                                done.add(line)
+                    if len(done) == len(batch):
+                        break
+                    ids = torch.tensor(tokens)[:, None]
+                for i in batch:
+                    cut = next((at for at, token in enumerate(answers[i]) if token in ends), None)
+                    answers[i] = answers[i][:cut]
+        return answers
+
+    # Passes through the model
+
+    @torch.inference_mode()
+    def _pass(self, ids: Tensor, cache, first: int) -> Iterator[tuple[int, Tensor]]:
+        """Logits of all positions from `first` on, chunk by chunk: (position of the first, logits)."""
+        ids = ids.to(self.model.device)
+        chunk = self.chunk if self._cached else ids.shape[1]
+        if cache is None and self._cached and ids.shape[1] > chunk:
+            cache = self._new_cache()
+        for start in range(0, ids.shape[1], chunk):
+            part = ids[:, start : start + chunk]
+            keep = min(max(start + part.shape[1] - first, 1), part.shape[1])
+            logits = self._logits(part, cache, keep)
+            if start + part.shape[1] > first:
+                yield start + part.shape[1] - keep, logits
+
+    @torch.inference_mode()
+    def _step(self, ids: Tensor, cache) -> tuple[Tensor, object]:
+        """Logits after the last position, and the cache."""
+        if not self._cached:
+            return self._logits(ids.to(self.model.device), None, 1)[:, -1], None
+        cache = self._new_cache() if cache is None else cache
+        for part in ids.to(self.model.device).split(self.chunk, dim=1):
+            logits = self._logits(part, cache, 1)
+        return logits[:, -1], cache
+
+    def _logits(self, ids: Tensor, cache, keep: int) -> Tensor:
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        if cache is None:
+            options["use_cache"] = False
+        else:
+            options |= {"past_key_values": cache, "use_cache": True}
+        return self.model(input_ids=ids, **options).logits[:, -keep:]
+
+    def _new_cache(self):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _prefix_cache(self, prefix: Sequence[int]) -> tuple[object, int]:
+        """The cache after a prefix and the prefix's length; the last one is kept."""
+        if not prefix or not self._cached:
+            return None, 0
+        prefix = tuple(prefix)
+        if self._prefix[0] != prefix:
+            self._prefix = ((), None)
+            _, cache = self._step(torch.tensor([prefix]), None)
+            self._prefix = (prefix, cache)
+        return self._prefix[1], len(prefix)
+
+    @torch.inference_mode()
+    def _copies(self, cache, count: int):
+        if cache is None:
+            return None
+        cache = copy.deepcopy(cache)
+        if count > 1:
+            cache.batch_repeat_interleave(count)
+        return cache
+
+    def _rows_for(self, length: int) -> int:
+        return max(1, min(self.batch_size, self.batch_tokens // max(1, length)))
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows of similar length together, the longest first."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            room = self._rows_for(lengths[order[0]])
+            yield order[:room]
+            order = order[room:]
+
+    # Text to ids
+
+    def _shared_ids(self, prefix: str) -> list[int]:
+        return self.encode(prefix) if prefix else []
+
+    def _ids(self, example: Example) -> list[int]:
+        if not isinstance(example.prompt, str):
+            return list(example.prompt)
+        ids = self.encode(example.prefix + example.prompt)
+        if not ids:
+            raise ValueError(f"the prompt of {example.id} is empty and the tokenizer has no begin-of-text")
+        return ids
+
+    def _row(self, example: Example, context: list[int], choice: str) -> tuple[list[int], list[int]]:
+        """Context and continuation; a token that spans both belongs to the continuation."""
+        if not isinstance(example.prompt, str):
+            whole = context + self.encode(choice + example.ending, begin=False)
+        else:
+            whole = self.encode(example.prefix + example.prompt + choice + example.ending)
+        self._check_length(example.id, len(whole))
+        cut = min(_common(context, whole), len(whole) - 1)
+        if cut == 0:
+            whole, cut = [self.start_id, *whole], 1
+        return whole[:cut], whole[cut:]
+
+    def _check_length(self, name: str, length: int) -> None:
+        if self.limit is not None and length > self.limit:
+            raise ValueError(
+                f"{name} needs {length} tokens with its answer and the limit is {self.limit}; "
+                "raise the limit or ask for shorter prompts (none is ever cut)"
+            )
+
+
+def place(model, device: str, dtype: str, without: Sequence[str] = ()):
+    """Moves a model to a device and dtype, and takes memories out of it.
+
+    Raises:
+        ValueError: an unknown dtype, a device that is not there, or a model without such a memory.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for kind in without:
+        if not hasattr(model, "remove_memories"):
+            raise ValueError(f"a {model.config.model_type} has no memories to take out; leave out --without {kind}")
+        model.remove_memories(kind)
+    try:
+        return model.to(device=torch.device(device), dtype=DTYPES[dtype])
+    except (RuntimeError, AssertionError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise ValueError(f"the device {device!r} can't be used ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two rows have in common at the start."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

@@ -1,0 +1,67 @@
+"""`mosaics evaluate` on the command line."""
+
+import json
+
+import pytest
+
+from mosaics.cli import main
+
+from .conftest import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(capfd, monkeypatch):
+    monkeypatch.delenv("MOSAICS_TRACEBACK", raising=False)
+
+    def call(*words) -> str:
+        capfd.readouterr()
+        assert main(["evaluate", *map(str, words)]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return call
+
+
+def test_evaluate_prints_tables_and_continues(model, tmp_path, capfd):
+    words = ["evaluate", model, "--suite", "recall", "--lengths", "64", "--pairs", "2,4", "--samples", "2"]
+    words = [*map(str, words), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    out = capfd.readouterr().out
+    assert "by distance" in out and str(tmp_path / "out" / "results.json") in out
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(first["examples"]) == 4 and first["settings"]["pairs"] == [2, 4]
+    assert main([*words, "--batch-size", "1"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == first
+
+
+def test_evaluate_without_a_memory_differs(model, tmp_path, capfd):
+    words = ["evaluate", model, "--suite", "perplexity", "--data", __file__, "--multiples", "1,2", "--samples", "1"]
+    results = []
+    for extra in ([], ["--without", "long_term"]):
+        assert main([*map(str, words), *extra, "--output", str(tmp_path / f"out{len(extra)}")]) == 0
+        results.append(json.loads((tmp_path / f"out{len(extra)}" / "results.json").read_text()))
+    assert results[1]["settings"]["without"] == ["long_term"]
+    assert results[0]["examples"][1]["score"] != results[1]["examples"][1]["score"]
+
+
+def test_evaluate_refuses_impossible_options(refused, model, tmp_path):
+    assert "did you mean recall?" in refused(model, "--suite", "recal")
+    assert "--pairs is not for the suite perplexity; it is for recall" in refused(
+        model, "--suite", "perplexity", "--data", "x", "--pairs", "3"
+    )
+    assert "needs --data" in refused(model, "--suite", "perplexity")
+    assert "--samples is 0" in refused(model, "--suite", "recall", "--samples", "0")
+    assert "--pairs is '1,x'" in refused(model, "--suite", "recall", "--pairs", "1,x")
+    assert "there is no model" in refused(tmp_path / "none", "--suite", "recall")
+    assert "dtype is 'int8'" in refused(model, "--suite", "recall", "--dtype", "int8")
+    assert "device 'gpu'" in refused(model, "--suite", "recall", "--device", "gpu")
+    assert "The model has no 'nothing' memory" in refused(model, "--suite", "recall", "--without", "nothing")
