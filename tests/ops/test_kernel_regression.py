@@ -175,3 +175,12 @@ def test_kernel_regression_refuses_impossible_access(access):
     keys, values, bandwidth = inputs(4)
     with pytest.raises(ValueError):
         kernel_regression(keys, keys, values, bandwidth, **access)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_kernel_regression_keeps_its_precision_under_autocast(form):
+    keys, values, bandwidth = inputs(150, dtype=torch.float32, width=16)
+    expected = read(keys, values, bandwidth, 150, form, delay=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read(keys, values, bandwidth, 150, form, delay=5)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

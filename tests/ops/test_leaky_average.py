@@ -162,3 +162,12 @@ def test_leaky_average_gradcheck(form):
 def test_leaky_average_refuses_an_unknown_form():
     with pytest.raises(ValueError, match="did you mean 'chunked'"):
         leaky_average(*inputs(3)[0], form="chunk")
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_leaky_average_keeps_its_precision_under_autocast(form):
+    tensors, state = inputs(70, dtype=torch.float32, width=16, continued=True)
+    expected = outputs(tensors, state, form)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(tensors, state, form)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))

@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _reported: set[tuple[str, str]] = set()
 
 
-def dispatch(forms: dict[str, Callable], form: str, op: str) -> Callable:
-    """The function of `forms` named `form`; the first use of each is logged once.
+def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: Any, **options: Any) -> Any:
+    """Call the function of `forms` named `form`; the first use of each is logged once.
+
+    Autocast is off inside: an op chooses the precision of each of its products itself.
 
     Raises:
         ValueError: there is no such form.
@@ -23,4 +29,5 @@ def dispatch(forms: dict[str, Callable], form: str, op: str) -> Callable:
     if (op, form) not in _reported:
         _reported.add((op, form))
         logger.info("%s uses its %s form", op, form)
-    return forms[form]
+    with torch.autocast(first.device.type, enabled=False):
+        return forms[form](first, *rest, **options)

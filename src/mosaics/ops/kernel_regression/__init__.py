@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import dispatch
+from mosaics.ops import run
 from mosaics.ops.kernel_regression import blockwise, naive, shifted
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
@@ -59,9 +59,8 @@ def kernel_regression(
         )
     if form is None:
         form = _fastest(queries, keys, window, start)
-    return dispatch(FORMS, form, "kernel_regression")(
-        queries, keys, values, bandwidth, delay=delay, window=window, start=start
-    )
+    access = dict(delay=delay, window=window, start=start)
+    return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
 
 
 def _fastest(queries: Tensor, keys: Tensor, window: int | None, start: Tensor | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import dispatch
+from mosaics.ops import run
 from mosaics.ops.leaky_average import chunked, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
@@ -42,4 +42,4 @@ def leaky_average(
     """
     if form is None:
         form = "naive" if inputs.shape[2] == 1 else "chunked"  # one position is one step of the recurrence
-    return dispatch(FORMS, form, "leaky_average")(inputs, log_gate, log_decay, state)
+    return run(FORMS, form, "leaky_average", inputs, log_gate, log_decay, state)
