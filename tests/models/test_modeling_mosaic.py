@@ -339,3 +339,18 @@ def test_importing_mosaics_registers_the_model_with_transformers(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == "MosaicForCausalLM", done.stderr
+
+
+def test_forward_under_autocast_and_in_bfloat16_stays_near_float32():
+    ids = tokens(2, 40)
+    exact = tiny_model(torch.float32, scale=1.0)
+    expected = plain(exact, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(plain(exact, ids).float(), expected) < 0.05 * expected.abs().max()
+        assert difference(cached(exact, ids, [30, *[1] * 10]).float(), expected) < 0.05 * expected.abs().max()
+        loss = exact.train()(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in exact.parameters())
+    low = tiny_model(torch.bfloat16, scale=1.0)
+    assert difference(plain(low, ids).float(), expected) < 0.1 * expected.abs().max()
+    assert difference(cached(low, ids, [30, *[1] * 10]).float(), expected) < 0.1 * expected.abs().max()
