@@ -71,7 +71,11 @@ def test_main_lets_our_own_mistakes_be_seen(monkeypatch):
     ("raised", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "error: runs/x: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            2,
+            "error: runs/x: No space left on device; make room and run the same command again\n",
+        ),
         (ValueError("two\nlines"), 2, "error: two lines\n"),
         (MemoryError(), 2, "error: out of memory; lower training.micro_batch_size or training.context_length\n"),
     ],

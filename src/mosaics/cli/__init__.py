@@ -5,6 +5,7 @@ command line, shown at the end of ``--help``) and ``CONTEXT`` (click's context s
 nothing heavy at the top, so that ``mosaics --help`` answers at once.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,14 @@ for _verb in VERBS:
     )(getattr(_module, _verb))
 
 
+_REMEDIES = {
+    errno.ENOSPC: "; make room and run the same command again",
+    errno.EDQUOT: "; make room and run the same command again",
+    errno.EROFS: "; choose a folder that can be written",
+    errno.EACCES: "; choose a folder that you may use",
+}
+
+
 def sentence(error: BaseException) -> str:
     """One line that says what went wrong, for an error that the user can do something about."""
     if hasattr(error, "format_message"):  # what click (or typer's copy of it) raises
@@ -67,6 +76,8 @@ def sentence(error: BaseException) -> str:
     elif isinstance(error, OSError) and error.strerror:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         text = f"{names}: {error.strerror}" if names else error.strerror
+        if error.strerror == os.strerror(error.errno):  # the system's words alone
+            text += _REMEDIES.get(error.errno, "")
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
