@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-STANDARD_LIBRARY = "python-stdlib"
+STANDARD_LIBRARY, WORLD = "python-stdlib", "world:"
 # Tests, tables and build settings: no text that one would read, and twice the size of all the rest.
 _NOT_LIBRARY_TEXT = {
     "site-packages",
@@ -74,7 +74,8 @@ def open_corpus(
               a text file is one document, a line of a `.jsonl` file is one document; `.gz` and `.xz` are
               unpacked while reading; the order is that of the sorted names;
             - a Hugging Face dataset, `owner/name` or `owner/name:configuration`; `hf:` in front forces this
-              reading, for names without an owner and for local dataset folders.
+              reading, for names without an owner and for local dataset folders;
+            - `world:NAME`, episodes of a synthetic world: see `mosaics.data.worlds.open_world`.
         field: the field of a `.jsonl` record or the column of a dataset that holds the text.
         encoding: how the bytes of files are read; a byte-order mark at the start is dropped.
         split: the split of a Hugging Face dataset.
@@ -95,6 +96,10 @@ def open_corpus(
     if spec == STANDARD_LIBRARY:
         library = _standard_library()
         return Corpus(spec, lambda: _read_files(library, field, "utf-8"))
+    if spec.startswith(WORLD):
+        from mosaics.data.worlds import open_world
+
+        return open_world(spec)
     if spec.startswith("hf:"):
         return _open_dataset(spec, spec[3:], field, split)
     path = Path(spec).expanduser()

@@ -1,0 +1,121 @@
+"""What the worlds must not be solvable by: predictors without a memory for what goes with what. And two that say how
+far a simple look-up in the prompt reaches."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from mosaics.data.worlds.world import Episode, World, WorldExample
+
+
+class LastWords:
+    """Answers from the last words of the prompt alone, as the training episodes answered after them.
+
+    It takes the longest ending, of at most `count` words, that it has counted an answer for.
+
+    Args:
+        episodes: of training.
+        count: words that it looks at.
+    """
+
+    def __init__(self, episodes: Iterable[Episode], count: int = 6) -> None:
+        self.count = count
+        self.answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for episode in episodes:
+            words = episode.words()
+            for place in episode.answer_places():
+                for size in range(min(count, place) + 1):
+                    self.answers[tuple(words[place - size : place])][words[place]] += 1
+
+    def predict(self, example: WorldExample) -> str:
+        """The most frequent of the example's choices after the longest known ending."""
+        words = example.prompt.split()
+        for size in range(min(self.count, len(words)), -1, -1):
+            known = self.answers.get(tuple(words[len(words) - size :]))
+            if known and any(choice in known for choice in example.choices):
+                return max(example.choices, key=lambda choice: known[choice])
+        return example.choices[0]
+
+
+class WordCounts:
+    """Answers with the choice that the prompt has most often (of equal ones, the last named)."""
+
+    def predict(self, example: WorldExample) -> str:
+        """The choice."""
+        words = example.prompt.split()
+        counts, last = Counter(words), {word: place for place, word in enumerate(words)}
+        return max(example.choices, key=lambda choice: (counts[choice], last.get(choice, -1)))
+
+
+class RepeatedEnding:
+    """Continues as the prompt did after the longest earlier occurrence of its ending (of equal ones, the latest)."""
+
+    def predict(self, example: WorldExample) -> str:
+        """The word that followed; it need not be a choice."""
+        words = example.prompt.split()
+        best, answer = 0, example.choices[0]
+        for place in range(len(words) - 1):
+            size = 0
+            while size <= place and words[place - size] == words[-1 - size]:
+                size += 1
+            if size and size >= best:
+                best, answer = size, words[place + 1]
+        return answer
+
+
+class LabelledCounts:
+    """Naive Bayes over the examples in the prompt: what counting words by label, sentence by sentence, can reach.
+
+    Args:
+        smoothing: added to every count, as a share of a word.
+    """
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        self.smoothing = smoothing
+
+    def predict(self, example: WorldExample) -> str:
+        """The choice whose sentences share most with the question."""
+        counts = {choice: Counter() for choice in example.choices}
+        for sentence in example.context.split(" . "):
+            words = sentence.removesuffix(" .").split()
+            for word in words:
+                if word in counts:
+                    counts[word].update(words)
+        question = example.question.split()
+
+        def score(choice: str) -> float:
+            total = counts[choice].total() + 240 * self.smoothing
+            return sum(np.log((counts[choice][word] + self.smoothing) / total) for word in question)
+
+        return max(example.choices, key=score)
+
+
+def baseline_accuracies(
+    world: World, task: str, *, examples: int = 200, training_episodes: int = 500, length: int | None = None, **settings
+) -> dict[str, float]:
+    """Shares of right answers in the test split, to be reported beside those of a model.
+
+    Args:
+        world: the world.
+        task: one of `TASKS`.
+        examples: questions that are asked.
+        training_episodes: episodes of 256 tokens that the last-words baseline counts.
+        length: tokens of a test episode.
+        settings: further ones of `World.episode`, for the test episodes.
+
+    Returns:
+        `chance` (one of the choices), `last_words`, `word_counts`: without a memory; `repeated_ending`,
+        `labelled_counts`: simple look-ups in the prompt, which recall and classification may be solvable by.
+    """
+    asked = list(world.examples(task, examples, length, **settings))
+    predictors = {
+        "last_words": LastWords(world.episode(task, number) for number in range(training_episodes)),
+        "word_counts": WordCounts(),
+        "repeated_ending": RepeatedEnding(),
+        "labelled_counts": LabelledCounts(),
+    }
+    accuracies = {"chance": float(np.mean([1 / len(example.choices) for example in asked]))}
+    for name, predictor in predictors.items():
+        accuracies[name] = float(np.mean([predictor.predict(example) == example.answer for example in asked]))
+    return accuracies
