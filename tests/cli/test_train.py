@@ -30,8 +30,8 @@ def test_train_takes_the_recipe_anywhere_and_a_file(mosaics, tmp_path):
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        ("memory-mosaics-v2-small", ["47,684", "4,194,304", "200 B", "2,038,535,936", "34.45 GiB"]),
-        ("memory-mosaics-v2-large", ["238,419", "4,194,304", "1 T", "9,926,096,896", "153.67 GiB"]),
+        ("memory-mosaics-v2-small", ["47,684", "4,194,304", "200 B", "2,038,535,936", "35.11 GiB"]),
+        ("memory-mosaics-v2-large", ["238,419", "4,194,304", "1 T", "9,926,096,896", "155.02 GiB"]),
     ],
 )
 def test_train_dry_run_prints_the_plan_of_the_paper(mosaics, name, numbers):
