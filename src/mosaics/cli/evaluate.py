@@ -33,6 +33,10 @@ def evaluate(
     batch_size: Annotated[int, Option(help="Rows in a pass at most; changes no score.")] = 16,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    construction: Annotated[
+        str | None, Option(help="new-knowledge: per-sample (gold at a drawn place) or published (as RULER does).")
+    ] = None,
+    max_new_tokens: Annotated[int | None, Option(help="new-knowledge: tokens of an answer at most.")] = None,
     pairs: Annotated[str | None, Option(help="recall: numbers of pairs, as 4,16.")] = None,
     multiples: Annotated[str | None, Option(help="perplexity: multiples of the training length, as 1,2,4,8.")] = None,
     training_length: Annotated[int | None, Option(help="perplexity: tokens; the model's own if not given.")] = None,
@@ -45,6 +49,8 @@ def evaluate(
         "lengths": _numbers("--lengths", lengths),
         "samples": samples,
         "seed": seed,
+        "construction": construction,
+        "max_new_tokens": max_new_tokens,
         "pairs": _numbers("--pairs", pairs),
         "multiples": _numbers("--multiples", multiples),
         "training_length": training_length,
