@@ -3,7 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint docs wheel clean
+# What the API reference shows: pdoc finds no modules below one that names its contents.
+PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
+
+.PHONY: help quickstart test lint docs wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mosaics needs Python 3.11 or newer; set PYTHON=python3.11 (or newer) and run make again." if sys.version_info < (3, 11) else 0)'
@@ -23,14 +30,14 @@ test: $(VENV)/.installed-dev  ## all tests (under 10 minutes on two cores)
 	$(BIN)/ruff check src tests
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## the linter alone
 	$(BIN)/ruff check src tests benchmarks
 
 docs: $(VENV)/.installed-dev  ## the API reference from the docstrings, into build/api
-	$(BIN)/python -m pdoc --docformat google --math -o build/api mosaics
+	$(BIN)/python -m pdoc --docformat google --math -o build/api $(PUBLIC)
 
-wheel: $(VENV)/.installed-dev
-	$(BIN)/python -m build --wheel --no-isolation
+wheel: $(VENV)/.installed-dev  ## the wheel, into dist
+	$(BIN)/python -m hatchling build -t wheel
 
-clean:
+clean:  ## remove what the others made
 	rm -rf $(VENV) build dist
