@@ -37,6 +37,18 @@ def evaluate(
         str | None, Option(help="new-knowledge: per-sample (gold at a drawn place) or published (as RULER does).")
     ] = None,
     max_new_tokens: Annotated[int | None, Option(help="new-knowledge: tokens of an answer at most.")] = None,
+    shots: Annotated[
+        str | None, Option(help="in-context-learning: numbers of shots (one example of every class each), as 1,4,16.")
+    ] = None,
+    labels: Annotated[str | None, Option(help="in-context-learning: semantic, anonymous or both.")] = None,
+    strategies: Annotated[
+        str | None, Option(help="in-context-learning: newline, newline-shuffled, space, space-shuffled.")
+    ] = None,
+    scoring: Annotated[str | None, Option(help="in-context-learning: likelihood or generation.")] = None,
+    classes: Annotated[int | None, Option(help="in-context-learning: classes of the synthetic task.")] = None,
+    noise: Annotated[
+        float | None, Option(help="in-context-learning: share of words that tell nothing, in the synthetic task.")
+    ] = None,
     pairs: Annotated[str | None, Option(help="recall: numbers of pairs, as 4,16.")] = None,
     multiples: Annotated[str | None, Option(help="perplexity: multiples of the training length, as 1,2,4,8.")] = None,
     training_length: Annotated[int | None, Option(help="perplexity: tokens; the model's own if not given.")] = None,
@@ -51,6 +63,12 @@ def evaluate(
         "seed": seed,
         "construction": construction,
         "max_new_tokens": max_new_tokens,
+        "shots": _numbers("--shots", shots),
+        "labels": _parts(labels),
+        "strategies": _parts(strategies),
+        "scoring": scoring,
+        "classes": classes,
+        "noise": noise,
         "pairs": _numbers("--pairs", pairs),
         "multiples": _numbers("--multiples", multiples),
         "training_length": training_length,

@@ -1,12 +1,24 @@
 """What a model can do: one file for each dimension, asked through one `Scorer`, written down answer by answer."""
 
 from mosaics.evaluation.example import Example, Record
+from mosaics.evaluation.in_context_learning import InContextLearning
 from mosaics.evaluation.new_knowledge import NewKnowledge
 from mosaics.evaluation.perplexity import Perplexity
 from mosaics.evaluation.recall import Recall
 from mosaics.evaluation.results import Suite, evaluate
 from mosaics.evaluation.scorer import Scorer
 
-SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (NewKnowledge, Recall, Perplexity)}
+SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (NewKnowledge, InContextLearning, Recall, Perplexity)}
 
-__all__ = ["SUITES", "Example", "NewKnowledge", "Perplexity", "Recall", "Record", "Scorer", "Suite", "evaluate"]
+__all__ = [
+    "SUITES",
+    "Example",
+    "InContextLearning",
+    "NewKnowledge",
+    "Perplexity",
+    "Recall",
+    "Record",
+    "Scorer",
+    "Suite",
+    "evaluate",
+]

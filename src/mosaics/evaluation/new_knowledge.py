@@ -9,14 +9,14 @@ does it their way.
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from mosaics.evaluation.example import Example, Record
+from mosaics.evaluation.example import Example, Prompts, Record
 from mosaics.evaluation.files import fields, read_json
 from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped, mean
 
@@ -137,7 +137,7 @@ class NewKnowledge(Suite):
             chosen = [task for task in chosen if task in QA_TASKS]
         return chosen
 
-    def examples(self, scorer) -> "Prompts":
+    def examples(self, scorer) -> Prompts:
         chosen = self._chosen()
         for task in chosen:
             if self.construction == "published" and task in NEEDLES:
@@ -215,19 +215,6 @@ class NewKnowledge(Suite):
             "plot": {"x": "prompt (tokens)", "y": "accuracy (%)", "log_x": True, "curves": curves},
             "notes": notes,
         }
-
-
-class Prompts:
-    """Examples that are built one at a time, as often as wanted."""
-
-    def __init__(self, count: int, build: Callable[[], Iterator[Example]]):
-        self._count, self._build = count, build
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Example]:
-        return self._build()
 
 
 def matches(said: str, references: Sequence[str]) -> tuple[float, float]:

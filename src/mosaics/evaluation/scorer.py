@@ -22,6 +22,9 @@ from mosaics.evaluation.example import Example
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+_TAIL = 200  # characters; no token is nearly as long
+
+
 class Scorer:
     """Asks a transformers causal language model.
 
@@ -60,6 +63,7 @@ class Scorer:
         ids = tokenizer("a").input_ids
         begin = tokenizer.bos_token_id
         self._begin = [begin] if begin is not None and ids[:1] == [begin] else []
+        self._text: tuple[str, list[int]] = ("", [])  # the last prefix
         self._prefix: tuple[tuple[int, ...], object] = ((), None)
 
     @classmethod
@@ -154,10 +158,9 @@ class Scorer:
             group = list(group)
             rows, shared = [], self._shared_ids(prefix)
             for example in group:
-                context = self._ids(example)
-                for choice in example.choices:
-                    rows.append(self._row(example, context, choice))
-                    shared = shared[: _common(shared, rows[-1][0])]
+                for row in self._rows(example):
+                    rows.append(row)
+                    shared = shared[: _common(shared, row[0])]
             scores = iter(self.loglikelihoods(rows, shared))
             results += [[next(scores) for _ in example.choices] for example in group]
         return results
@@ -212,21 +215,25 @@ class Scorer:
             Nats (negative or 0) of each token, for each request.
         """
         results: list[list[float]] = [[] for _ in requests]
-        rows = [(list(context) + list(continuation[:-1]), len(context) - 1) for context, continuation in requests]
+        # Requests that differ in their last token only, as answers of one token do, are one row.
+        asked: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(requests):
+            asked.setdefault((*context, *continuation[:-1]), []).append(i)
+        rows, starts = list(asked), [len(context) - 1 for context, _ in requests]
         # The last id of each context has to be passed again, for what it says about the continuation.
-        length = min(len(prefix), *(start for _, start in rows)) if rows else 0
+        length = min(len(prefix), *starts) if rows else 0
         cache, length = self._prefix_cache(prefix[:length])
-        for batch in self._batches([len(row) for row, _ in rows]):
-            width = max(len(rows[i][0]) for i in batch) - length
+        for batch in self._batches([len(row) for row in rows]):
+            width = max(len(rows[line]) for line in batch) - length
             ids = torch.zeros(len(batch), width, dtype=torch.long)
-            for line, i in enumerate(batch):
-                tail = torch.tensor(rows[i][0][length:])
-                ids[line, : len(tail)] = tail
-            first = min(rows[i][1] for i in batch) - length
+            for line, row in enumerate(batch):
+                ids[line, : len(rows[row]) - length] = torch.tensor(rows[row][length:])
+            wanted = [(line, i) for line, row in enumerate(batch) for i in asked[rows[row]]]
+            first = min(starts[i] for _, i in wanted) - length
             for start, logits in self._pass(ids, self._copies(cache, len(batch)), first):
                 # Only what is asked for leaves the device, and no second array of the whole vocabulary is made.
-                for line, i in enumerate(batch):
-                    continuation, offset = requests[i][1], rows[i][1] - length
+                for line, i in wanted:
+                    continuation, offset = requests[i][1], starts[i] - length
                     low, high = max(start, offset), min(start + logits.shape[1], offset + len(continuation))
                     if low < high:
                         targets = torch.tensor(continuation[low - offset : high - offset], device=logits.device)
@@ -341,7 +348,9 @@ class Scorer:
     # Text to ids
 
     def _shared_ids(self, prefix: str) -> list[int]:
-        return self.encode(prefix) if prefix else []
+        if prefix != self._text[0]:
+            self._text = (prefix, self.encode(prefix) if prefix else [])
+        return self._text[1]
 
     def _ids(self, example: Example) -> list[int]:
         if not isinstance(example.prompt, str):
@@ -351,17 +360,34 @@ class Scorer:
             raise ValueError(f"the prompt of {example.id} is empty and the tokenizer has no begin-of-text")
         return ids
 
-    def _row(self, example: Example, context: list[int], choice: str) -> tuple[list[int], list[int]]:
-        """Context and continuation; a token that spans both belongs to the continuation."""
+    def _rows(self, example: Example) -> Iterator[tuple[list[int], list[int]]]:
+        """Context and continuation of each choice; a token that spans both belongs to the continuation."""
+        context, encode = self._ids(example), self._encode_tail(example)
+        for choice in example.choices:
+            whole = encode(context, choice + example.ending)
+            self._check_length(example.id, len(whole))
+            cut = min(_common(context, whole), len(whole) - 1)
+            yield (whole[:cut], whole[cut:]) if cut else ([self.start_id], whole)
+
+    def _encode_tail(self, example: Example):
+        """A function that encodes the prompt with something after it, and reads only the last part of the prompt anew.
+
+        Where the prompt is cut, tokens may come out otherwise; so what is taken from the part begins after that.
+        """
         if not isinstance(example.prompt, str):
-            whole = context + self.encode(choice + example.ending, begin=False)
-        else:
-            whole = self.encode(example.prefix + example.prompt + choice + example.ending)
-        self._check_length(example.id, len(whole))
-        cut = min(_common(context, whole), len(whole) - 1)
-        if cut == 0:
-            whole, cut = [self.start_id, *whole], 1
-        return whole[:cut], whole[cut:]
+            return lambda context, text: context + self.encode(text, begin=False)
+        prompt = example.prefix + example.prompt
+        tail = prompt[-_TAIL:]
+        known = self.encode(tail, begin=False)
+
+        def encode(context: list[int], text: str) -> list[int]:
+            equal = _common(context[::-1], known[::-1])
+            again = self.encode(tail + text, begin=False)
+            if len(prompt) > _TAIL and equal > len(known) - _common(known, again):
+                return context[: len(context) - equal] + again[len(known) - equal :]
+            return self.encode(prompt + text)
+
+        return encode
 
     def _check_length(self, name: str, length: int) -> None:
         if self.limit is not None and length > self.limit:
