@@ -59,8 +59,8 @@ def test_trainer_accumulated_gradients_equal_the_whole_batch(train):
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
 
 
-def test_trainer_activation_checkpointing_changes_nothing(train):
+def test_trainer_gradient_checkpointing_changes_nothing(train):
     plain = train("plain", per_device_train_batch_size=4)
-    saving = train("saving", per_device_train_batch_size=4, activation_checkpointing=True)
-    assert saving.model.is_activation_checkpointing
+    saving = train("saving", per_device_train_batch_size=4, gradient_checkpointing=True)
+    assert saving.model.is_gradient_checkpointing
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
