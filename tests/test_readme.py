@@ -89,7 +89,8 @@ def test_document_commands_have_their_options(document, capsys):
 
 
 def test_readme_has_an_example_of_every_verb():
-    assert {words[1] for words in commands("README.md") if words[0] == "mosaics"} == set(VERBS)
+    shown = {words[1] for words in commands("README.md") if words[0] == "mosaics"}
+    assert not set(VERBS) - shown, "README.md (Use it from the command line) has no line for these verbs"
 
 
 def test_readme_shows_the_two_commands_first():
