@@ -6,7 +6,7 @@ import pytest
 
 from mosaics.cli import main
 
-from .conftest import tiny
+from .conftest import stdlib_text, tiny
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,22 @@ def test_evaluate_prints_tables_and_continues(model, tmp_path, capfd):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == first
 
 
-def test_evaluate_without_a_memory_differs(model, tmp_path, capfd):
-    words = ["evaluate", model, "--suite", "perplexity", "--data", __file__, "--multiples", "1,2", "--samples", "1"]
-    results = []
-    for extra in ([], ["--without", "long_term"]):
-        assert main([*map(str, words), *extra, "--output", str(tmp_path / f"out{len(extra)}")]) == 0
-        results.append(json.loads((tmp_path / f"out{len(extra)}" / "results.json").read_text()))
-    assert results[1]["settings"]["without"] == ["long_term"]
-    assert results[0]["examples"][1]["score"] != results[1]["examples"][1]["score"]
+def test_evaluate_without_a_memory_is_shown_side_by_side(model, tmp_path, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text(stdlib_text("bisect"))
+    words = ["evaluate", model, "--suite", "perplexity", "--data", text, "--multiples", "1,2", "--samples", "1"]
+    assert main([*map(str, words), "--without", "long_term", "--output", str(tmp_path / "out")]) == 0
+    assert "side by side" in capfd.readouterr().out
+    whole, without, both = (
+        json.loads((tmp_path / "out" / part / "results.json").read_text())
+        for part in ("whole", "without-long_term", "")
+    )
+    assert without["settings"]["without"] == ["long_term"]
+    rows = both["summary"]["tables"]["side by side: loss by context (nats per token)"]
+    assert [row["context"] for row in rows] == [32, 64]
+    for row, a, b in zip(rows, whole["examples"], without["examples"], strict=True):
+        assert (row["whole"], row["without long_term"]) == (a["score"], b["score"]) and a["score"] != b["score"]
+    assert len(both["examples"]) == 4 and (tmp_path / "out" / "plot.png").exists()
 
 
 def test_evaluate_refuses_impossible_options(refused, model, tmp_path):
@@ -64,4 +72,4 @@ def test_evaluate_refuses_impossible_options(refused, model, tmp_path):
     assert "there is no model" in refused(tmp_path / "none", "--suite", "recall")
     assert "dtype is 'int8'" in refused(model, "--suite", "recall", "--dtype", "int8")
     assert "device 'gpu'" in refused(model, "--suite", "recall", "--device", "gpu")
-    assert "The model has no 'nothing' memory" in refused(model, "--suite", "recall", "--without", "nothing")
+    assert "the model has no 'nothing' memory; it has" in refused(model, "--suite", "recall", "--without", "nothing")

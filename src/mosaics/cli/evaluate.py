@@ -28,7 +28,8 @@ def evaluate(
         int | None, Option(help="Refuse prompts that need more tokens (going beyond the training length is allowed).")
     ] = None,
     without: Annotated[
-        list[str] | None, Option(metavar="MEMORY", help="Take memories out first, as long_term (repeatable).")
+        list[str] | None,
+        Option(metavar="MEMORY", help="Also evaluate without it, side by side, as long_term (repeatable)."),
     ] = None,
     batch_size: Annotated[int, Option(help="Rows in a pass at most; changes no score.")] = 16,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
@@ -37,6 +38,12 @@ def evaluate(
         str | None, Option(help="new-knowledge: per-sample (gold at a drawn place) or published (as RULER does).")
     ] = None,
     max_new_tokens: Annotated[int | None, Option(help="new-knowledge: tokens of an answer at most.")] = None,
+    fewshot: Annotated[
+        int | None, Option(help="persistent-knowledge: solved questions in front, for benchmarks from files.")
+    ] = None,
+    allow_code: Annotated[
+        bool, Option("--allow-code", help="persistent-knowledge: let benchmarks run what the model writes, here.")
+    ] = False,
     shots: Annotated[
         str | None, Option(help="in-context-learning: numbers of shots (one example of every class each), as 1,4,16.")
     ] = None,
@@ -63,6 +70,8 @@ def evaluate(
         "seed": seed,
         "construction": construction,
         "max_new_tokens": max_new_tokens,
+        "fewshot": fewshot,
+        "allow_code": allow_code or None,
         "shots": _numbers("--shots", shots),
         "labels": _parts(labels),
         "strategies": _parts(strategies),
@@ -79,14 +88,25 @@ def evaluate(
     from mosaics.cli.generate import load_exported
     from mosaics.evaluation import Scorer
     from mosaics.evaluation import evaluate as run
-    from mosaics.evaluation.results import tables_text
-    from mosaics.evaluation.scorer import place
+    from mosaics.evaluation.results import save, side_by_side, tables_text
+    from mosaics.evaluation.scorer import check_memories, place
 
     loaded, tokenizer = load_exported(model)
-    loaded = place(loaded, device, dtype, without or ())
-    scorer = Scorer(loaded, tokenizer, batch_size=batch_size, limit=max_length)
-    more = {"dtype": dtype} | ({"without": list(without)} if without else {})
-    result = run(asked, scorer, output, model=model, show_progress=sys.stderr.isatty(), more_settings=more)
+    check_memories(loaded, without or ())
+    variants = {"whole": ()} | ({f"without {' and '.join(without)}": tuple(without)} if without else {})
+    results = {}
+    for variant, removed in variants.items():
+        loaded = place(loaded, device, dtype, removed)
+        scorer = Scorer(loaded, tokenizer, batch_size=batch_size, limit=max_length)
+        folder = output / variant.replace(" ", "-") if output is not None and without else output
+        more = {"dtype": dtype} | ({"without": list(removed)} if removed else {})
+        shown = sys.stderr.isatty()
+        results[variant] = run(asked, scorer, folder, model=model, show_progress=shown, more_settings=more)
+    result = results["whole"]
+    if without:
+        result = side_by_side(results)
+        if output is not None:
+            save(result, output)
     print(tables_text(result), end="")
     if output is not None:
         print(f"\nresults: {output / 'results.json'}")

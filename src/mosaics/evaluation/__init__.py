@@ -4,11 +4,14 @@ from mosaics.evaluation.example import Example, Record
 from mosaics.evaluation.in_context_learning import InContextLearning
 from mosaics.evaluation.new_knowledge import NewKnowledge
 from mosaics.evaluation.perplexity import Perplexity
+from mosaics.evaluation.persistent_knowledge import PersistentKnowledge
 from mosaics.evaluation.recall import Recall
 from mosaics.evaluation.results import Suite, evaluate
 from mosaics.evaluation.scorer import Scorer
 
-SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (NewKnowledge, InContextLearning, Recall, Perplexity)}
+SUITES: dict[str, type[Suite]] = {
+    suite.name: suite for suite in (PersistentKnowledge, NewKnowledge, InContextLearning, Recall, Perplexity)
+}
 
 __all__ = [
     "SUITES",
@@ -16,6 +19,7 @@ __all__ = [
     "InContextLearning",
     "NewKnowledge",
     "Perplexity",
+    "PersistentKnowledge",
     "Recall",
     "Record",
     "Scorer",

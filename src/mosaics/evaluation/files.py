@@ -36,7 +36,7 @@ def read_json(path: str | Path) -> Any:
     text = read_text(path)
     try:
         if ".jsonl" in Path(path).name:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); get it again") from None

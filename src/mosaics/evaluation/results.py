@@ -7,6 +7,7 @@ FOLDER/plot.png         the summary's curves
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -120,6 +121,43 @@ def evaluate(
     return result
 
 
+def side_by_side(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results of one suite for several variants of a model, as one result.
+
+    Args:
+        results: what `evaluate` gave for each variant, by its name.
+
+    Returns:
+        A result whose examples and rows name their variant; tables `side by side` have a column for each.
+    """
+    first = next(iter(results.values()))
+    examples, tables, curves = [], {}, []
+    for variant, result in results.items():
+        for example in result["examples"]:
+            meta = example["meta"] | {"variant": variant}
+            examples.append(example | {"id": f"{variant}: {example['id']}", "meta": meta})
+        for title, rows in result["summary"]["tables"].items():
+            tables.setdefault(title, []).extend({"variant": variant} | row for row in rows)
+        for one in result["summary"].get("plot", {}).get("curves", []):
+            curves.append(one | {"label": f"{one['label']}, {variant}"})
+    beside: dict[str, list[Row]] = {}
+    for title, rows in first["summary"]["tables"].items():
+        value = next((column for column in ("accuracy", "nats per token") if rows and column in rows[0]), None)
+        if value is None:
+            continue
+        for number, row in enumerate(rows):
+            columns = {key: row[key] for key in list(row)[: list(row).index(value)]}
+            for variant, result in results.items():
+                other = result["summary"]["tables"][title]
+                columns[variant] = other[number][value] if number < len(other) else None
+            beside.setdefault(f"side by side: {title} ({value})", []).append(columns)
+    summary = {"tables": beside | tables, "notes": first["summary"].get("notes", [])}
+    if curves:
+        summary["plot"] = first["summary"]["plot"] | {"curves": curves}
+    settings = first["settings"] | {"variants": list(results)}
+    return first | {"settings": settings, "examples": examples, "summary": summary}
+
+
 def save(result: dict[str, Any], output: Path) -> None:
     """Write results.json, table.txt and plot.png, each at once."""
     _write(output / "results.json", json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass"))
@@ -141,7 +179,7 @@ def _blocks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 def _open_log(path: Path, header: dict[str, Any]) -> dict[str, Record]:
     """The answers that are there already; a line that was cut off is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = io.StringIO(path.read_text(encoding="utf-8")).readlines() if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     records = []
@@ -288,8 +326,6 @@ def _shown(value: Any) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The plot of a result, as PNG."""
-    import io
-
     from matplotlib.figure import Figure
 
     plot = result["summary"]["plot"]

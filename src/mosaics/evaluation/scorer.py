@@ -407,9 +407,8 @@ def place(model, device: str, dtype: str, without: Sequence[str] = ()):
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_memories(model, without)
     for kind in without:
-        if not hasattr(model, "remove_memories"):
-            raise ValueError(f"a {model.config.model_type} has no memories to take out; leave out --without {kind}")
         model.remove_memories(kind)
     try:
         return model.to(device=torch.device(device), dtype=DTYPES[dtype])
@@ -417,6 +416,16 @@ def place(model, device: str, dtype: str, without: Sequence[str] = ()):
         if "out of memory" in str(error):
             raise
         raise ValueError(f"the device {device!r} can't be used ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def check_memories(model, kinds: Sequence[str]) -> None:
+    """Raises `ValueError` if a model has no memory of one of the kinds."""
+    for kind in kinds:
+        if not hasattr(model, "remove_memories"):
+            raise ValueError(f"a {model.config.model_type} has no memories to take out; leave out --without {kind}")
+        present = sorted({memory.type for memory in model.model.stack.memories()})
+        if kind not in present:
+            raise ValueError(f"the model has no {kind!r} memory; it has {', '.join(present)}")
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
