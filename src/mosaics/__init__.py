@@ -21,4 +21,4 @@ def __getattr__(name: str):
 
 # The command line imports what a verb needs when it runs, so that help and errors do not wait seconds for torch.
 if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").stem != "mosaics":
-    importlib.import_module("mosaics.models")
+    from mosaics.models import MosaicConfig, MosaicForCausalLM, MosaicModel

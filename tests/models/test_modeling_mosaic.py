@@ -216,7 +216,9 @@ def test_hidden_states_are_those_of_each_block(model):
 
 
 def test_read_weights_sum_to_one_over_the_pairs_of_each_memory():
-    reads = tiny_model().read_weights(tokens(2, 12))
+    model = tiny_model(train_delay=[6, 6]).train()
+    reads = model.read_weights(tokens(2, 12))  # with the delay of evaluation, whatever the mode
+    assert model.training
     assert [(r.memory, r.layer_index) for r in reads] == [(m, i) for i in (0, 1) for m in ("short_term", "long_term")]
     for r in reads:
         assert r.weights.shape == (2, 2, 12, 12)

@@ -242,7 +242,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
     def read_weights(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
     ) -> list[Read]:
-        """What every memory read at every position, as weights over the stored pairs.
+        """What every memory reads at evaluation, at every position, as weights over the stored pairs.
 
         Args:
             input_ids: `(batch, time)`.
@@ -253,8 +253,12 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             One `Read` for each memory that stores pairs, with weights `(batch, heads, time, time)`: keep the time
             short.
         """
-        context = Context(reads=[])
-        self.model(input_ids, attention_mask, document_ids, use_cache=False, context=context)
+        context, training = Context(reads=[]), self.training
+        self.eval()
+        try:
+            self.model(input_ids, attention_mask, document_ids, use_cache=False, context=context)
+        finally:
+            self.train(training)
         return context.reads
 
     def remove_memories(self, memory_type: str) -> None:

@@ -33,8 +33,7 @@ def kernel_regression(
     that t may read.
 
     Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs t-window+1 ... t-delay of its
-        own
-    document; without any it answers exactly 0.
+    own document; without any it answers exactly 0.
 
     Args:
         queries: `(batch, heads, time, width)`; for Memory Mosaics the keys of the same positions.
