@@ -79,7 +79,7 @@ class AttentionMemory(Memory):
             or (options.window is not None and options.window <= options.delay)
         ):
             raise ValueError(
-                f"The attention has window {options.window}, delay {options.delay} and training delays {low} to {high}; "
+                f"An attention has window {options.window}, delay {options.delay}, training delays {low} to {high}; "
                 "give delays of at least 0, the smaller first, and a window larger than the delay."
             )
         self.heads, self.pair_heads = heads, pair_heads
