@@ -56,6 +56,15 @@ def test_prepared_corpus_missing_or_cut_file_is_named(write_prepared):
         PreparedCorpus(folder)
 
 
+def test_prepared_corpus_link_to_another_file_is_refused(write_prepared, tmp_path):
+    folder = write_prepared([5, 9], [6])
+    path = folder / "train" / "ids.jsonl"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="a file outside the folder, 'train/ids.jsonl'"):
+        PreparedCorpus(folder)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -80,6 +80,13 @@ def test_token_bytes_sum_to_the_bytes_of_any_text(tokenizer, text):
     assert token_bytes(tokenizer)[encode_pieces(tokenizer, [text])[0]].sum() == len(text.encode())
 
 
+def test_token_bytes_of_an_added_word_are_its_own():
+    tokenizer = train_tokenizer(TEXTS.values(), 300)
+    tokenizer.add_tokens(["世界key"])
+    (ids,) = encode_pieces(tokenizer, ["the 世界key"])
+    assert ids[-1] == len(tokenizer) - 1 and token_bytes(tokenizer)[ids].sum() == len("the 世界key".encode())
+
+
 def test_token_bytes_only_for_byte_level_without_changes_to_the_text():
     assert token_bytes(other_tokenizer(eos_token="[EOS]")) is None
     prefixed = train_tokenizer(TEXTS.values(), 300)
@@ -91,7 +98,8 @@ def test_encode_pieces_special_names_in_a_text_are_text(tokenizer):
     text = "a<|end_of_text|>b<|pad|>"
     ids = encode_pieces(tokenizer, [text])[0]
     assert ids.min() > 2 and tokenizer.decode(ids) == text
-    assert 1 in tokenizer(text).input_ids  # and the tokenizer is left as it was
+    assert not tokenizer.backend_tokenizer.encode_special_tokens  # the tokenizer is left as it was
+    assert 1 in tokenizer(text).input_ids
 
 
 def test_encode_pieces_ignores_truncation_and_template():

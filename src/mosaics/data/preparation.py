@@ -131,7 +131,7 @@ def prepare(
     vocab_size: int = 4096,
     validation: float | Corpus = 0.05,
     seed: int = 0,
-    tokenizer_text_bytes: int = 1 << 26,
+    tokenizer_text_bytes: int = 1 << 25,
     shard_tokens: int = 1 << 27,
     show_progress: bool = False,
 ) -> Report:
