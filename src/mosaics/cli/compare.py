@@ -1,0 +1,82 @@
+"""`mosaics compare`: arrangements on equal terms."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Context, Option
+
+EXAMPLE = "mosaics compare --output runs/compare --text 'books/*.txt' --learning-rates 1e-3,2e-3,4e-3"
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+OPTIONS = (
+    "--output --arrangements --worlds --text --field --seeds --learning-rates --match --samples --cache --jobs --help"
+)
+
+
+def compare(
+    context: Context,
+    output: Annotated[Path, Option(metavar="FOLDER", help="Where report.html, plots and results.json go.")],
+    arrangements: Annotated[
+        str, Option(help="Presets, separated by commas; the others are matched to the first.")
+    ] = "memory-mosaics-v2-tiny,transformer-tiny",
+    worlds: Annotated[
+        str, Option(help="Synthetic worlds, a training each: those named here, persistent-knowledge, mixed, or none.")
+    ] = "recall,new-knowledge,in-context-learning",
+    text: Annotated[str, Option(help="Your text: a path, a glob or a data set id; or none.")] = "python-stdlib",
+    field: Annotated[str, Option(help="The field of a .jsonl record that holds the text.")] = "text",
+    seeds: Annotated[str, Option(help="Seeds of the trainings.")] = "0,1,2",
+    learning_rates: Annotated[
+        str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
+    ] = None,
+    match: Annotated[str, Option(help="Equal parameters, flops, or both: parameters,flops.")] = "parameters",
+    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 64,
+    cache: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Trained models and answers; may be shared. [OUTPUT/cache]")
+    ] = None,
+    jobs: Annotated[int, Option(help="Processes that train side by side.")] = 1,
+) -> None:
+    """Train arrangements on the same data, in the same order, with the same budget; ask them all the same.
+
+    An interrupted comparison goes on where it was. Keys of a recipe's model, training and data sections can be
+    given as dotted options (--training.steps 500); they hold for all trainings.
+    """
+    from mosaics.experiments.compare import study
+    from mosaics.experiments.report import write_report
+    from mosaics.experiments.run import run_study
+    from mosaics.training.recipe import parse_overrides
+
+    changes, words = parse_overrides(context.args, OPTIONS.split())
+    if words:
+        raise ValueError(f"compare takes options only, not {words[0]!r}")
+    planned = study(
+        parts(arrangements),
+        () if worlds == "none" else parts(worlds),
+        None if text == "none" else text,
+        field=field,
+        seeds=numbers("--seeds", seeds, int),
+        learning_rates=numbers("--learning-rates", learning_rates, float) if learning_rates else (),
+        match=parts(match),
+        samples=samples,
+        changes=changes,
+    )
+    results = run_study(planned, cache or output / "cache", jobs)
+    print(f"report: {write_report(results, output)}")
+
+
+def parts(text: str) -> list[str]:
+    """Words between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(option: str, text: str, kind: type) -> list:
+    """Numbers between commas.
+
+    Raises:
+        ValueError: there are none, or something else.
+    """
+    try:
+        found = [kind(part) for part in parts(text)]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0:
+        raise ValueError(f"{option} is {text!r}; give numbers separated by commas")
+    return found

@@ -1,0 +1,151 @@
+"""`compare`: arrangements on equal terms, in every dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, Study
+
+WORLDS = ("recall", "new-knowledge", "in-context-learning")
+MULTIPLES = (1, 2, 4, 8)
+SHOTS = (1, 2, 3, 4, 8, 16, 32)
+
+WORLD_MODEL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "window": 32,
+    "delay": 8,
+    "train_delay": [8, 32],
+}
+WORLD_TRAINING = {"steps": 300, "context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+TEXT_MODEL = {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "window": 64,
+    "delay": 16,
+    "train_delay": [16, 64],
+}
+TEXT_TRAINING = {"steps": 400, "context_length": 512, "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20}
+_TITLES = {
+    "recall": "Recall of pairs",
+    "new-knowledge": "Questions about facts of the context",
+    "in-context-learning": "Classes that exist only in the prompt",
+    "persistent-knowledge": "Facts of the training corpus",
+}
+
+
+def world_setting(world: str, *, samples: int = 64, changes: dict[str, Any] | None = None, **more: Any) -> Setting:
+    """Training in a world, and the questions that go with it; in the world `mixed`, those of all worlds.
+
+    Args:
+        world: a task of the worlds, or `mixed`.
+        samples: questions for each length or number of shots.
+        changes: values by dotted key, as `training.steps`, in the place of the usual ones.
+        more: further fields of `Setting`.
+    """
+    model, training, data = _changed(WORLD_MODEL, WORLD_TRAINING, changes)
+    length = training["context_length"]
+    tasks = _TITLES if world == "mixed" else [world]
+    evaluations = tuple(world_evaluation(task, length, samples) for task in tasks)
+    fields = {"name": world, "evaluations": evaluations} | more
+    return Setting(data=Data(world=world, **data), model=model, training=training, **fields)
+
+
+def world_evaluation(task: str, length: int, samples: int = 64, **more: Any) -> Evaluation:
+    """The questions of one world: at 1 to 8 times the training length, or by shots."""
+    if task not in _TITLES:
+        raise ValueError(f"there is no world {task!r}; choose from {', '.join(_TITLES)}, mixed")
+    points: dict[str, Any] = {"lengths": [length * times for times in MULTIPLES]}
+    if task == "in-context-learning":
+        points = {"shots": list(SHOTS)}
+    options = {"task": task, "samples": samples} | points | more.pop("options", {})
+    return Evaluation(**{"name": task, "title": _TITLES[task], "options": options} | more)
+
+
+def text_setting(
+    corpus: str, *, samples: int = 16, changes: dict[str, Any] | None = None, field: str = "text", **more: Any
+) -> Setting:
+    """Training on text, and the loss at 1 to 8 times the training length."""
+    model, training, data = _changed(TEXT_MODEL, TEXT_TRAINING, changes)
+    loss = Evaluation(
+        name="loss",
+        title="Loss on held-out text",
+        suite="perplexity",
+        options={"samples": samples, "multiples": list(MULTIPLES)},
+    )
+    fields = {"name": "text", "evaluations": (loss,)} | more
+    return Setting(data=Data(corpus=corpus, field=field, **data), model=model, training=training, **fields)
+
+
+def _changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, Any] | None) -> list[dict[str, Any]]:
+    parts = {"model": dict(model), "training": dict(training), "data": {}}
+    for dotted, value in (changes or {}).items():
+        section, _, key = dotted.partition(".")
+        if section not in parts or not key:
+            raise ValueError(f"--{dotted} is nothing that compare can change; it takes --model.… --training.… --data.…")
+        parts[section][key] = value
+    return list(parts.values())
+
+
+def arrangements(presets: Sequence[str], match: Sequence[str] = ("parameters",)) -> tuple[Arrangement, ...]:
+    """The first preset, and the others matched to it in each of the ways."""
+    for by in match:
+        if by not in ("parameters", "flops"):
+            raise ValueError(f"twins are matched by parameters or flops, not by {by!r}")
+    if not presets or not match or len(set(presets)) < len(presets):
+        raise ValueError("name each arrangement once, and at least one")
+    first, *others = presets
+    found = [Arrangement(label=_label(first), preset=first)]
+    for preset in others:
+        for by in match:
+            label = _label(preset) + (f" (equal {by})" if len(match) > 1 else "")
+            found.append(Arrangement(label=label, preset=preset, match=by))
+    return tuple(found)
+
+
+def _label(preset: str) -> str:
+    return preset.removesuffix("-tiny")
+
+
+def study(
+    presets: Sequence[str] = ("memory-mosaics-v2-tiny", "transformer-tiny"),
+    worlds: Sequence[str] = WORLDS,
+    corpus: str | None = "python-stdlib",
+    *,
+    field: str = "text",
+    seeds: Sequence[int] = (0, 1, 2),
+    learning_rates: Sequence[float] = (),
+    match: Sequence[str] = ("parameters",),
+    samples: int = 64,
+    changes: dict[str, Any] | None = None,
+) -> Study:
+    """The study that `mosaics compare` runs.
+
+    Args:
+        presets: of the arrangements; the others are matched to the first.
+        worlds: tasks of the synthetic worlds (or `mixed`), a training each.
+        corpus: text, as `mosaics prepare` takes it; None for none.
+        field: of .jsonl records.
+        seeds: of the trainings.
+        learning_rates: the tuning trials of every arrangement in every setting.
+        match: `parameters`, `flops` or both.
+        samples: questions for each length or number of shots.
+        changes: values by dotted key (`model.…`, `training.…`, `data.…`) for all settings.
+    """
+    rates = {"learning_rates": tuple(learning_rates)}
+    settings = [world_setting(world, samples=samples, changes=changes, **rates) for world in worlds]
+    if corpus is not None:
+        settings.append(text_setting(corpus, field=field, samples=max(1, samples // 4), changes=changes, **rates))
+    if not settings:
+        raise ValueError("there is nothing to train on; name --worlds or --text")
+    return Study(
+        title=" against ".join(map(_label, presets)),
+        arrangements=arrangements(presets, match),
+        settings=tuple(settings),
+        seeds=tuple(seeds),
+    )

@@ -1,0 +1,123 @@
+"""A study as plain data: which arrangements are trained on what, for how long, and what they are then asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def digest(values: Any) -> str:
+    """16 hexadecimal digits that change with any of the plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def digest(self) -> str:
+        """A digest of all values that are not the default."""
+        return digest(self.model_dump(mode="json", exclude_defaults=True))
+
+
+class Arrangement(_Part):
+    """A preset with changes, and what it has in common with the first arrangement of its study.
+
+    Attributes:
+        label: what tables and plots call it.
+        preset: as `MosaicConfig.from_preset` takes it.
+        overrides: options that differ from the setting's.
+        match: `parameters` or `flops`: adjust the persistent memory to those of the first arrangement.
+    """
+
+    label: str
+    preset: str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    match: Literal["parameters", "flops"] | None = "parameters"
+
+
+class Data(_Part):
+    """What a model is trained on: a world, or text.
+
+    Attributes:
+        world: a task of the synthetic worlds, or `mixed`.
+        loss: of a world: `answers` counts the tokens that answer a question, `all` every one.
+        settings: further ones of `World.episode`.
+        corpus: text, as `mosaics prepare` takes it.
+        field: field of .jsonl records.
+        vocabulary_size: of the tokenizer that is trained on the text.
+        validation: share of documents that is held out.
+    """
+
+    world: str | None = None
+    loss: Literal["answers", "all"] = "answers"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    corpus: str | None = None
+    field: str = "text"
+    vocabulary_size: int = 2048
+    validation: float = 0.05
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Data:
+        if (self.world is None) == (self.corpus is None):
+            raise ValueError("data is either a world or a corpus; name one of them")
+        return self
+
+
+class Evaluation(_Part):
+    """What trained models are asked.
+
+    Attributes:
+        name: unique in its study.
+        title: of the plot.
+        suite: `world` (questions of the test split), `perplexity` or `attention`.
+        options: of the suite.
+        without: memories that are taken out first.
+    """
+
+    name: str
+    title: str = ""
+    suite: Literal["world", "perplexity", "attention"] = "world"
+    options: dict[str, Any] = Field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+class Setting(_Part):
+    """One task: data, size and budget, the same for all arrangements.
+
+    Attributes:
+        name: unique in its study.
+        data: what is trained on.
+        model: sizes; options of memories (window, delay ...) go to the arrangements that have them.
+        training: keys of a recipe's section `training`.
+        learning_rates: the tuning trials of every arrangement: each is trained on the first seed with all of them, and
+            all seeds with the best on held-out rows. Empty: that of `training`.
+        evaluations: what the trained models are asked.
+        start: another setting, whose trained models this one goes on from.
+    """
+
+    name: str
+    data: Data
+    model: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    start: Setting | None = None
+
+
+class Study(_Part):
+    """Arrangements, each trained in every setting with every seed.
+
+    Attributes:
+        title: of the report.
+        arrangements: the first is the one that others are matched to.
+        settings: tasks.
+        seeds: of initialisation, data order and draws; data and order are the same for all arrangements.
+    """
+
+    title: str
+    arrangements: tuple[Arrangement, ...] = Field(min_length=1)
+    settings: tuple[Setting, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)

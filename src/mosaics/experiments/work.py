@@ -1,0 +1,321 @@
+"""The work of studies, done once: every trained model and every answer lies in a cache, under a digest of all that
+decides it. Studies that share a cache share what they have in common.
+
+CACHE/data/DIGEST/          prepared text
+CACHE/models/DIGEST/        training.json (at the end), model/, checkpoints/ (meanwhile), evaluations/DIGEST/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, digest
+
+CHECKPOINT_SECONDS = 120
+HELD_OUT_ROWS = 64
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Training:
+    """One model to be trained: an arrangement in a setting, with a seed and a learning rate.
+
+    Attributes:
+        recipe: model, optimisation and seed as the training package takes them.
+        digest: of all that decides the trained model.
+
+    Raises:
+        ValueError: impossible sizes, or an arrangement that can't be matched.
+    """
+
+    def __init__(
+        self,
+        arrangement: Arrangement,
+        first: Arrangement,
+        setting: Setting,
+        seed: int,
+        learning_rate: float | None = None,
+        start: Training | None = None,
+    ) -> None:
+        from mosaics.training import make_recipe
+
+        self.arrangement, self.setting, self.seed, self.start = arrangement, setting, seed, start
+        training = setting.training | ({} if learning_rate is None else {"learning_rate": learning_rate})
+        sizes = _matched_sizes(arrangement, first, setting)
+        model = {"preset": arrangement.preset, **sizes}
+        self.recipe = make_recipe({"seed": seed, "model": model, "training": training}, setting.name)
+        resolved = self.recipe.resolved()
+        decides = {key: resolved[key] for key in ("seed", "model", "training")}
+        decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
+        self.digest = digest(decides)
+
+    def __str__(self) -> str:
+        rate = self.recipe.training.learning_rate
+        return f"{self.setting.name} · {self.arrangement.label} · seed {self.seed} · learning rate {rate:g}"
+
+    def folder(self, cache: Path) -> Path:
+        """Where the trained model lies."""
+        return cache / "models" / self.digest
+
+    def result(self, cache: Path) -> dict[str, Any] | None:
+        """What is known of the finished training; None before its end."""
+        path = self.folder(cache) / "training.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
+    """The configuration before matching; options of memories that it does not have are left out."""
+    import mosaics
+
+    plain = mosaics.MosaicConfig.from_preset(arrangement.preset)
+    sizes = {key: value for key, value in setting.model.items() if hasattr(plain, key)} | arrangement.overrides
+    context = setting.training.get("context_length", 512)
+    config = mosaics.MosaicConfig.from_preset(
+        arrangement.preset, vocab_size=vocabulary, max_position_embeddings=context, **sizes
+    )
+    return config, sizes
+
+
+def _vocabulary(data: Data) -> int:
+    from mosaics.data.worlds import WorldStream
+
+    return WorldStream.vocab_size if data.world else data.vocabulary_size
+
+
+def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
+    config, sizes = _config(arrangement, setting, _vocabulary(setting.data))
+    if arrangement.match is None or arrangement == first:
+        return sizes
+    from mosaics.models.matching import matched
+
+    other, _ = _config(first, setting, _vocabulary(setting.data))
+    return sizes | {"intermediate_size": matched(config, other, by=arrangement.match).intermediate_size}
+
+
+class Source:
+    """The rows of a setting: `train` and `held_out` offer `batch(first, count)`; and their tokenizer."""
+
+    def __init__(self, data: Data, context_length: int, seed: int, cache: Path) -> None:
+        if data.world is not None:
+            from mosaics.data.worlds import World, WorldStream, world_tokenizer
+
+            world = World(0)
+            more = {"loss": data.loss, **data.settings}
+            self.train = WorldStream(world, data.world, context_length, seed=seed, **more)
+            self.held_out = WorldStream(world, data.world, context_length, seed=seed + 1_000_000, **more)
+            self.tokenizer = world_tokenizer()
+            return
+        from mosaics.data import PackedDataset, PreparedCorpus
+
+        folder = prepared(data, cache)
+        self.train = PackedDataset(folder, "train", context_length, seed=seed, verify=False)
+        self.held_out = PackedDataset(folder, "validation", context_length, verify=False)
+        self.tokenizer = PreparedCorpus(folder).tokenizer()
+
+
+def prepared(data: Data, cache: Path) -> Path:
+    """The folder of a prepared corpus, which is made if it is not there."""
+    from mosaics.data import open_corpus, prepare
+
+    folder = cache / "data" / data.digest()
+    with _locked(cache / "data" / "locks" / data.digest()):
+        if not (folder / "manifest.json").is_file():
+            say(f"preparing {data.corpus}")
+            corpus = open_corpus(data.corpus, field=data.field)
+            shares = {"vocab_size": data.vocabulary_size, "validation": data.validation}
+            prepare(corpus, folder, **shares, show_progress=sys.stderr.isatty())
+    return folder
+
+
+def train(job: Training, cache: Path) -> dict[str, Any]:
+    """Train a model unless the cache has it; an interrupted training goes on from its last checkpoint.
+
+    Returns:
+        `parameters`, `flops_per_token`, `learning_rate`, `steps`, `tokens`, `seconds` (of training), `held_out_loss`
+        (nats per counted target at the training length; None if the training diverged, with the reason in `error`) and
+        `curve` (step, loss).
+    """
+    if job.start is not None:
+        train(job.start, cache)
+    with _locked(job.folder(cache)) as folder:
+        return job.result(cache) or _train(job, folder, cache)
+
+
+def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from mosaics.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+    from mosaics.training.draws import seed_step
+    from mosaics.training.loop import NonFinite, optimisation_step
+    from mosaics.training.optimizer import make_optimizer
+    from mosaics.training.setup import build_config, build_model, pick_device, pick_precision
+
+    transformers.utils.logging.disable_progress_bar()
+    recipe, training = job.recipe, job.recipe.training
+    source = Source(job.setting.data, training.context_length, job.seed, cache)
+    device = pick_device(training)
+    dtype = pick_precision(training, device)
+    seed_step(recipe.seed, 0)
+    model = build_model(build_config(recipe, source.tokenizer)).to(device)
+    if job.start is not None:
+        from safetensors.torch import load_model
+
+        load_model(model, job.start.folder(cache) / "model" / "model.safetensors", device=str(device))
+    optimizer = make_optimizer(model.train(), training)
+    newest, _ = newest_checkpoint(folder / "checkpoints")
+    state = load_checkpoint(newest, model, optimizer) if newest else {"step": 0, "seconds": 0.0, "curve": []}
+    figures = model.describe(training.context_length)
+    result = {
+        "parameters": figures["parameters"]["total"],
+        "flops_per_token": figures["flops_per_token"],
+        "learning_rate": training.learning_rate,
+        "steps": training.steps,
+        "tokens": training.steps * recipe.tokens_per_step,
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}",
+    }
+    clock, before = time.monotonic(), state["seconds"]
+    saved = told = clock
+    try:
+        for step in range(state["step"] + 1, training.steps + 1):
+            done = optimisation_step(model, optimizer, source.train, recipe, step, dtype)
+            now = time.monotonic()
+            state["step"], state["seconds"] = step, before + now - clock
+            state["curve"].append([step, round(done.loss, 4)])
+            if now - told > 10 or step == training.steps:
+                left = state["seconds"] / step * (training.steps - step)
+                say(f"{job}: step {step}/{training.steps}, loss {done.loss:.3f}, {left:.0f} s left")
+                told = now
+            if now - saved > CHECKPOINT_SECONDS and step < training.steps:
+                save_checkpoint(folder / "checkpoints", step, model, optimizer, state)
+                saved = now
+        result["held_out_loss"] = _held_out_loss(model, source.held_out, training.batch_size, dtype)
+        temporary = folder / "model.new"
+        model.save_pretrained(temporary)
+        source.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        temporary.rename(folder / "model")
+    except NonFinite as error:
+        say(f"{job}: {error}")
+        result |= {"held_out_loss": None, "error": str(error)}
+    every = max(1, len(state["curve"]) // 200)
+    result |= {"seconds": round(state["seconds"], 1), "curve": state["curve"][::every]}
+    write_json(folder / "training.json", result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _held_out_loss(model, data, batch_size: int, dtype) -> float:
+    import torch
+
+    from mosaics.models import count_targets
+    from mosaics.training.setup import autocast
+
+    total = count = 0.0
+    model.eval()
+    inputs = ("input_ids", "document_ids", "attention_mask", "labels")
+    for first in range(0, HELD_OUT_ROWS, batch_size):
+        rows = data.batch(first, min(batch_size, HELD_OUT_ROWS - first))
+        rows = {key: rows[key].to(model.device) for key in inputs if rows[key] is not None}
+        targets = int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"]))
+        with torch.no_grad(), autocast(model.device, dtype):
+            total += float(model(**rows, use_cache=False).loss) * targets
+        count += targets
+    loss = total / max(count, 1)
+    return loss if math.isfinite(loss) else None
+
+
+def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
+    """Ask a trained model, unless the cache has its answers.
+
+    Returns:
+        Rows with `x` (tokens, shots, multiple of the training length ...), `y`, and where there is one the interval
+        `low`, `high`.
+
+    Raises:
+        ValueError: the model's training diverged, or it has no such memory to take out.
+    """
+    from mosaics.experiments.questions import SUITES
+
+    suite, table, x, y = SUITES[evaluation.suite]
+    options = dict(evaluation.options)
+    if evaluation.suite != "world":
+        options = {"data": str(prepared(job.setting.data, cache)), "training_length": _length(job)} | options
+    key = digest([evaluation.suite, evaluation.options, evaluation.without])
+    with _locked(job.folder(cache) / "evaluations" / key) as folder:
+        if not (folder / "results.json").is_file():
+            say(f"{job}: asking {evaluation.name}")
+            from mosaics.evaluation import evaluate as ask
+
+            scorer = _scorer(job.folder(cache) / "model", evaluation.without)
+            more = {"without": list(evaluation.without)} if evaluation.without else None
+            ask(suite(**options), scorer, folder, model=str(job), more_settings=more)
+        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["summary"]["tables"][table]
+    return [{"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row} for row in rows]
+
+
+def _length(job: Training) -> int:
+    """The length that text is read at: that of the first training."""
+    return job.recipe.training.context_length if job.start is None else _length(job.start)
+
+
+@lru_cache(maxsize=1)
+def _scorer(folder: Path, without: tuple[str, ...]):
+    import transformers
+
+    from mosaics.evaluation import Scorer
+
+    transformers.utils.logging.disable_progress_bar()
+    return Scorer.load(folder, without=without)
+
+
+def baselines(evaluation: Evaluation, cache: Path) -> dict[str, float]:
+    """Accuracy in percent of what looks at last words or counts words only, at the evaluation's first point."""
+    from mosaics.data.worlds import World, baseline_accuracies
+
+    path = cache / "baselines" / f"{digest(evaluation.options)}.json"
+    if not path.is_file():
+        options = evaluation.options
+        key = "shots" if options.get("shots") else "length"
+        point = {key: (options.get("shots") or options["lengths"])[0]}
+        if options.get("facts") is not None:
+            point["facts"] = options["facts"]
+        task, samples = options["task"], options.get("samples", 64)
+        found = baseline_accuracies(World(options.get("seed", 0)), task, examples=samples, **point)
+        write_json(path, {name: 100 * value for name, value in found.items()})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Holds a folder; another process that wants the same waits, and then finds the work done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # no such locks on this system
+            pass
+        yield folder

@@ -1,0 +1,20 @@
+"""`mosaics compare` from the command line."""
+
+from tests.experiments.conftest import OPTIONS
+
+
+def test_compare_writes_a_report(mosaics, tmp_path):
+    words = ["--worlds", "recall", "--text", "none", "--seeds", "0", "--samples", "4"]
+    code, output, said = mosaics("compare", "--output", tmp_path / "c", *words, *OPTIONS)
+    assert code == 0 and "report.html" in output and "step 3/3" in said
+    page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
+    assert "transformer" in page and "At a glance" in page
+
+
+def test_compare_refuses_in_one_sentence(refused, tmp_path):
+    to = ["--output", tmp_path]
+    assert "--seeds is 'x'" in refused("compare", *to, "--seeds", "x")
+    assert "transformer-tiny" in refused("compare", *to, "--arrangements", "transformer-tin")
+    assert "no world 'recal'" in refused("compare", *to, "--worlds", "recal")
+    assert "options only" in refused("compare", *to, "more")
+    assert not list(tmp_path.iterdir())
