@@ -29,7 +29,7 @@ tags:
 # {name}
 
 A language model made of associative memories (`{preset}`), trained with
-[mosaics](https://pypi.org/project/mosaics) {version}.
+mosaics {version}.
 
 | | |
 |---|---|
