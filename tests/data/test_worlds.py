@@ -20,15 +20,15 @@ from mosaics.data.worlds.vocabulary import ATTRIBUTES, FIRST_NAMES, KEYS, LABELS
 
 NAME = re.compile(rf"({'|'.join(FIRST_NAMES)}) ({'|'.join(SECOND_NAMES)})\b")
 FACTS = [
-    re.compile(r"the (?P<attribute>\w+) of (?P<name>\w+ \w+) is (?P<value>\w+) \."),
-    re.compile(r"(?P<name>[A-Z]\w+ [A-Z]\w+) has the (?P<attribute>\w+) (?P<value>\w+) \."),
+    re.compile(r"(?<!so )the (?P<attribute>\w+) of (?P<name>\w+ \w+) is (?P<value>\w+) \."),
+    re.compile(r"(?<!so )for (?P<name>\w+ \w+) the (?P<attribute>\w+) is (?P<value>\w+) \."),
 ]
 ASKED = [
-    re.compile(r"what is the (?P<attribute>\w+) of (?P<name>\w+ \w+) \?(?: (?P<value>\w+) \.)?"),
-    re.compile(r"which (?P<attribute>\w+) has (?P<name>\w+ \w+) \?(?: (?P<value>\w+) \.)?"),
+    re.compile(r"so the (?P<attribute>\w+) of (?P<name>\w+ \w+) is(?: (?P<value>\w+) \.)?"),
+    re.compile(r"so for (?P<name>\w+ \w+) the (?P<attribute>\w+) is(?: (?P<value>\w+) \.)?"),
 ]
 WORLD = World(3)
-DIGESTS = dict(zip(TASKS, (1091610835, 2649014723, 1969566851, 3824928967), strict=True))
+DIGESTS = dict(zip(TASKS, (2134928366, 2217089836, 1969566851, 3824928967), strict=True))
 
 
 def found(patterns, text):
@@ -83,7 +83,7 @@ def test_world_depends_on_its_seed_split_stream_and_number_alone(task):
 
 
 def test_new_knowledge_names_and_facts_of_the_test_side_never_occur_in_training():
-    train, test = (texts("new-knowledge", split, 400) for split in ("train", "test"))
+    train, test = (texts("new-knowledge", split, 300) for split in ("train", "test"))
     names = [{match[0] for text in side for match in NAME.finditer(text)} for side in (train, test)]
     assert min(map(len, names)) > 1000 and not names[0] & names[1]
     known = {match[0] for text in texts("persistent-knowledge", "train") for match in NAME.finditer(text)}
@@ -92,7 +92,7 @@ def test_new_knowledge_names_and_facts_of_the_test_side_never_occur_in_training(
     assert {word for name in names[0] for word in name.split()} == {*FIRST_NAMES, *SECOND_NAMES}
 
 
-def test_new_knowledge_asks_stated_facts_once_in_other_words():
+def test_new_knowledge_asks_stated_facts_once():
     for split in ("train", "test"):
         for number in range(40):
             episode = WORLD.episode("new-knowledge", number, split=split)
@@ -105,8 +105,7 @@ def test_new_knowledge_asks_stated_facts_once_in_other_words():
                 assert facts[key] == question.answer == episode.context[question.fact]
                 assert question.choices == ATTRIBUTES[key[1]]
                 same = [other for other in facts if other[0] == key[0] or other[1] == key[1]]
-                both = 0  # no fact shares both with another
-                assert question.difficulty == len(same) - 1 + both
+                assert question.difficulty == len(same) - 1
 
 
 def test_new_knowledge_needs_both_words_of_a_name_and_the_attribute():
@@ -125,7 +124,7 @@ def test_new_knowledge_needs_both_words_of_a_name_and_the_attribute():
 def test_persistent_knowledge_is_the_same_everywhere_and_never_asked_from_the_context():
     everywhere = {}
     for split in ("train", "test"):
-        for text in texts("persistent-knowledge", split, 200):
+        for text in texts("persistent-knowledge", split, 100):
             for name, attribute, value in found(FACTS, text) + found(ASKED, text):
                 assert everywhere.setdefault((name, attribute), value) == value
             stated = {fact[:2] for fact in found(FACTS, text)}
@@ -134,8 +133,8 @@ def test_persistent_knowledge_is_the_same_everywhere_and_never_asked_from_the_co
 
 
 def test_persistent_knowledge_test_also_asks_what_training_only_states():
-    train = {fact for text in texts("persistent-knowledge", "train", 300) for fact in found(ASKED, text)}
-    stated = {fact for text in texts("persistent-knowledge", "train", 300) for fact in found(FACTS, text)}
+    train = {fact for text in texts("persistent-knowledge", "train", 150) for fact in found(ASKED, text)}
+    stated = {fact for text in texts("persistent-knowledge", "train", 150) for fact in found(FACTS, text)}
     kinds = Counter()
     for number in range(60):
         episode = WORLD.episode("persistent-knowledge", number, split="test")
@@ -263,8 +262,8 @@ def test_world_stream_counts_all_tokens_or_answers_only():
 
 
 def test_baselines_without_a_memory_stay_near_chance():
-    new = baseline_accuracies(WORLD, "new-knowledge", length=2048, training_episodes=100)
-    assert max(new["last_words"], new["repeated_ending"]) < 0.12 and new["word_counts"] < 0.2
+    new = baseline_accuracies(WORLD, "new-knowledge", examples=100, length=2048, training_episodes=100)
+    assert new["last_words"] < 0.12 and new["word_counts"] < 0.2
     short = baseline_accuracies(WORLD, "new-knowledge", training_episodes=100)
     assert short["last_words"] < 0.12 and short["word_counts"] < 0.45  # 16 values, a third of them to choose from
     classes = baseline_accuracies(WORLD, "in-context-learning", shots=4, training_episodes=100)
@@ -274,6 +273,9 @@ def test_baselines_without_a_memory_stay_near_chance():
 
 
 def test_baselines_find_what_they_can_find():
+    # Where the question has the words of the statement, an ending that repeats is enough: half of the questions.
+    new = baseline_accuracies(WORLD, "new-knowledge", examples=100, length=1024, training_episodes=1)
+    assert 0.4 < new["repeated_ending"] < 0.65
     assert baseline_accuracies(WORLD, "recall", examples=64, training_episodes=1)["repeated_ending"] == 1
     curve = [
         baseline_accuracies(WORLD, "in-context-learning", shots=shots, training_episodes=1)["labelled_counts"]

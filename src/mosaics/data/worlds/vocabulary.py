@@ -62,7 +62,7 @@ ADJECTIVES = tuple("old new quiet small large narrow wide bright dark cold warm 
 VERBS = tuple("stands waits rests changes fades remains turns shines begins ends".split())
 ADVERBS = tuple("slowly often again today always soon meanwhile still".split())
 FILLERS = NOUNS + ADJECTIVES + VERBS + ADVERBS
-_OTHER = (".", "?", "the", "of", "is", "has", "what", "which", "near", "someone", "means")
+_OTHER = (".", "the", "of", "for", "so", "is", "near", "someone", "means")
 
 WORDS: tuple[str, ...] = (
     *_SPECIAL,

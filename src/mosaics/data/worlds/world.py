@@ -30,11 +30,13 @@ _KNOWN_NAMES, _ASKED_SHARE, _MOST_NAMES, _ATTRIBUTES_ASKED = 32, 0.75, 4000, 3
 
 _STATEMENTS = (
     "the {attribute} of {first} {second} is {value} .",
-    "{first} {second} has the {attribute} {value} .",
+    "for {first} {second} the {attribute} is {value} .",
 )
+# They end as the statements do; where a question ended in another word, a small model took several times as long to
+# find what they have in common.
 _QUESTIONS = (
-    "what is the {attribute} of {first} {second} ?",
-    "which {attribute} has {first} {second} ?",
+    "so the {attribute} of {first} {second} is",
+    "so for {first} {second} the {attribute} is",
 )
 
 
@@ -198,8 +200,9 @@ class World:
 
         - `persistent-knowledge`: facts of the world are stated, and others of them asked. A quarter of them is never
           asked in training (difficulty 1 in the test split, the others 0).
-        - `new-knowledge`: facts about made-up people, of 3 of the attributes, are stated, and asked in other words.
-          Difficulty: how many other facts of the context are about the same person or the same attribute.
+        - `new-knowledge`: facts about made-up people, of 3 of the attributes, are stated, and asked in the same or in
+          another order of words. Difficulty: how many other facts of the context are about the same person or the same
+          attribute.
         - `in-context-learning`: words are shown with a label. An example has 8 words, each of them from the 12 words of
           its class or, by chance, any word (difficulty: this chance). What the 8 classes are, and which label belongs
           to which, is drawn for each episode.
