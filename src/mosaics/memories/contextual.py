@@ -110,10 +110,11 @@ class ContextualMemory(Memory):
             if state.raw_value is not None:
                 raw = torch.cat([state.raw_value, raw], dim=2)
             state.raw_value = layout.align(raw)[:, :, -1:]
-        mix = self.value_mix.to(raw.dtype)[:, None, None]
-        mixed = mix * raw + (1 - mix) * F.pad(raw[:, :, 1:], (0, 0, 0, 1))
-        scale = self.value_scale.clamp(max=15).exp().to(raw.dtype)[:, None, None]
-        return scale * F.normalize(mixed, dim=-1, eps=max(1e-12, torch.finfo(mixed.dtype).tiny))
+        following = F.pad(raw[:, :, 1:], (0, 0, 0, 1))
+        mixed = torch.lerp(following, raw, self.value_mix.to(raw.dtype)[:, None, None])
+        smallest = max(1e-12, torch.finfo(mixed.dtype).tiny)
+        norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp(min=smallest)
+        return mixed * (self.value_scale.clamp(max=15).exp().to(raw.dtype)[:, None, None] / norm)
 
     def forward(
         self, x: Tensor, layout: Layout, state: ContextualState | None, context: Context
