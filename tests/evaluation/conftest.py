@@ -56,6 +56,10 @@ class Known(Scorer):
         said = [self.says(e.prefix + e.prompt, e) for e in examples]
         return [[0.0 if c.strip() == s else -1.0 for c in e.choices] for e, s in zip(examples, said, strict=True)]
 
+    def best(self, examples):
+        scored = zip(examples, self.choose(examples), strict=True)
+        return [example.choices[scores.index(max(scores))] for example, scores in scored]
+
     def choice_scores(self, examples):
         return [[[score] for score in scores] for scores in self.choose(examples)]
 

@@ -116,6 +116,30 @@ def test_scorer_ending_keeps_a_choice_from_winning_as_the_beginning_of_another(t
     assert scorer.choose([ended])[0][0] < scorer.choose([plain_example])[0][0]
 
 
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_scorer_best_after_a_long_prefix_equals_the_best_of_all_choices(model, tokenizer, monkeypatch, ending):
+    choices = [" lo", " lo, hi", " low", " hi", " class_01", " class_02", " class_12", " x[lo]", " x[lo:hi]", " a"]
+    asked = [
+        Example(str(i), f"x{i} = y{i % 5}\n{prompt}", [], choices=choices, prefix=PREFIX * 2, ending=ending)
+        for i, prompt in enumerate(PROMPTS * 8)
+    ]
+    scorer = Scorer(model, tokenizer)
+    scores = scorer.choose(asked)
+    expected = [choices[max(range(len(one)), key=one.__getitem__)] for one in scores]
+    monkeypatch.setattr("mosaics.evaluation.scorer._LONG", 1)
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    hook = model.register_forward_pre_hook(count)
+    assert scorer.best(asked) == expected
+    hook.remove()
+    assert len(set(expected)) > 1
+    assert passes < len(asked) * len(choices)
+
+
 def test_scorer_fingerprint_tells_weights_apart(tokenizer):
     model = tiny(tokenizer)
     before = Scorer(model, tokenizer).fingerprint()

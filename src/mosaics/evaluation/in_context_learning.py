@@ -209,10 +209,7 @@ class InContextLearning(Suite):
 
     def answer(self, scorer, examples: Sequence[Example]) -> list[Record]:
         if self.scoring == "likelihood":
-            said = [
-                max(zip(scores, example.choices, strict=True))[1].strip()
-                for example, scores in zip(examples, scorer.choose(examples), strict=True)
-            ]
+            said = [choice.strip() for choice in scorer.best(examples)]
         else:
             said = []
             for example in examples:

@@ -284,7 +284,9 @@ class _Documents:
 
     def __init__(self, scorer, task: str, documents: list[str], questions: list[Question], seed: int):
         self.scorer, self.task, self.documents, self.questions, self.seed = scorer, task, documents, questions, seed
-        self.tokens = lru_cache(maxsize=None)(lambda i: scorer.count(f"Document 100:\n{documents[i]}\n\n"))
+        self.tokens = lru_cache(maxsize=None)(
+            lambda i: len(scorer.encode(f"Document 100:\n{documents[i]}\n\n", begin=False))
+        )
 
     def prompt(self, question: Question, order: Sequence[int]) -> str:
         listed = (f"Document {place}:\n{self.documents[i]}" for place, i in enumerate(order, 1))
@@ -403,7 +405,7 @@ class _Needles:
 
     def __init__(self, scorer, task: str, kind: str, sentences: list[str], seed: int):
         self.scorer, self.task, self.kind, self.sentences, self.seed = scorer, task, kind, sentences, seed
-        self.tokens = lru_cache(maxsize=None)(lambda i: scorer.count(f" {sentences[i]}"))
+        self.tokens = lru_cache(maxsize=None)(lambda i: len(scorer.encode(f" {sentences[i]}", begin=False)))
 
     def __call__(self, length: int, room: int, samples: int) -> Iterator[Example]:
         for sample in range(samples):

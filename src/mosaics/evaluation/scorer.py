@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import heapq
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -23,6 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 _TAIL = 200  # characters; no token is nearly as long
+
+
+_LONG = 512  # tokens of a prefix after which passing every choice costs more than searching
 
 
 class Scorer:
@@ -164,6 +168,54 @@ class Scorer:
             scores = iter(self.loglikelihoods(rows, shared))
             results += [[next(scores) for _ in example.choices] for example in group]
         return results
+
+    def best(self, examples: Sequence[Example]) -> list[str]:
+        """The choice with the greatest log-likelihood for each example.
+
+        After a long prefix not all choices are scored: the beginning of a choice bounds its likelihood from above, so
+        that the search may go on with the most likely beginning until that is a whole choice.
+
+        Raises:
+            ValueError: a prompt with its choice is longer than the limit.
+        """
+        if not self._cached or any(len(self._shared_ids(example.prefix)) < _LONG for example in examples):
+            scored = zip(examples, self.choose(examples), strict=True)
+            return [example.choices[max(range(len(scores)), key=scores.__getitem__)] for example, scores in scored]
+        return [self._search(example) for example in examples]
+
+    def _search(self, example: Example) -> str:
+        rows = list(self._rows(example))
+        length = min(len(context) for context, _ in rows)  # where choices begin to differ from each other
+        wholes = [[*context, *continuation] for context, continuation in rows]
+        prefix = self._shared_ids(example.prefix)
+        cache, known = self._prefix_cache(prefix[: min(_common(prefix, wholes[0]), length - 1)])
+        logits, cache = self._step(torch.tensor([wholes[0][known:length]]), self._copies(cache, 1))
+        # Entries: log-likelihood so far (negated), whether that is all, the choices that begin so, tokens covered.
+        heap: list[tuple[float, bool, list[int], int]] = []
+
+        def push(score: float, choices: list[int], covered: int, logits: Tensor) -> None:
+            logprobs = logits.float().log_softmax(-1)
+            for token in dict.fromkeys(wholes[i][length + covered] for i in choices):
+                following = [i for i in choices if wholes[i][length + covered] == token]
+                heapq.heappush(heap, (score - logprobs[token].item(), False, following, covered + 1))
+
+        push(0.0, list(range(len(wholes))), 0, logits[0])
+        while True:
+            score, whole, choices, covered = heapq.heappop(heap)
+            if whole:
+                return example.choices[choices[0]]
+            shared = wholes[choices[0]][length:]
+            for i in choices[1:]:
+                shared = shared[: _common(shared, wholes[i][length:])]
+            passes = self._pass(torch.tensor([shared]), self._copies(cache, 1), covered - 1)
+            logits = torch.cat([piece for _, piece in passes], 1)
+            for at in range(covered, len(shared)):
+                score -= logits[0, at - covered].float().log_softmax(-1)[shared[at]].item()
+            ended = [i for i in choices if len(wholes[i]) == length + len(shared)]
+            if ended:
+                heapq.heappush(heap, (score, True, ended[:1], len(shared)))
+            if going_on := [i for i in choices if i not in ended]:
+                push(score, going_on, len(shared), logits[0, -1])
 
     def complete(self, examples: Sequence[Example], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """Greedy continuations of the examples' prompts.
