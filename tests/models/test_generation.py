@@ -154,3 +154,15 @@ def test_cache_rows_can_be_selected_repeated_reordered_and_reset(model):
     assert (continued(cache, torch.arange(3)) - model(more).logits).abs().max() < 1e-9
     with pytest.raises(ValueError, match="cannot forget"):
         prefilled().crop(-1)
+
+
+def test_generate_from_embeddings_equals_from_tokens(model):
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = generate(model, ids, True, attention_mask=mask)[:, 9:]
+    embeddings = model.model.embed_tokens(ids)
+    for use_cache in (True, False):
+        found = model.generate(
+            inputs_embeds=embeddings, attention_mask=mask, use_cache=use_cache, max_new_tokens=12, do_sample=False
+        )
+        assert torch.equal(found, expected)

@@ -226,7 +226,9 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers does it, without what a mosaic has no use for.
 
         Raises:
@@ -234,7 +236,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         """
         if kwargs.get("document_ids") is not None:
             raise ValueError("generate takes no document_ids; give each document a row of its own, padded on the left.")
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)
         return inputs
 
