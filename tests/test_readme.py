@@ -28,7 +28,8 @@ SMALL = {
     "generate": "--max-new-tokens 4",
 }
 SMALL["quickstart"] = SMALL["train"]
-SMALL["compare"] = SMALL["train"].replace("--validation.sequences 2", "--seeds 0 --samples 2 --worlds recall")
+SMALL["reproduce"] = SMALL["train"].replace("--validation.sequences 2", "--seeds 0 --samples 2")
+SMALL["compare"] = SMALL["reproduce"] + " --worlds recall"
 NOT_RUN = {"convert"}  # it takes a Llama
 
 

@@ -17,7 +17,7 @@ import typer
 
 from mosaics._version import __version__
 
-VERBS = ("quickstart", "prepare", "train", "export", "convert", "generate", "evaluate", "compare", "info")
+VERBS = ("quickstart", "prepare", "train", "export", "convert", "generate", "evaluate", "compare", "reproduce", "info")
 
 app = typer.Typer(
     name="mosaics",

@@ -20,7 +20,7 @@ WORLD_MODEL = {
     "delay": 8,
     "train_delay": [8, 32],
 }
-WORLD_TRAINING = {"steps": 300, "context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+WORLD_TRAINING = {"steps": 200, "context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
 TEXT_MODEL = {
     "hidden_size": 192,
     "num_hidden_layers": 4,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mosaics.evaluation import Example, Perplexity, Record, Suite
 from mosaics.evaluation.results import accuracy_row, curve, grouped, mean
+from mosaics.experiments.labels import names_of_classes
 
 _QUESTIONS = 8
 
@@ -22,6 +23,7 @@ class WorldQuestions(Suite):
         shots: examples of every class, in the place of lengths.
         samples: questions for each length or number of shots, up to 8 to a context.
         facts: stated in a context, whatever its length; by default as many as `World.episode` states.
+        named_classes: whether labels are words of their classes (see `mosaics.experiments.labels`).
         seed: of the world.
     """
 
@@ -30,6 +32,7 @@ class WorldQuestions(Suite):
     shots: tuple[int, ...] = ()
     samples: int = Field(64, ge=1)
     facts: int | None = None
+    named_classes: bool = False
     seed: int = 0
 
     name: ClassVar[str] = "world"
@@ -52,7 +55,11 @@ class WorldQuestions(Suite):
             room = min(_QUESTIONS, point.get("length", 512) // 32, self.facts or _QUESTIONS)
             for asked in world.examples(self.task, self.samples, questions=room, **point, **more):
                 meta = {"x": x, "distance": asked.distance, "difficulty": asked.difficulty}
-                yield Example(asked.id, f" {asked.question}", [asked.answer], prefix=asked.context, meta=meta)
+                context, answer = asked.context, asked.answer
+                if self.named_classes:
+                    names = names_of_classes(context.split())
+                    context, answer = " ".join(names.get(word, word) for word in context.split()), names[answer]
+                yield Example(asked.id, f" {asked.question}", [answer], prefix=context, meta=meta)
 
     def answer(self, scorer, examples: Sequence[Example]) -> list[Record]:
         said = scorer.complete(examples, 1)

@@ -52,7 +52,7 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             {"setting": setting.name, "evaluation": evaluation.name} | work.baselines(evaluation, cache)
             for setting in study.settings
             for evaluation in setting.evaluations
-            if evaluation.suite == "world" and not evaluation.without
+            if evaluation.suite == "world" and not evaluation.without and not evaluation.options.get("named_classes")
         ],
         "machine": machine(),
     }
@@ -144,7 +144,9 @@ def _each(function: Callable[..., str], tasks: list[tuple], jobs: int, what: str
 
 
 def _use_threads(count: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(count)  # torch reads it when it is imported
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def machine() -> dict[str, Any]:

@@ -14,7 +14,7 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     def digest(self) -> str:
@@ -22,28 +22,31 @@ class _Part(BaseModel):
         return digest(self.model_dump(mode="json", exclude_defaults=True))
 
 
-class Arrangement(_Part):
+class Arrangement(Part):
     """A preset with changes, and what it has in common with the first arrangement of its study.
 
     Attributes:
         label: what tables and plots call it.
         preset: as `MosaicConfig.from_preset` takes it.
         overrides: options that differ from the setting's.
+        fixed_delay: train with the delay of evaluation, and not with drawn ones.
         match: `parameters` or `flops`: adjust the persistent memory to those of the first arrangement.
     """
 
     label: str
     preset: str
     overrides: dict[str, Any] = Field(default_factory=dict)
+    fixed_delay: bool = False
     match: Literal["parameters", "flops"] | None = "parameters"
 
 
-class Data(_Part):
+class Data(Part):
     """What a model is trained on: a world, or text.
 
     Attributes:
         world: a task of the synthetic worlds, or `mixed`.
         loss: of a world: `answers` counts the tokens that answer a question, `all` every one.
+        named_classes: whether the classes of the world `in-context-learning` have names that mean something.
         settings: further ones of `World.episode`.
         corpus: text, as `mosaics prepare` takes it.
         field: field of .jsonl records.
@@ -53,6 +56,7 @@ class Data(_Part):
 
     world: str | None = None
     loss: Literal["answers", "all"] = "answers"
+    named_classes: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
     corpus: str | None = None
     field: str = "text"
@@ -66,7 +70,7 @@ class Data(_Part):
         return self
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """What trained models are asked.
 
     Attributes:
@@ -84,7 +88,7 @@ class Evaluation(_Part):
     without: tuple[str, ...] = ()
 
 
-class Setting(_Part):
+class Setting(Part):
     """One task: data, size and budget, the same for all arrangements.
 
     Attributes:
@@ -107,7 +111,7 @@ class Setting(_Part):
     start: Setting | None = None
 
 
-class Study(_Part):
+class Study(Part):
     """Arrangements, each trained in every setting with every seed.
 
     Attributes:

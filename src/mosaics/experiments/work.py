@@ -60,6 +60,7 @@ class Training:
         resolved = self.recipe.resolved()
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
+        decides |= {"world": _world_sample(setting.data.world)}
         self.digest = digest(decides)
 
     def __str__(self) -> str:
@@ -82,6 +83,8 @@ def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
 
     plain = mosaics.MosaicConfig.from_preset(arrangement.preset)
     sizes = {key: value for key, value in setting.model.items() if hasattr(plain, key)} | arrangement.overrides
+    if arrangement.fixed_delay:
+        sizes["train_delay"] = [sizes.get("delay", plain.delay)] * 2
     context = setting.training.get("context_length", 512)
     config = mosaics.MosaicConfig.from_preset(
         arrangement.preset, vocab_size=vocabulary, max_position_embeddings=context, **sizes
@@ -105,17 +108,26 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
     return sizes | {"intermediate_size": matched(config, other, by=arrangement.match).intermediate_size}
 
 
+@lru_cache
+def _world_sample(world: str | None) -> str:
+    """Changes when the words of a world change, so that the cache knows old models from new ones."""
+    from mosaics.data.worlds import World
+
+    return "" if world is None else digest([World(0).episode(world, number, 256).text() for number in range(4)])
+
+
 class Source:
     """The rows of a setting: `train` and `held_out` offer `batch(first, count)`; and their tokenizer."""
 
     def __init__(self, data: Data, context_length: int, seed: int, cache: Path) -> None:
         if data.world is not None:
             from mosaics.data.worlds import World, WorldStream, world_tokenizer
+            from mosaics.experiments.labels import NamedClasses
 
-            world = World(0)
+            world, stream = World(0), NamedClasses if data.named_classes else WorldStream
             more = {"loss": data.loss, **data.settings}
-            self.train = WorldStream(world, data.world, context_length, seed=seed, **more)
-            self.held_out = WorldStream(world, data.world, context_length, seed=seed + 1_000_000, **more)
+            self.train = stream(world, data.world, context_length, seed=seed, **more)
+            self.held_out = stream(world, data.world, context_length, seed=seed + 1_000_000, **more)
             self.tokenizer = world_tokenizer()
             return
         from mosaics.data import PackedDataset, PreparedCorpus
@@ -254,7 +266,8 @@ def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[st
     options = dict(evaluation.options)
     if evaluation.suite != "world":
         options = {"data": str(prepared(job.setting.data, cache)), "training_length": _length(job)} | options
-    key = digest([evaluation.suite, evaluation.options, evaluation.without])
+    sample = _world_sample(options.get("task"))
+    key = digest([evaluation.suite, evaluation.options, evaluation.without, sample])
     with _locked(job.folder(cache) / "evaluations" / key) as folder:
         if not (folder / "results.json").is_file():
             say(f"{job}: asking {evaluation.name}")

@@ -1,0 +1,67 @@
+"""`mosaics reproduce`: a claim of the paper in miniature."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Context, Option
+
+EXAMPLE = "mosaics reproduce table3 --text 'books/*.txt' --output runs/reproduce"
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+OPTIONS = "--output --text --field --seeds --learning-rates --samples --cache --jobs --list --help"
+
+
+def reproduce(
+    context: Context,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="A claim, such as table3 or figure4; or all. --list names them.")
+    ] = None,
+    output: Annotated[
+        Path, Option(metavar="FOLDER", help="A folder for each claim is made in it: report.html, plots, results.json.")
+    ] = Path("runs/reproduce"),
+    text: Annotated[str, Option(help="Your text: a path, a glob or a data set id.")] = "python-stdlib",
+    field: Annotated[str, Option(help="The field of a .jsonl record that holds the text.")] = "text",
+    seeds: Annotated[str, Option(help="Seeds of the trainings; a claim must hold for each.")] = "0,1,2",
+    learning_rates: Annotated[
+        str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
+    ] = None,
+    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 64,
+    cache: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Trained models and answers, shared by claims. [OUTPUT/cache]")
+    ] = None,
+    jobs: Annotated[int, Option(help="Processes that train side by side.")] = 1,
+    listed: Annotated[bool, Option("--list", help="Print the claims with their recipes at full scale.")] = False,
+) -> None:
+    """Say whether a claim of the Memory Mosaics v2 paper holds in miniature, with the numbers of every seed.
+
+    Claims share trained models; what was interrupted goes on where it was. Keys of a recipe's model, training and
+    data sections can be given as dotted options; they hold for all trainings.
+    """
+    from mosaics.experiments import reproduce as of
+    from mosaics.experiments.claims import CLAIMS, settings
+
+    if listed:
+        for claim in CLAIMS.values():
+            print(f"{claim.name}: {claim.paper}\n  in miniature: {claim.here}\n  at full scale: {claim.full_scale}\n")
+        return
+    from mosaics.cli.compare import numbers
+    from mosaics.training.recipe import parse_overrides
+
+    words = ([] if name is None else [name]) + context.args
+    changes, words = parse_overrides(words, OPTIONS.split())
+    if len(words) != 1:
+        raise ValueError(
+            f"reproduce takes one claim or all, and was given {', '.join(words) or 'none'}; --list names them"
+        )
+    chosen = list(CLAIMS.values()) if words[0] == "all" else [of.find_claim(words[0])]
+    known = settings(
+        text,
+        field=field,
+        samples=samples,
+        changes=changes,
+        learning_rates=tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else (),
+    )
+    where = cache or output / "cache"
+    for claim in chosen:
+        results = of.reproduce(claim, known, numbers("--seeds", seeds, int), output / claim.name, where, jobs)
+        print(of.verdict_text(results["verdict"]), flush=True)
+        print(f"  report: {output / claim.name / 'report.html'}", flush=True)

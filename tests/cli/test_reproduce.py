@@ -1,0 +1,24 @@
+"""`mosaics reproduce` from the command line."""
+
+import json
+
+from tests.experiments.conftest import OPTIONS
+
+
+def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
+    words = ["--seeds", "0", "--samples", "2", "--output", tmp_path]
+    code, output, _ = mosaics("reproduce", "table12", *words, *OPTIONS)
+    assert code == 0 and output.startswith("table12: ") and "seed 0" in output
+    verdict = json.loads((tmp_path / "table12" / "results.json").read_text(encoding="utf-8"))["verdict"]
+    assert verdict["holds"] is output.startswith("table12: holds")
+
+
+def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):
+    code, output, _ = mosaics("reproduce", "--list")
+    assert code == 0 and output.count("at full scale: ") == 14
+
+
+def test_reproduce_refuses_in_one_sentence(refused):
+    assert "did you mean table3" in refused("reproduce", "tabel3")
+    assert "given none" in refused("reproduce")
+    assert "given table3, table4" in refused("reproduce", "table3", "table4")

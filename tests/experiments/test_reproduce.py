@@ -1,0 +1,109 @@
+"""Claims are judged by every seed, and are about what is trained and asked."""
+
+import pytest
+from tests.experiments.conftest import MICRO
+
+from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, Check, Claim, Term, settings, study_of
+from mosaics.experiments.reproduce import find_claim, judge, reproduce, verdict_text
+from mosaics.experiments.work import Training
+
+NAMES = "table1 table2 table9 table10 table3 table4 table12 table13 figure1 figure3 figure4 figure5 figure8 figure12"
+
+
+def term(arrangement="a", **more):
+    return Term(arrangement=arrangement, setting="s", evaluation="e", **more)
+
+
+def verdict(check, a, b=None):
+    """The verdict over two seeds, given for each the values of a and b at x = 1, 2, 4."""
+    rows = [
+        {"arrangement": name, "setting": "s", "evaluation": "e", "seed": seed, "x": x, "y": y}
+        for name, seeds in (("a", a), ("b", b or []))
+        for seed, values in enumerate(seeds)
+        for x, y in zip((4, 1, 2), values[2:] + values[:2], strict=False)  # not in the order of x
+    ]
+    claim = Claim(name="c", paper="", here="", asks=(), checks=(check,), full_scale="")
+    return judge(claim, {"rows": rows, "study": {"seeds": [0, 1]}})
+
+
+def check(relation, margin=0.0, right=None, **more):
+    return Check(says="it is so", left=term(**more), relation=relation, right=right, margin=margin)
+
+
+def test_claims_are_those_of_the_paper():
+    assert set(CLAIMS) == set(NAMES.split())
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=list(CLAIMS))
+def test_claim_is_about_what_it_asks(claim):
+    known = settings(changes=MICRO)
+    study = study_of((claim,), known, (0,), "")
+    assert [a.label for a in study.arrangements][0] == "memory-mosaics-v2"
+    assert {a.label for a in study.arrangements} == set(claim.arrangements)
+    asked = {(s.name, e.name): e for s in study.settings for e in s.evaluations}
+    assert set(asked) == set(claim.asks)
+    for check in claim.checks:
+        for one in (check.left, check.right):
+            if one is not None:
+                assert (one.setting, one.evaluation) in asked and one.arrangement in claim.arrangements
+    assert "mosaics" in claim.full_scale and "H100" in claim.full_scale
+
+
+def test_judge_asks_every_seed():
+    assert verdict(check(">=", 95), [[0, 0, 96], [0, 0, 95]])["holds"]
+    assert not verdict(check(">=", 95), [[99, 99, 96], [99, 99, 94]])["holds"]
+    assert verdict(check("<=", 50, at=0), [[50, 99, 99], [1, 99, 99]])["holds"]
+
+
+def test_judge_compares_with_a_margin():
+    better = check(">=", 10, right=term("b"))
+    assert verdict(better, [[0, 0, 30], [0, 0, 30]], [[0, 0, 20], [0, 0, 0]])["holds"]
+    assert not verdict(better, [[0, 0, 30], [0, 0, 30]], [[0, 0, 20], [0, 0, 21]])["holds"]
+
+
+def test_judge_measures_falls_and_spreads():
+    assert verdict(check("<=", 5, measure="fall"), [[10, 5, 90], [10, 20, 90]])["holds"]
+    assert not verdict(check("<=", 5, measure="fall"), [[10, 4, 90], [10, 20, 90]])["holds"]
+    assert not verdict(check("<=", 5, measure="fall"), [[10, 20, 3], [10, 20, 90]])["holds"]
+    assert verdict(check("<=", 0.0, measure="spread", at=1), [[9, 2, 2], [1, 3, 3]])["holds"]
+    assert not verdict(check("<=", 0.1, measure="spread", at=0), [[9, 2, 2], [1, 3, 3]])["holds"]
+
+
+def test_judge_does_not_hold_where_a_training_diverged():
+    found = verdict(check("<=", 5), [[1, 1, 1]])
+    assert not found["holds"] and found["checks"][0]["seeds"][1]["left"] is None
+    assert "does not hold" in verdict_text(found) and "seed 1: –" in verdict_text(found)
+
+
+def test_claims_share_trained_models():
+    known = settings(changes=MICRO)
+    trained = {}
+    for name in ("table3", "table13", "figure12"):
+        study = study_of((CLAIMS[name],), known, (0,), "")
+        twin = next(a for a in study.arrangements if a.label == "transformer")
+        setting = next(s for s in study.settings if s.name == "new-knowledge")
+        trained[name] = Training(twin, study.arrangements[0], setting, 0).digest
+    assert len(set(trained.values())) == 1
+
+
+def test_fixed_delay_is_that_of_evaluation():
+    setting = settings(changes=MICRO)["new-knowledge"]
+    first, fixed = ARRANGEMENTS["memory-mosaics-v2"], ARRANGEMENTS["v2, fixed delay"]
+    jobs = [Training(arrangement, first, setting, 0) for arrangement in (first, fixed)]
+    assert [job.recipe.model.overrides()["train_delay"] for job in jobs] == [[4, 8], [4, 4]]
+
+
+def test_find_claim_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean table3"):
+        find_claim("tabel3")
+
+
+def test_reproduce_goes_on_from_a_trained_model_and_reports(texts, tmp_path):
+    known = settings(str(texts), samples=2, changes=MICRO)
+    found = reproduce(CLAIMS["figure8"], known, (0,), tmp_path / "figure8", tmp_path / "cache")
+    steps = {(m["setting"], m["arrangement"]): m["steps"] for m in found["models"]}
+    assert steps["one long mini-batch", "transformer"] == 1 and steps["long fine-tuning", "transformer"] == 20
+    loss = {m["setting"]: m["curve"][0][1] for m in found["models"] if m["arrangement"] == "memory-mosaics-v2"}
+    assert loss["one long mini-batch"] == loss["long fine-tuning"]  # the same model, the same rows
+    page = (tmp_path / "figure8" / "report.html").read_text(encoding="utf-8")
+    assert "At full scale" in page and ("holds" in page or "does not hold" in page)
