@@ -15,7 +15,7 @@ def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
 
 def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):
     code, output, _ = mosaics("reproduce", "--list")
-    assert code == 0 and output.count("at full scale: ") == 14
+    assert code == 0 and output.count("at full scale: ") == 15
 
 
 def test_reproduce_refuses_in_one_sentence(refused):

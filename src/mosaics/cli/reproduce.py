@@ -24,7 +24,7 @@ def reproduce(
     learning_rates: Annotated[
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
     ] = None,
-    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 64,
+    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 200,
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers, shared by claims. [OUTPUT/cache]")
     ] = None,
@@ -65,3 +65,4 @@ def reproduce(
         results = of.reproduce(claim, known, numbers("--seeds", seeds, int), output / claim.name, where, jobs)
         print(of.verdict_text(results["verdict"]), flush=True)
         print(f"  report: {output / claim.name / 'report.html'}", flush=True)
+        of.write_summary(output)

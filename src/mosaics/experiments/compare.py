@@ -39,7 +39,7 @@ _TITLES = {
 }
 
 
-def world_setting(world: str, *, samples: int = 64, changes: dict[str, Any] | None = None, **more: Any) -> Setting:
+def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | None = None, **more: Any) -> Setting:
     """Training in a world, and the questions that go with it; in the world `mixed`, those of all worlds.
 
     Args:
@@ -56,7 +56,7 @@ def world_setting(world: str, *, samples: int = 64, changes: dict[str, Any] | No
     return Setting(data=Data(world=world, **data), model=model, training=training, **fields)
 
 
-def world_evaluation(task: str, length: int, samples: int = 64, **more: Any) -> Evaluation:
+def world_evaluation(task: str, length: int, samples: int = 200, **more: Any) -> Evaluation:
     """The questions of one world: at 1 to 8 times the training length, or by shots."""
     if task not in _TITLES:
         raise ValueError(f"there is no world {task!r}; choose from {', '.join(_TITLES)}, mixed")
@@ -121,7 +121,7 @@ def study(
     seeds: Sequence[int] = (0, 1, 2),
     learning_rates: Sequence[float] = (),
     match: Sequence[str] = ("parameters",),
-    samples: int = 64,
+    samples: int = 200,
     changes: dict[str, Any] | None = None,
 ) -> Study:
     """The study that `mosaics compare` runs.
@@ -140,7 +140,7 @@ def study(
     rates = {"learning_rates": tuple(learning_rates)}
     settings = [world_setting(world, samples=samples, changes=changes, **rates) for world in worlds]
     if corpus is not None:
-        settings.append(text_setting(corpus, field=field, samples=max(1, samples // 4), changes=changes, **rates))
+        settings.append(text_setting(corpus, field=field, samples=max(1, samples // 8), changes=changes, **rates))
     if not settings:
         raise ValueError("there is nothing to train on; name --worlds or --text")
     return Study(

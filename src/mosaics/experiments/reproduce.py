@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import statistics
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -109,6 +110,27 @@ def verdict_text(verdict: dict[str, Any]) -> str:
         )
         lines.append(f"  {'yes' if check['holds'] else 'no '}  {check['says']} ({sides})")
     return "\n".join(lines)
+
+
+def write_summary(output: Path) -> Path:
+    """Write summary.md: a line for every claim that has results under the folder."""
+    lines = ["| claim | in miniature | verdict | checks | seeds |", "|---|---|---|---|---|"]
+    for name, claim in CLAIMS.items():
+        path = output / name / "results.json"
+        if not path.is_file():
+            continue
+        results = json.loads(path.read_text(encoding="utf-8"))
+        checks = "; ".join(
+            f"{'yes' if check['holds'] else '**no**'}: {check['says']} ("
+            + ", ".join(f"{shown(side['left'])} {check['relation']} {shown(side['right'])}" for side in check["seeds"])
+            + ")"
+            for check in results["verdict"]["checks"]
+        )
+        seeds = ", ".join(map(str, results["study"]["seeds"]))
+        lines.append(f"| {name} | {claim.here} | {_word(results['verdict']['holds'])} | {checks} | {seeds} |")
+    path = output / "summary.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _word(holds: bool) -> str:
