@@ -89,11 +89,11 @@ def test_in_context_learning_anonymous_labels_say_nothing_but_are_the_same_task(
         assert (
             re.sub(r"category: (\w+)", lambda m: f"category: {to[m[1]]}", a.prefix) == b.prefix and a.prompt == b.prompt
         )
-    deals = {
-        tuple(e.references[0] for e in InContextLearning(**suite.model_dump() | {"seed": s}).examples(known(oracle)))
-        for s in range(8)
-    }
-    assert len(deals) > 3
+    deals = set()
+    for seed in range(8):
+        both = list(InContextLearning(**suite.model_dump() | {"seed": seed}).examples(known(oracle)))
+        deals.add(tuple(sorted((a.references[0], b.references[0]) for a, b in zip(both[:3], both[3:], strict=True))))
+    assert len(deals) > 2
 
 
 def test_in_context_learning_of_an_oracle_is_100_percent(known):
