@@ -90,7 +90,7 @@ def test_prepare_twice_is_the_same_and_another_seed_is_not(tmp_path):
 
 
 def test_prepare_tokenizer_never_sees_the_validation_text(tmp_path):
-    texts = {f"{number}": "only in this one: " + f"qwertz{number} " * 50 for number in range(6)}
+    texts = {letter: f"only in this one: {letter}q{letter}x " * 50 for letter in "abcdef"}
     prepare(memory_corpus(texts), tmp_path / "p", vocab_size=2000, validation=0.01)
     (held_out,) = documents_of(tmp_path / "p")["validation"]
     alone = train_tokenizer([text for name, text in texts.items() if name != held_out], 2000)

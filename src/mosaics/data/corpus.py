@@ -209,7 +209,7 @@ def _decode(data: bytes, path: Path, offset: int, encoding: str) -> str:
             f"{path} is not {encoding}: byte {offset + error.start} (0x{data[error.start]:02x}) can't be "
             "decoded; convert the file or name its encoding"
         ) from None
-    return text.removeprefix("\ufeff") if offset == 0 else text
+    return text.removeprefix("\ufeff")
 
 
 @contextmanager

@@ -248,7 +248,7 @@ class _Plan:
         if not places:
             raise ValueError(f"the corpus {self.corpus.name!r} holds no text; name one that does")
         if self.share and self.documents > 1:
-            count = min(max(1, round(self.share * self.documents)), self.documents - 1)
+            count = max(1, round(self.share * self.documents))  # at most half, so that some are left
             self._last_held_out = int(np.partition(np.asarray(places, dtype=np.uint64), count - 1)[count - 1])
 
     def _all(self, digest: "_Digest") -> Iterator[Document]:
