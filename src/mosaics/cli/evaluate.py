@@ -1,6 +1,5 @@
 """`mosaics evaluate`: a dimension of a model, as numbers."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,8 +99,7 @@ def evaluate(
         scorer = Scorer(loaded, tokenizer, batch_size=batch_size, limit=max_length)
         folder = output / variant.replace(" ", "-") if output is not None and without else output
         more = {"dtype": dtype} | ({"without": list(removed)} if removed else {})
-        shown = sys.stderr.isatty()
-        results[variant] = run(asked, scorer, folder, model=model, show_progress=shown, more_settings=more)
+        results[variant] = run(asked, scorer, folder, model=model, show_progress=True, more_settings=more)
     result = results["whole"]
     if without:
         result = side_by_side(results)

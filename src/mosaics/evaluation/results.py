@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +76,7 @@ def evaluate(
         scorer: the model, a `Scorer` or anything that answers like one.
         output: a folder for the results. If it holds a part of the same evaluation, that goes on.
         model: what the model is called in the results.
-        show_progress: a bar in a terminal, a line now and then elsewhere, on stderr.
+        show_progress: on stderr, a bar in a terminal and a line every ten seconds elsewhere.
         more_settings: what else decides the answers (as the memories that were taken out).
 
     Returns:
@@ -222,22 +223,35 @@ def _write(path: Path, content: bytes) -> None:
 
 
 class progress:  # noqa: N801  (used as a function)
-    """Shows how far something is, on stderr; gives a function that takes what is done more."""
+    """Shows on stderr how far something is: a bar in a terminal, elsewhere a line every ten seconds.
+
+    As a context it gives a function that takes how many more are done.
+    """
 
     def __init__(self, name: str, total: int | None, shown: bool):
-        self._bar = None
-        if shown:
+        self._name, self._total, self._shown, self._done, self._bar = name, total, shown, 0, None
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Callable[[int], None]:
+        if self._shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress
 
             self._bar = Progress(console=Console(file=sys.stderr), transient=True)
-            self._task = self._bar.add_task(name, total=total)
+            self._task = self._bar.add_task(self._name, total=self._total)
+            self._bar.start()
+        return self._advance
 
-    def __enter__(self) -> Callable[[int], None]:
-        if self._bar is None:
-            return lambda count: None
-        self._bar.start()
-        return lambda count: self._bar.advance(self._task, count)
+    def _advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+        elif self._shown and now - self._said >= 10:
+            self._said = now
+            of = f"/{self._total}" if self._total else ""
+            speed = self._done / (now - self._began)
+            print(f"{self._name}: {self._done}{of} examples, {speed:.2g} a second", file=sys.stderr, flush=True)
 
     def __exit__(self, *exception) -> None:
         if self._bar is not None:
