@@ -28,7 +28,7 @@ quickstart: $(VENV)/.installed  ## train, export and sample a small Memory Mosai
 
 test: $(VENV)/.installed-dev  ## all tests (under 10 minutes on two cores)
 	$(BIN)/ruff check src tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 lint: $(VENV)/.installed-dev  ## the linter alone
 	$(BIN)/ruff check src tests benchmarks

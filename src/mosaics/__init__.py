@@ -19,6 +19,13 @@ def __getattr__(name: str):
     return getattr(importlib.import_module("mosaics.models"), name)
 
 
+def _is_command_line() -> bool:
+    """Whether this process is `mosaics VERB` or `python -m mosaics VERB`."""
+    if sys.argv[:1] == ["-m"]:  # so it is while a module given by -m is looked up
+        return any(word in ("mosaics", "-mmosaics") for word in sys.orig_argv)
+    return Path(sys.argv[0] if sys.argv else "").stem == "mosaics"
+
+
 # The command line imports what a verb needs when it runs, so that help and errors do not wait seconds for torch.
-if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").stem != "mosaics":
+if not _is_command_line():
     from mosaics.models import MosaicConfig, MosaicForCausalLM, MosaicModel

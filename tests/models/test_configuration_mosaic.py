@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from mosaics import MosaicConfig
 from mosaics.models import PRESETS
@@ -84,3 +84,9 @@ def test_config_file_with_an_unknown_key_is_refused(tmp_path, key):
 def test_config_refuses_a_number_of_blocks_that_is_not_theirs():
     with pytest.raises(ValueError, match="num_hidden_layers is 7"):
         MosaicConfig(num_hidden_layers=7)
+
+
+def test_config_of_another_kind_of_model_is_refused(tmp_path):
+    LlamaConfig(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config of a llama"):
+        MosaicConfig.from_pretrained(tmp_path)

@@ -114,6 +114,10 @@ class MosaicConfig(PreTrainedConfig):
         return cls(**values)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if (kind := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"This is the config of a {kind}, not of a mosaic; convert the model, or load it with its own class."
+            )
         valid = {f.name for f in dataclasses.fields(self)}
         for key in kwargs:
             if key not in valid | _TRANSFORMERS_KEYS and not key.startswith("_"):

@@ -31,18 +31,20 @@ def kernel_regression(
     beta = bandwidth.at((end - first).clamp(min=0))
     # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so the scaled query stays in float32.
     scaled = beta[..., None].to(_tile_dtype(queries)) * queries
-    return _Blockwise.apply(scaled, keys, values, first, end)
+    # A tile of as many queries as the window is wide computes twice what is read; wider ones compute more.
+    block = BLOCK if window is None else min(BLOCK, max(window, 32))
+    return _Blockwise.apply(scaled, keys, values, first, end, block)
 
 
 def _tile_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _tiles(first: Tensor, end: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+def _tiles(first: Tensor, end: Tensor, block: int) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor | None]]:
     """Rows, queries and slots of each tile; what of it is masked, and which of its queries read nothing."""
     time = first.shape[-1]
-    for begin in range(0, time, BLOCK):
-        queries = slice(begin, min(begin + BLOCK, time))
+    for begin in range(0, time, block):
+        queries = slice(begin, min(begin + block, time))
         block_first, block_end = first[..., queries], end[..., queries]
         if first.dim() == 1:
             groups = [(slice(None), int(block_first[0]))]
@@ -63,16 +65,17 @@ def _tiles(first: Tensor, end: Tensor) -> Iterator[tuple[slice, slice, slice, Te
             empty = (tile_end <= tile_first)[..., None]
             if first.dim() == 2:
                 masked, empty = masked[:, None], empty[:, None]
-            yield rows, queries, slice(low, high), masked, empty
+            yield rows, queries, slice(low, high), masked, empty if bool(empty.any()) else None
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, block: int) -> Tensor:
+        ctx.block = block
         out = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=values.dtype, device=values.device)
-        for rows, block, slots, masked, empty in _tiles(first, end):
-            weights = _weights(queries[rows, :, block], keys[rows, :, slots], masked, empty)
-            out[rows, :, block] = (weights @ values[rows, :, slots].to(weights.dtype)).to(out.dtype)
+        for rows, here, slots, masked, empty in _tiles(first, end, block):
+            weights = _weights(queries[rows, :, here], keys[rows, :, slots], masked, empty)
+            out[rows, :, here] = (weights @ values[rows, :, slots].to(weights.dtype)).to(out.dtype)
         ctx.save_for_backward(queries, keys, values, first, end)
         return out
 
@@ -84,18 +87,20 @@ class _Blockwise(torch.autograd.Function):
         grad_queries = torch.zeros_like(queries)
         grad_keys = torch.zeros_like(keys, dtype=dtype)
         grad_values = torch.zeros_like(values, dtype=dtype)
-        for rows, block, slots, masked, empty in _tiles(first, end):
-            tile_queries, tile_keys = queries[rows, :, block], keys[rows, :, slots].to(dtype)
+        for rows, here, slots, masked, empty in _tiles(first, end, ctx.block):
+            tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
             weights = _weights(tile_queries, tile_keys, masked, empty)
-            tile_grad = grad[rows, :, block].to(dtype)
+            tile_grad = grad[rows, :, here].to(dtype)
             grad_values[rows, :, slots] += weights.mT @ tile_grad
             grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
             grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
-            grad_queries[rows, :, block] = grad_logits @ tile_keys
+            grad_queries[rows, :, here] = grad_logits @ tile_keys
             grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
-        return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None
+        return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None, None
 
 
-def _weights(queries: Tensor, keys: Tensor, masked: Tensor, empty: Tensor) -> Tensor:
+def _weights(queries: Tensor, keys: Tensor, masked: Tensor, empty: Tensor | None) -> Tensor:
     logits = (queries @ keys.to(queries.dtype).mT).masked_fill_(masked, -torch.inf)
+    if empty is None:
+        return logits.softmax(-1)
     return logits.masked_fill_(empty, 0.0).softmax(-1).masked_fill_(empty, 0.0)
