@@ -8,6 +8,7 @@ from tests.experiments.conftest import MICRO
 
 from mosaics.experiments import work
 from mosaics.experiments.compare import arrangements, study
+from mosaics.experiments.report import write_report
 from mosaics.experiments.run import _each, run_study
 from mosaics.experiments.work import Source, Training
 
@@ -95,13 +96,27 @@ def test_source_holds_rows_out(small_study, cache):
         assert not seen & {tuple(row) for row in source.held_out.batch(0, 16)["input_ids"].tolist()}
 
 
-def test_a_diverged_trial_is_not_taken(small_study, tmp_path):
-    changes = MICRO | {"training.steps": 40, "training.warmup_steps": 0}
-    planned = study(
-        ["memory-mosaics-v2-tiny"], ["recall"], None, seeds=(0,), learning_rates=(1e-3, 1e9), samples=2, changes=changes
-    )
-    found = run_study(planned, tmp_path)
-    assert {m["learning_rate"] for m in found["models"] if not m["trial"]} == {1e-3}
+def test_a_diverged_trial_is_not_taken(tmp_path, monkeypatch):
+    from mosaics.training import loop
+
+    step = loop.optimisation_step
+
+    def diverges(model, optimizer, data, recipe, *rest):
+        if recipe.training.learning_rate == 1e-3:
+            raise loop.NonFinite("the loss is nan")
+        return step(model, optimizer, data, recipe, *rest)
+
+    monkeypatch.setattr(loop, "optimisation_step", diverges)
+    common = {"worlds": ["recall"], "corpus": None, "seeds": (0,), "samples": 2, "changes": MICRO}
+    found = run_study(study(["memory-mosaics-v2-tiny"], learning_rates=(1e-3, 2e-3), **common), tmp_path)
+    losses = {m["learning_rate"]: (m["held_out_loss"], m["trial"]) for m in found["models"]}
+    assert losses[1e-3] == (None, True) and losses[2e-3][0] is not None and not losses[2e-3][1]
+    # Where all of them diverge, the report says so, and what goes on from there is not trained.
+    planned = study(["memory-mosaics-v2-tiny"], learning_rates=(1e-3,), **common)
+    later = planned.settings[0].model_copy(update={"name": "later", "start": planned.settings[0]})
+    found = run_study(planned.model_copy(update={"settings": (*planned.settings, later)}), tmp_path)
+    assert found["rows"] == [] and [m["held_out_loss"] for m in found["models"]] == [None, None]
+    assert write_report(found, tmp_path / "report").read_text(encoding="utf-8").count("diverged") == 2
 
 
 def test_each_does_everything_in_several_processes(capsys):

@@ -62,7 +62,7 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
             "x": "optimisation step",
             "y": "nats per counted token",
             "log_x": False,
-            "curves": [(m["arrangement"], m["seed"], *zip(*m["curve"], strict=True)) for m in models],
+            "curves": [(m["arrangement"], m["seed"], *zip(*m["curve"], strict=True)) for m in models if m["curve"]],
         }
         parts.append(_details("training", _figure(curves, folder / f"{_slug(setting['name'])}-training.png")))
     parts.append("<h2>Models</h2>" + _models(results))

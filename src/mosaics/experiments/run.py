@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -147,6 +148,7 @@ def _use_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the main process says it
 
 
 def machine() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mosaics._version import __version__
 from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, digest
 
 CHECKPOINT_SECONDS = 120
@@ -60,7 +61,7 @@ class Training:
         resolved = self.recipe.resolved()
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
-        decides |= {"world": _world_sample(setting.data.world)}
+        decides |= {"world": _world_sample(setting.data.world), "version": __version__}
         self.digest = digest(decides)
 
     def __str__(self) -> str:
@@ -183,7 +184,8 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
     dtype = pick_precision(training, device)
     seed_step(recipe.seed, 0)
     model = build_model(build_config(recipe, source.tokenizer)).to(device)
-    if job.start is not None:
+    lost = job.start is not None and job.start.result(cache)["held_out_loss"] is None
+    if job.start is not None and not lost:
         from safetensors.torch import load_model
 
         load_model(model, job.start.folder(cache) / "model" / "model.safetensors", device=str(device))
@@ -202,6 +204,8 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
     clock, before = time.monotonic(), state["seconds"]
     saved = told = clock
     try:
+        if lost:
+            raise NonFinite("the training that this one goes on from diverged")
         for step in range(state["step"] + 1, training.steps + 1):
             done = optimisation_step(model, optimizer, source.train, recipe, step, dtype)
             now = time.monotonic()
