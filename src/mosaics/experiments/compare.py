@@ -20,7 +20,8 @@ WORLD_MODEL = {
     "delay": 8,
     "train_delay": [8, 32],
 }
-WORLD_TRAINING = {"steps": 200, "context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+STEPS = {"in-context-learning": 400, "mixed": 600}  # of the other worlds 200
+WORLD_TRAINING = {"context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
 TEXT_MODEL = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
@@ -48,7 +49,8 @@ def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | N
         changes: values by dotted key, as `training.steps`, in the place of the usual ones.
         more: further fields of `Setting`.
     """
-    model, training, data = _changed(WORLD_MODEL, WORLD_TRAINING, changes)
+    budget = {"steps": STEPS.get(world, 200)} | WORLD_TRAINING
+    model, training, data = _changed(WORLD_MODEL, budget, changes)
     length = training["context_length"]
     tasks = _TITLES if world == "mixed" else [world]
     evaluations = tuple(world_evaluation(task, length, samples) for task in tasks)
