@@ -33,6 +33,20 @@ def test_world_questions_are_those_of_the_test_split():
     assert [(e.prefix + e.prompt, e.references) for e in asked] == [(e.prompt, [e.answer]) for e in expected]
 
 
+def test_world_questions_are_the_same_for_all_shots():
+    suite = WorldQuestions(task="in-context-learning", shots=(1, 4), samples=8)
+    few, many = (suite.examples(None)[i : i + 8] for i in (0, 8))
+    for one, four in zip(few, many, strict=True):
+        assert (one.prompt, one.references) == (four.prompt, four.references) and one.id != four.id
+        assert four.prefix.startswith(one.prefix)
+        for shots, words in ((1, one.prefix.split()), (4, four.prefix.split())):
+            labels = [word for word in words if word.startswith("class_")]
+            assert len(set(labels)) == 8 and all(labels.count(label) == shots for label in labels)
+            assert (
+                words[len(words) + len(one.prompt.split()) - (one if shots == 1 else four).meta["distance"]] in labels
+            )
+
+
 def test_world_questions_can_hold_the_number_of_facts():
     for example in WorldQuestions(task="new-knowledge", lengths=(256,), samples=4, facts=1).examples(None):
         assert example.prefix.count(example.references[0]) == 1

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from mosaics.data.worlds.world import CLASSES, EXAMPLE_WORDS
 from mosaics.evaluation import Example, Perplexity, Record, Suite
 from mosaics.evaluation.results import accuracy_row, curve, grouped, mean
 from mosaics.experiments.labels import names_of_classes
@@ -49,17 +50,25 @@ class WorldQuestions(Suite):
 
         world = World(self.seed)
         more = {} if self.facts is None else {"facts": self.facts}
-        points = [{"length": length} for length in self.lengths] + [{"shots": shots} for shots in self.shots]
-        for point in points:
-            x = next(iter(point.values()))
-            room = min(_QUESTIONS, point.get("length", 512) // 32, self.facts or _QUESTIONS)
-            for asked in world.examples(self.task, self.samples, questions=room, **point, **more):
-                meta = {"x": x, "distance": asked.distance, "difficulty": asked.difficulty}
-                context, answer = asked.context, asked.answer
+        for length in self.lengths:
+            room = min(_QUESTIONS, length // 32, self.facts or _QUESTIONS)
+            for asked in world.examples(self.task, self.samples, length, questions=room, **more):
+                yield self._example(asked.id, length, asked.context.split(), asked.question, asked.answer)
+        # Fewer shots are the first ones of the most: the same questions about the same classes at every point.
+        most = list(world.examples(self.task, self.samples, shots=max(self.shots))) if self.shots else []
+        for shots in self.shots:
+            for asked in most:
+                words, answer = asked.context.split(), asked.answer
                 if self.named_classes:
-                    names = names_of_classes(context.split())
-                    context, answer = " ".join(names.get(word, word) for word in context.split()), names[answer]
-                yield Example(asked.id, f" {asked.question}", [answer], prefix=context, meta=meta)
+                    names = names_of_classes(words)
+                    words, answer = [names.get(word, word) for word in words], names[answer]
+                shown = words[: shots * CLASSES * (EXAMPLE_WORDS + 3)]
+                yield self._example(f"{asked.id}/{shots}", shots, shown, asked.question, answer)
+
+    def _example(self, name: str, x: int, words: list[str], question: str, answer: str) -> Example:
+        found = [place for place, word in enumerate(words) if word == answer]
+        distance = len(words) + len(question.split()) - found[-1] if found else None
+        return Example(name, f" {question}", [answer], prefix=" ".join(words), meta={"x": x, "distance": distance})
 
     def answer(self, scorer, examples: Sequence[Example]) -> list[Record]:
         said = scorer.complete(examples, 1)
