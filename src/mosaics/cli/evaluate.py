@@ -84,11 +84,11 @@ def evaluate(
         "split": split,
     }
     asked = make_suite(suite, data or [], {key: value for key, value in given.items() if value is not None})
-    from mosaics.cli.generate import load_exported
     from mosaics.evaluation import Scorer
     from mosaics.evaluation import evaluate as run
     from mosaics.evaluation.results import save, side_by_side, tables_text
     from mosaics.evaluation.scorer import check_memories, place
+    from mosaics.models.loading import load_exported
 
     loaded, tokenizer = load_exported(model)
     check_memories(loaded, without or ())

@@ -1,9 +1,7 @@
 """`mosaics generate`: continue a prompt."""
 
 import math
-import re
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -30,41 +28,10 @@ def generate(
         raise ValueError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}")
     if prompt == "-":
         prompt = sys.stdin.read()
+    from mosaics.models.loading import load_exported
+
     loaded, tokenizer = load_exported(model)
     stream(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
-
-
-def load_exported(source: str | Path):
-    """A model and its tokenizer, the way anyone would load them: through transformers' Auto classes.
-
-    Raises:
-        ValueError: it has no tokenizer, or is a run that has not been exported.
-        OSError: there is no such model.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    import mosaics.models  # noqa: F401  (registers the architecture)
-
-    folder = Path(source)
-    if (folder / "recipe.yaml").is_file():
-        folder = folder / "export"
-        if not folder.is_dir():
-            raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
-    elif folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is no model (it has no config.json)")
-    elif not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise ValueError(f"there is no model {source}")
-    name = str(folder) if folder.exists() else str(source)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if folder.exists() and not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{source} has no tokenizer; export the run that it came from")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
-    except SafetensorError as error:
-        raise ValueError(f"the .safetensors of {source} are damaged ({error}); export it again") from error
-    return model, transformers.AutoTokenizer.from_pretrained(name)
 
 
 def stream(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:

@@ -30,7 +30,8 @@ def quickstart(
     recipe = load_recipe("quickstart", overrides)
     if prompt is None:
         prompt = "class " if recipe.data.corpus == "python-stdlib" else ""
-    from mosaics.cli.generate import load_exported, stream
+    from mosaics.cli.generate import stream
+    from mosaics.models.loading import load_exported
     from mosaics.training import train
     from mosaics.training.metrics import read_metrics
 

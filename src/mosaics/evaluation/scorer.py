@@ -93,18 +93,9 @@ class Scorer:
             ValueError: an unknown dtype or memory, a run without export, a model that has no such memory.
             OSError: there is no such model.
         """
-        import transformers
+        from mosaics.models.loading import load_exported
 
-        import mosaics.models  # noqa: F401  (registers the architecture)
-
-        folder = Path(source)
-        if (folder / "recipe.yaml").is_file():
-            folder = folder / "export"
-            if not folder.is_dir():
-                raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
-        name = str(folder) if folder.exists() else str(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, tokenizer = load_exported(source)
         return cls(place(model, device, dtype, without), tokenizer, **options)
 
     @property
