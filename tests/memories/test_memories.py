@@ -225,3 +225,31 @@ def test_contextual_memory_state_bytes_are_those_it_holds(name, time):
         state.raw_value,
     ]
     assert made.state_bytes(time, 4) == sum(x.numel() * 4 for x in tensors)
+
+
+def test_contextual_memory_clamps_every_scalar_of_table_6():
+    made = memory("short_term")
+    with torch.no_grad():
+        for parameter in (made.bandwidth_base, made.bandwidth_slope, made.value_scale):
+            parameter.fill_(50.0)
+        made.key_proj.weight.copy_(torch.eye(8))
+    assert made.bandwidth().slope.tolist() == made.bandwidth().base.tolist() == [math.exp(10)] * 2
+    x = torch.randn(1, 3, 8, dtype=torch.float64)
+    norms = made.values(x, Layout(1, 3), None).norm(dim=-1)
+    assert (norms / math.exp(15) - 1).abs().max() < 1e-9
+
+
+def test_attention_memory_draws_its_delay_in_training():
+    made = build("attention", dict(num_attention_heads=2, delay=1, train_delay=[1, 3]), Common(8), 0).double()
+    made.reset_parameters(0)
+    for draw, newest in ((None, 8), (0.0, 8), (0.5, 7), (0.9, 6)):
+        context = Context(reads=[], draw=draw)
+        made(torch.randn(1, 10, 8, dtype=torch.float64), Layout(1, 10), None, context)
+        assert (context.reads[0].weights[0, 0, 9] > 0).nonzero()[:, 0].max() == newest
+
+
+def test_attention_memory_keeps_positions_apart_in_bfloat16():
+    made = build("attention", dict(num_attention_heads=1), Common(8), 0).bfloat16()
+    cos, _ = made._rotation(torch.arange(4000, 4010)[None], torch.bfloat16)
+    exact, _ = made._rotation(torch.arange(4000, 4010)[None], torch.float64)
+    assert (cos.double() - exact).abs().max() < 5e-3

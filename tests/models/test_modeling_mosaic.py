@@ -326,6 +326,8 @@ def test_training_lowers_the_loss_on_real_text():
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4)), "attention_mask"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), output_attentions=True), "read_weights"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), draw=1.0), "draw is 1.0"),
+        (dict(input_ids=torch.zeros(4, dtype=torch.long)), "(batch, time)"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 3)), "one label a position"),
     ],
 )
 def test_forward_refuses_what_does_not_fit(arguments, message):
@@ -356,3 +358,107 @@ def test_forward_under_autocast_and_in_bfloat16_stays_near_float32():
     low = tiny_model(torch.bfloat16, scale=1.0)
     assert difference(plain(low, ids).float(), expected) < 0.1 * expected.abs().max()
     assert difference(cached(low, ids, [30, *[1] * 10]).float(), expected) < 0.1 * expected.abs().max()
+
+
+def test_training_on_a_zero_embedding_keeps_every_parameter_finite():
+    model = tiny_model(torch.float32, scale=1.0, num_hidden_layers=4).train()
+    model.model.embed_tokens.weight.data[7] = 0
+    ids = torch.tensor([[7, 7, 3, 4, 5, 6, 7, 8]])
+    model(ids, labels=ids, draw=0.0).loss.backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e6 for p in model.parameters())
+
+
+def test_remove_memories_leaves_other_models_of_the_same_config_alone(tmp_path):
+    config = tiny_config()
+    first, second = MosaicForCausalLM(config), MosaicForCausalLM(config)
+    second.remove_memories("long_term")
+    first.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(loaded, tokens(1, 20)), plain(first.eval(), tokens(1, 20)))
+
+
+def test_remove_memories_drops_blocks_that_are_left_empty(tmp_path):
+    long = {"type": "long_term", "options": dict(num_attention_heads=2, delay=3, train_delay=[3, 6])}
+    other = {"type": "feed_forward", "options": dict(intermediate_size=8)}
+    blocks = [{"repeat": 1, "steps": [[long]]}, {"repeat": 2, "steps": [[other]]}]
+    model = MosaicForCausalLM(MosaicConfig(vocab_size=VOCABULARY, hidden_size=16, blocks=blocks)).eval()
+    model.remove_memories("long_term")
+    assert model.config.num_hidden_layers == len(model.model.stack.blocks) == 2
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(loaded, tokens(1, 9)), plain(model, tokens(1, 9)))
+    assert loaded.generate(tokens(1, 4), max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_cache_of_other_memories_is_refused():
+    model, ids = tiny_model(), tokens(1, 9)
+    cache = model(ids, use_cache=True).past_key_values
+    model.remove_memories("short_term")
+    with pytest.raises(ValueError, match="other memories"):
+        model(ids, past_key_values=cache)
+
+
+def test_cache_made_in_inference_mode_can_be_continued_outside():
+    model, ids = tiny_model(), tokens(1, 12)
+    with torch.inference_mode():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        model(ids[:, 5:6], past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        logits = model(ids[:, 6:], past_key_values=cache, use_cache=True).logits
+    assert difference(logits, plain(model, ids)[:, 6:]) < BOUND
+
+
+def test_forward_auxiliary_losses_are_added_to_the_loss():
+    from mosaics.memories import Context
+
+    model, ids = tiny_model(), tokens(1, 9)
+    context = Context(auxiliary_losses=[torch.tensor(2.5)])
+    assert difference(model(ids, labels=ids, context=context).loss, model(ids, labels=ids).loss + 2.5) < BOUND
+
+
+def test_forward_gives_zero_states_at_padding():
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1]])
+    states = tiny_model().model(tokens(1, 6), attention_mask=mask).last_hidden_state
+    assert (states[~mask.bool()] == 0).all() and (states[mask.bool()] != 0).all()
+
+
+def test_forward_dropout_reaches_the_embeddings():
+    model = tiny_model(dropout=0.5).train()
+    for block in model.model.stack.blocks:
+        for step in block.steps:
+            step.dropout = 0.0
+    ids = tokens(1, 20)
+    assert difference(model(ids, draw=0.0).logits, model(ids, draw=0.0).logits) > 1e-3
+
+
+def test_from_pretrained_keeps_the_loaded_part_of_a_memory(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.stack.blocks.0.steps.0.memories.short_term.key_gate.weight"
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = MosaicForCausalLM.from_pretrained(tmp_path)
+    for key, value in weights.items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert 0 < loaded.state_dict()[name].std() < 1
+
+
+def test_forward_without_return_dict_in_the_config_gives_tuples():
+    model, ids = tiny_model(), tokens(1, 5)
+    expected = plain(model, ids)
+    model.config.return_dict = False
+    assert torch.equal(model(ids)[0], expected)
+
+
+def test_resize_token_embeddings_starts_new_words_as_table_6_says(tmp_path):
+    model = tiny_model(torch.float32, scale=1.0, hidden_size=64)
+    model.save_pretrained(tmp_path)
+    loaded = MosaicForCausalLM.from_pretrained(tmp_path)
+    loaded.resize_token_embeddings(VOCABULARY + 200, mean_resizing=False)
+    for module, original in ((loaded.lm_head, model.lm_head), (loaded.model.embed_tokens, model.model.embed_tokens)):
+        assert torch.equal(module.weight[:VOCABULARY], original.weight)
+        assert abs(module.weight[VOCABULARY:].std() * 128**0.5 - 0.9867) < 0.05
+    assert loaded(tokens(1, 5)).logits.shape[-1] == loaded.config.vocab_size == VOCABULARY + 200

@@ -184,3 +184,20 @@ def test_kernel_regression_keeps_its_precision_under_autocast(form):
     with torch.autocast("cpu", torch.bfloat16):
         found = read(keys, values, bandwidth, 150, form, delay=5)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_kernel_regression_backward_inside_autocast_keeps_its_precision():
+    keys, values, bandwidth = inputs(150, dtype=torch.float32, width=16)
+    out = read(keys, values, bandwidth, 150, "blockwise", delay=5, window=40)
+    weight = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (keys, values), weight, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, (keys, values), weight)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bandwidth_counts_more_pairs_than_the_dtype_of_its_parameters_can(dtype):
+    count = torch.tensor([4000, 65536])
+    low = Bandwidth(*(torch.full((1,), x, dtype=dtype) for x in (4.5, 4.5, 0.375)))
+    assert relative_error(low.at(count), Bandwidth(*(x.double() for x in low)).at(count)) < 1e-6

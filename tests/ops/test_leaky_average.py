@@ -171,3 +171,21 @@ def test_leaky_average_keeps_its_precision_under_autocast(form):
     with torch.autocast("cpu", torch.bfloat16):
         found = outputs(tensors, state, form)
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_leaky_average_of_zero_inputs_has_no_gradient(form, dtype):
+    (x, gate, decay), _ = inputs(40, dtype=dtype)
+    zero = torch.zeros_like(x, requires_grad=True)
+    keys, _ = leaky_average(zero, gate, decay, form=form)
+    assert (keys == 0).all() and all((g == 0).all() for g in gradients(keys, (zero, gate, decay)))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_leaky_average_of_small_inputs_is_that_of_large_ones(form):
+    (x, gate, decay), _ = inputs(40)
+    expected = leaky_average(x, gate, decay, form=form)[0]
+    assert relative_error(leaky_average(1e-9 * x, gate, decay, form=form)[0], expected) < 1e-9
+    low = leaky_average((1e-9 * x).float(), gate.float(), decay.float(), form=form)[0]
+    assert relative_error(low, expected) < 1e-5

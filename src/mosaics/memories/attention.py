@@ -108,7 +108,8 @@ class AttentionMemory(Memory):
             self.options.delay if context.draw is None or train_delay is None else context.draw_integer(*train_delay)
         )
         access = dict(delay=delay, window=self.options.window, start=layout.start)
-        scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=queries.dtype, device=x.device))
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=wide, device=x.device))
         read = kernel_regression(queries, all_keys, all_values, scale, **access)
         if context.reads is not None:
             context.reads.append(Read(self.type, self.layer_index, weights(queries, all_keys, scale, **access)))

@@ -143,7 +143,7 @@ class Layout:
         last = position[:, -1] if length is None else length - 1
         seen = last.clamp(min=0)[:, None]
         rows = Rows(
-            torch.where(last >= 0, last + 1 - start.gather(1, seen)[:, 0], tokens),
+            last + 1 - start.gather(1, seen)[:, 0],
             document if document_ids is None else torch.where(last >= 0, ids.gather(1, seen)[:, 0], before.to(ids)),
         )
         return cls(batch, time, None if whole else start, length, stored), order, rows
@@ -212,7 +212,8 @@ class Pairs(State):
             self.values = torch.cat([older, values], dim=2)
             self.used = total
             return self.keys, self.values
-        if self.used + time > self.keys.shape[2]:
+        foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
+        if foreign or self.used + time > self.keys.shape[2]:
             capacity = total + max(total // 2, 64)
             self.keys = _grown(self.keys[:, :, begin : self.used], capacity)
             self.values = _grown(self.values[:, :, begin : self.used], capacity)
@@ -373,11 +374,11 @@ def option_names(name: str) -> set[str]:
     return {f.name for f in dataclasses.fields(REGISTRY[name].Options)}
 
 
-def build(name: str, options: dict[str, Any], common: Common, layer_index: int) -> Memory:
-    """The memory of a type with its options.
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Check that a memory type has these options, that none is missing, and that their values are of the right type.
 
     Raises:
-        ValueError: the type or an option is unknown or missing, or a value is out of range.
+        ValueError: it is not so.
     """
     valid = option_names(name)
     for option in options:
@@ -393,7 +394,16 @@ def build(name: str, options: dict[str, Any], common: Common, layer_index: int) 
             raise ValueError(
                 f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}."
             )
-    return cls(cls.Options(**options), common, layer_index)
+
+
+def build(name: str, options: dict[str, Any], common: Common, layer_index: int) -> Memory:
+    """The memory of a type with its options.
+
+    Raises:
+        ValueError: the type or an option is unknown or missing, or a value is out of range.
+    """
+    check_options(name, options)
+    return REGISTRY[name](REGISTRY[name].Options(**options), common, layer_index)
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -77,9 +77,9 @@ class ContextualMemory(Memory):
     def bandwidth(self) -> Bandwidth:
         """beta(n), with the clamps of Table 6."""
         return Bandwidth(
-            self.bandwidth_base.clamp(max=10).exp(),
-            self.bandwidth_slope.clamp(max=10).exp(),
-            self.bandwidth_exponent.abs().clamp(max=1),
+            _wide(self.bandwidth_base).clamp(max=10).exp(),
+            _wide(self.bandwidth_slope).clamp(max=10).exp(),
+            _wide(self.bandwidth_exponent).abs().clamp(max=1),
         )
 
     def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
@@ -113,8 +113,10 @@ class ContextualMemory(Memory):
         following = F.pad(raw[:, :, 1:], (0, 0, 0, 1))
         mixed = torch.lerp(following, raw, self.value_mix.to(raw.dtype)[:, None, None])
         smallest = max(1e-12, torch.finfo(mixed.dtype).tiny)
-        norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp(min=smallest)
-        return mixed * (self.value_scale.clamp(max=15).exp().to(raw.dtype)[:, None, None] / norm)
+        norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)
+        inverse = norm.clamp(min=smallest).reciprocal().masked_fill(norm <= smallest, 0.0)  # no gradient from 0
+        scale = _wide(self.value_scale).clamp(max=15).exp().to(raw.dtype)
+        return mixed * (scale[:, None, None] * inverse)
 
     def forward(
         self, x: Tensor, layout: Layout, state: ContextualState | None, context: Context
@@ -156,3 +158,7 @@ class ContextualMemory(Memory):
         d = self.common.hidden_size
         recurrence = 4 * (d + self.heads)  # float32 whatever the dtype of the model
         return 2 * pairs * d * element_size + d * element_size + recurrence
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -20,6 +20,7 @@ class MosaicCacheLayer(DynamicLayer):
         super().__init__()
         self.state: BlockState | None = None
         self.rows: Rows | None = None
+        self.kinds: list[str] = []  # of the memories whose states these are
         self.positions = 0
 
     def _states(self) -> list[State]:
@@ -80,13 +81,17 @@ def open_cache(cache: Cache, stack: Stack) -> tuple[StackState, Rows | None, int
         cache.layers.extend(MosaicCacheLayer() for _ in stack.blocks)
     if not all(isinstance(layer, MosaicCacheLayer) for layer in cache.layers) or len(cache.layers) != len(stack.blocks):
         raise ValueError("The cache belongs to another model; pass DynamicCache(config=model.config), or none.")
+    for layer, block in zip(cache.layers, stack.blocks, strict=True):
+        if layer.state is not None and layer.kinds != [memory.type for memory in block.memories()]:
+            raise ValueError("The cache was made by other memories than the model has; start with a new one.")
     states = [layer.state or block.initial_state() for layer, block in zip(cache.layers, stack.blocks, strict=True)]
     return StackState(states), cache.layers[0].rows, cache.layers[0].positions
 
 
-def close_cache(cache: Cache, state: StackState, rows: Rows, positions: int) -> None:
+def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, positions: int) -> None:
     """Put back what `open_cache` gave, after a pass over `positions` more positions."""
     cache.layers[0].rows = rows
-    for layer, block in zip(cache.layers, state.blocks, strict=True):
-        layer.state, layer.is_initialized = block, True
+    for layer, block, block_state in zip(cache.layers, stack.blocks, state.blocks, strict=True):
+        layer.state, layer.is_initialized = block_state, True
+        layer.kinds = [memory.type for memory in block.memories()]
         layer.positions += positions

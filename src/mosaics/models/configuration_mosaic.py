@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mosaics.memories.base import Common, nearest, option_names
+from mosaics.memories.base import Common, check_options, nearest, option_names
 
 # Keys that transformers itself writes or accepts beside the fields of a config.
 _TRANSFORMERS_KEYS = {
@@ -23,6 +23,7 @@ _TRANSFORMERS_KEYS = {
     "model_type",
     "name_or_path",
     "num_labels",
+    "quantization_config",
     "output_attentions",
     "torch_dtype",
 }
@@ -34,7 +35,7 @@ class MosaicConfig(PreTrainedConfig):
     """The config of a `MosaicForCausalLM`.
 
     The options of the memories can be read and set on the config itself (`config.window`): setting one sets it in every
-    memory that has it.
+    memory that has it (a model that is built already does not change).
 
     Args:
         vocab_size: number of tokens.
@@ -125,7 +126,8 @@ class MosaicConfig(PreTrainedConfig):
         if self.blocks is None:
             from mosaics.models.presets import PRESETS
 
-            self.blocks = copy.deepcopy(PRESETS["memory-mosaics-v2-small"]["blocks"])
+            self.blocks = PRESETS["memory-mosaics-v2-small"]["blocks"]
+        self.blocks = copy.deepcopy(self.blocks)
         self._check()
         layers = sum(group["repeat"] for group in self.blocks)
         if self.num_hidden_layers not in (None, layers):
@@ -152,22 +154,29 @@ class MosaicConfig(PreTrainedConfig):
                 raise ValueError(f"dropout is {value}; give a probability below 1.")
             if name != "dropout" and value <= 0:
                 raise ValueError(f"{name} is {value}; give a number above 0.")
+        if not isinstance(self.blocks, list):
+            raise ValueError(f"blocks is {self.blocks!r}; give a list of groups, each with 'repeat' and 'steps'.")
         if not self.blocks:
             raise ValueError("A mosaic without blocks holds no memory; give at least one.")
         for group in self.blocks:
             if not isinstance(group, dict) or set(group) != {"repeat", "steps"}:
                 raise ValueError(f"A group of blocks has the keys 'repeat' and 'steps', not {_keys(group)}.")
             if not _is_whole(group["repeat"]) or group["repeat"] < 1:
-                raise ValueError(f"A group of blocks repeats {group['repeat']} times; num_hidden_layers is at least 1.")
-            if not group["steps"] or not all(group["steps"]):
+                raise ValueError(
+                    f"A group of blocks repeats {group['repeat']!r} times; num_hidden_layers is at least 1."
+                )
+            steps = group["steps"]
+            if not isinstance(steps, list) or not all(isinstance(step, list) for step in steps):
+                raise ValueError(f"The steps of a block are {steps!r}; give a list of lists of memories.")
+            if not steps or not all(steps):
                 raise ValueError("A block has no step, or a step no memory; give each at least one.")
         for memory in _memories(self.blocks):
             if not isinstance(memory, dict) or not set(memory) <= {"type", "options"} or "type" not in memory:
                 raise ValueError(f"A memory has the keys 'type' and 'options', not {_keys(memory)}.")
-            valid = option_names(memory["type"])
-            for option, value in memory.setdefault("options", {}).items():
-                if option not in valid:
-                    raise ValueError(f"A {memory['type']} memory has no option {option!r}; {nearest(option, valid)}")
+            if not isinstance(memory["type"], str) or not isinstance(memory.setdefault("options", {}), dict):
+                raise ValueError(f"A memory's type is a name and its options a dictionary, not {memory!r}.")
+            check_options(memory["type"], memory["options"])
+            for option, value in memory["options"].items():
                 if isinstance(value, tuple):  # as JSON gives it back
                     memory["options"][option] = list(value)
 
@@ -188,10 +197,12 @@ class MosaicConfig(PreTrainedConfig):
         return Common(self.hidden_size, self.bias, self.norm_eps, self.dropout, self.rotary_base)
 
     def remove_memories(self, memory_type: str) -> None:
-        """Take every memory of a type, and steps that are left empty, out of the blocks."""
+        """Take every memory of a type out, and steps and blocks that are left empty."""
         for group in self.blocks:
             steps = [[memory for memory in step if memory["type"] != memory_type] for step in group["steps"]]
             group["steps"] = [step for step in steps if step]
+        self.blocks = [group for group in self.blocks if group["steps"]]
+        self.num_hidden_layers = sum(group["repeat"] for group in self.blocks)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):

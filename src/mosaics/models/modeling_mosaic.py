@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,19 +33,39 @@ class MosaicPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Memory):
-            own = list(module.parameters())
-            loaded = {p: p.clone() for p in own if getattr(p, "_is_hf_initialized", False)}
-            if len(loaded) < len(own):
-                module.reset_parameters(module.layer_index)
-                for parameter, value in loaded.items():
-                    parameter.copy_(value)
-        elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                init_clamped_normal(module.weight, (2 * self.config.hidden_size) ** -0.5)
+            _reset_missing(module)
+        elif isinstance(module, nn.Embedding):
+            self._init_words(module.weight)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            owners = [m for m in self.modules() if isinstance(m, Memory) and any(c is module for c in m.modules())]
+            if not owners:  # the classifier, also one that is being made anew for another vocabulary
+                self._init_words(module.weight)
+            elif any(map(_is_loaded, owners[-1].parameters())):
+                # A file held a part of a memory: transformers then asks for the missing maps alone.
+                _reset_missing(owners[-1])
+
+    def _init_words(self, weight: Tensor) -> None:
+        if not _is_loaded(weight):
+            init_clamped_normal(weight, (2 * self.config.hidden_size) ** -0.5)
+
+
+def _is_loaded(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _reset_missing(memory: Memory) -> None:
+    """Initialise a memory, but keep what was loaded; memories inside it are asked for themselves."""
+    inner = {p for m in memory.modules() if m is not memory and isinstance(m, Memory) for p in m.parameters()}
+    own = [p for p in memory.parameters() if p not in inner]
+    loaded = {p: p.clone() for p in own if _is_loaded(p)}
+    if len(loaded) < len(own):
+        memory.reset_parameters(memory.layer_index)
+        for parameter, value in loaded.items():
+            parameter.copy_(value)
 
 
 class MosaicModel(MosaicPreTrainedModel):
@@ -79,6 +100,10 @@ class MosaicModel(MosaicPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"The input has shape {tuple(given.shape)}; give (batch, time), or (batch, time, d) embeddings."
+            )
         batch, time = given.shape[:2]
         if time == 0:
             raise ValueError("The input has no tokens; give at least one for each row.")
@@ -120,7 +145,7 @@ class MosaicModel(MosaicPreTrainedModel):
         x = self.norm(x)
         hidden_states = None if trace is None else tuple(_restored(h, order, layout) for h in [*trace, x])
         if past_key_values is not None:
-            close_cache(past_key_values, state, rows, time)
+            close_cache(past_key_values, self.stack, state, rows, time)
         return BaseModelOutputWithPast(
             last_hidden_state=_restored(x, order, layout),
             past_key_values=past_key_values if use_cache else None,
@@ -198,7 +223,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         if draw is not None and not 0 <= draw < 1:
             raise ValueError(f"draw is {draw}; give a number from 0 up to, not including, 1.")
         context = context or Context()
-        context.draw = draw if self.training else None
+        if draw is not None or not self.training:
+            context.draw = draw if self.training else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -207,6 +233,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             context=context,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -215,6 +242,12 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             logits = logits * self.config.logit_scale
         loss = None
         if labels is not None:
+            if labels.shape != outputs.last_hidden_state.shape[:2]:
+                given = tuple(outputs.last_hidden_state.shape[:2])
+                raise ValueError(
+                    f"labels has shape {tuple(labels.shape)} and the input {given}; give one label a position."
+                )
+            labels = labels.long()
             targets = shifted_targets(labels, attention_mask, document_ids)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
             wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
@@ -277,9 +310,12 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             raise ValueError(f"The model has no {memory_type!r} memory; {nearest(memory_type, present)}")
         if present == {memory_type}:
             raise ValueError(f"{memory_type!r} is the only kind of memory in the model; nothing would be left.")
-        for block in self.model.stack.blocks:
+        stack, config = self.model.stack, copy.deepcopy(self.config)  # another model may share the config
+        for block in stack.blocks:
             block.remove(memory_type)
-        self.config.remove_memories(memory_type)
+        stack.blocks = nn.ModuleList(block for block in stack.blocks if len(block.steps))
+        config.remove_memories(memory_type)
+        self.config = self.model.config = config
 
     def undecayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: scalars and norms, and what the memories name."""

@@ -26,7 +26,7 @@ class Bandwidth(NamedTuple):
         base = self.base[:, None]
         if self.slope is None:
             return base.expand(*count.shape[:-1], base.shape[0], count.shape[-1])
-        pairs = count.clamp(min=1).to(self.base.dtype)[..., None, :]
+        pairs = count.clamp(min=1).to(torch.promote_types(self.base.dtype, torch.float32))[..., None, :]
         return self.slope[:, None] * pairs ** self.exponent[:, None] + base
 
 

@@ -82,21 +82,27 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, first, end = ctx.saved_tensors
-        dtype = _tile_dtype(queries)
-        grad_queries = torch.zeros_like(queries)
-        grad_keys = torch.zeros_like(keys, dtype=dtype)
-        grad_values = torch.zeros_like(values, dtype=dtype)
-        for rows, here, slots, masked, empty in _tiles(first, end, ctx.block):
-            tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
-            weights = _weights(tile_queries, tile_keys, masked, empty)
-            tile_grad = grad[rows, :, here].to(dtype)
-            grad_values[rows, :, slots] += weights.mT @ tile_grad
-            grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
-            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
-            grad_queries[rows, :, here] = grad_logits @ tile_keys
-            grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
-        return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None, None
+        with torch.autocast(grad.device.type, enabled=False):  # the caller's backward may run inside one
+            return *_gradients(grad, *ctx.saved_tensors, ctx.block), None, None, None
+
+
+def _gradients(
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _tile_dtype(queries)
+    grad_queries = torch.zeros_like(queries)
+    grad_keys = torch.zeros_like(keys, dtype=dtype)
+    grad_values = torch.zeros_like(values, dtype=dtype)
+    for rows, here, slots, masked, empty in _tiles(first, end, block):
+        tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
+        weights = _weights(tile_queries, tile_keys, masked, empty)
+        tile_grad = grad[rows, :, here].to(dtype)
+        grad_values[rows, :, slots] += weights.mT @ tile_grad
+        grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
+        grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
+        grad_queries[rows, :, here] = grad_logits @ tile_keys
+        grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
+    return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype)
 
 
 def _weights(queries: Tensor, keys: Tensor, masked: Tensor, empty: Tensor | None) -> Tensor:

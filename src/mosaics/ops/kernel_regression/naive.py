@@ -23,6 +23,8 @@ def weights(
     slot = torch.arange(slots, device=keys.device)
     allowed = (slot >= first[..., None]) & (slot < end[..., None])
     allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    if queries.dtype != torch.float64:
+        queries, keys = queries.float(), keys.float()
     beta = bandwidth.at((end - first).clamp(min=0))
     logits = beta[..., None] * (queries @ keys.transpose(-1, -2))
     logits = logits.masked_fill(~allowed, -torch.inf)
@@ -42,6 +44,5 @@ def kernel_regression(
 ) -> Tensor:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
-    if dtype != torch.float64:
-        queries, keys, values = queries.float(), keys.float(), values.float()
-    return (weights(queries, keys, bandwidth, delay=delay, window=window, start=start) @ values).to(dtype)
+    read = weights(queries, keys, bandwidth, delay=delay, window=window, start=start)
+    return (read @ values.to(read.dtype)).to(dtype)

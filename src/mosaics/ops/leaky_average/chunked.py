@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, norm_floor
+from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised
 
 CHUNK = 32
 
@@ -20,8 +20,7 @@ def leaky_average(
     if state is None:
         state = LeakyAverageState.empty(inputs)
     averages, scales = _averages(inputs, log_gate, log_decay, *state)
-    norms = torch.linalg.vector_norm(averages, dim=-1).clamp(min=norm_floor(inputs.dtype))
-    directions = averages / norms[..., None]
+    directions, norms = normalised(averages)
     last_scale = scales[..., -1] + norms[..., -1].log()
     return directions.to(dtype), LeakyAverageState(directions[..., -1, :], last_scale)
 

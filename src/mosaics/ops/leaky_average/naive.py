@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, norm_floor
+from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised
 
 
 def leaky_average(
@@ -17,7 +17,6 @@ def leaky_average(
     if state is None:
         state = LeakyAverageState.empty(inputs)
     direction, log_scale = state.direction, state.log_scale
-    floor = norm_floor(inputs.dtype)
     keys = []
     for t in range(inputs.shape[2]):
         gate, decay = log_gate[..., t], log_decay[..., t] + log_scale
@@ -25,8 +24,8 @@ def leaky_average(
         scale = torch.maximum(gate, decay).detach()
         scale = scale.masked_fill(scale == -torch.inf, 0.0)
         average = (gate - scale).exp()[..., None] * inputs[..., t, :] + (decay - scale).exp()[..., None] * direction
-        norm = torch.linalg.vector_norm(average, dim=-1).clamp(min=floor)
-        direction, log_scale = average / norm[..., None], scale + norm.log()
+        direction, norm = normalised(average)
+        log_scale = scale + norm.log()
         log_scale = torch.where(torch.maximum(gate, decay) == -torch.inf, -torch.inf, log_scale)
         keys.append(direction)
     return torch.stack(keys, dim=2).to(dtype), LeakyAverageState(direction, log_scale)

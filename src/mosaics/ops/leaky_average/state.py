@@ -31,6 +31,9 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def norm_floor(dtype: torch.dtype) -> float:
-    """The smallest norm that is divided by: below it a vector counts as (nearly) zero."""
-    return 1e-150 if dtype == torch.float64 else 1e-18
+def normalised(average: Tensor) -> tuple[Tensor, Tensor]:
+    """`average` `(..., width)` divided by its norm, and the norm; what is (nearly) 0 gives 0 and no gradient."""
+    floor = 1e-150 if average.dtype == torch.float64 else 1e-18
+    norm = torch.linalg.vector_norm(average, dim=-1)
+    safe = norm.clamp(min=floor)
+    return average * safe.reciprocal().masked_fill(norm <= floor, 0.0)[..., None], safe
