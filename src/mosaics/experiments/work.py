@@ -62,6 +62,8 @@ class Training:
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
         decides |= {"world": _world_sample(setting.data.world), "version": __version__}
+        if _is_prepared(setting.data):
+            decides["prepared"] = digest((Path(setting.data.corpus) / "manifest.json").read_text(encoding="utf-8"))
         self.digest = digest(decides)
 
     def __str__(self) -> str:
@@ -139,10 +141,16 @@ class Source:
         self.tokenizer = PreparedCorpus(folder).tokenizer()
 
 
+def _is_prepared(data: Data) -> bool:
+    return data.corpus is not None and (Path(data.corpus) / "manifest.json").is_file()
+
+
 def prepared(data: Data, cache: Path) -> Path:
-    """The folder of a prepared corpus, which is made if it is not there."""
+    """The folder of a prepared corpus, which is made unless the corpus is such a folder or the cache has it."""
     from mosaics.data import open_corpus, prepare
 
+    if _is_prepared(data):
+        return Path(data.corpus)
     folder = cache / "data" / data.digest()
     with _locked(cache / "data" / "locks" / data.digest()):
         if not (folder / "manifest.json").is_file():
@@ -167,8 +175,33 @@ def train(job: Training, cache: Path) -> dict[str, Any]:
         return job.result(cache) or _train(job, folder, cache)
 
 
+def adopt(job: Training, run: Path, cache: Path) -> None:
+    """Take the finished run of `mosaics train` in the folder `run` for a training of the same recipe and data."""
+    from mosaics.models.loading import load_exported
+    from mosaics.training.metrics import read_metrics
+    from mosaics.training.run import open_recipe
+    from mosaics.training.setup import pick_device, pick_precision
+
+    recipe, training = open_recipe(run), job.recipe.training
+    assert (recipe.seed, recipe.model, recipe.training) == (job.recipe.seed, job.recipe.model, training), "other recipe"
+    with _locked(job.folder(cache)) as folder:
+        if job.result(cache) is not None:
+            return
+        model, tokenizer = load_exported(run)
+        device = pick_device(training)
+        dtype = pick_precision(training, device)
+        source = Source(job.setting.data, training.context_length, job.seed, cache)
+        result = _figures(job, model, device, dtype)
+        result["held_out_loss"] = _held_out_loss(model.to(device), source.held_out, training.batch_size, dtype)
+        steps = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        before = [0, *(line["tokens"] for line in steps)]
+        seconds = ((line["tokens"] - b) / line["tokens_per_second"] for line, b in zip(steps, before, strict=False))
+        curve = [[line["step"], round(line["loss"], 4)] for line in steps]
+        _keep(folder, model, tokenizer)
+        write_json(folder / "training.json", result | {"seconds": round(sum(seconds), 1), "curve": curve})
+
+
 def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
-    import torch
     import transformers
 
     from mosaics.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -192,15 +225,7 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
     optimizer = make_optimizer(model.train(), training)
     newest, _ = newest_checkpoint(folder / "checkpoints")
     state = load_checkpoint(newest, model, optimizer) if newest else {"step": 0, "seconds": 0.0, "curve": []}
-    figures = model.describe(training.context_length)
-    result = {
-        "parameters": figures["parameters"]["total"],
-        "flops_per_token": figures["flops_per_token"],
-        "learning_rate": training.learning_rate,
-        "steps": training.steps,
-        "tokens": training.steps * recipe.tokens_per_step,
-        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}",
-    }
+    result = _figures(job, model, device, dtype)
     clock, before = time.monotonic(), state["seconds"]
     saved = told = clock
     try:
@@ -219,11 +244,7 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
                 save_checkpoint(folder / "checkpoints", step, model, optimizer, state)
                 saved = now
         result["held_out_loss"] = _held_out_loss(model, source.held_out, training.batch_size, dtype)
-        temporary = folder / "model.new"
-        model.save_pretrained(temporary)
-        source.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        temporary.rename(folder / "model")
+        _keep(folder, model, source.tokenizer)
     except NonFinite as error:
         say(f"{job}: {error}")
         result |= {"held_out_loss": None, "error": str(error)}
@@ -232,6 +253,28 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
     write_json(folder / "training.json", result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def _figures(job: Training, model, device, dtype) -> dict[str, Any]:
+    import torch
+
+    training, figures = job.recipe.training, model.describe(job.recipe.training.context_length)
+    return {
+        "parameters": figures["parameters"]["total"],
+        "flops_per_token": figures["flops_per_token"],
+        "learning_rate": training.learning_rate,
+        "steps": training.steps,
+        "tokens": training.steps * job.recipe.tokens_per_step,
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}",
+    }
+
+
+def _keep(folder: Path, model, tokenizer) -> None:
+    temporary = folder / "model.new"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    temporary.rename(folder / "model")
 
 
 def _held_out_loss(model, data, batch_size: int, dtype) -> float:

@@ -1,0 +1,67 @@
+"""The comparison of the quickstart: its run against a Transformer of equal size, on the same text and in a world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mosaics.experiments.compare import arrangements, text_setting, world_setting
+from mosaics.experiments.report import grid, shown, write_report
+from mosaics.experiments.run import run_study
+from mosaics.experiments.study import Study
+from mosaics.experiments.work import Training, adopt
+from mosaics.training.recipe import Recipe
+from mosaics.training.run import data_of
+
+STEPS = 70  # in the world: v2 answers its questions after about 50
+TEXTS, QUESTIONS = 8, 64
+
+
+def compare_run(recipe: Recipe, run: Path, changes: dict[str, Any] | None = None, jobs: int = 1) -> dict[str, Any]:
+    """Train a Transformer with as many parameters on what a finished run was trained on, and both in a world; ask them.
+
+    Args:
+        recipe: of the run.
+        run: its folder; the comparison goes into its folder `comparison`.
+        changes: values by dotted key for the world, in the place of the usual ones.
+        jobs: processes that train side by side.
+
+    Returns:
+        The results of the study, as `run_study` gives them.
+    """
+    folder = run / "comparison"
+    model = recipe.model.overrides()
+    training = recipe.training.model_dump(mode="json")
+    text = text_setting(str(data_of(run, recipe)), samples=TEXTS)
+    text = text.model_copy(update={"model": model, "training": training})
+    world = world_setting("new-knowledge", samples=QUESTIONS, changes={"training.steps": STEPS} | (changes or {}))
+    study = Study(
+        title="Memory Mosaics v2 against a Transformer",
+        arrangements=arrangements(list(dict.fromkeys([recipe.model.preset, "transformer-tiny"]))),
+        settings=(text, world),
+        seeds=(recipe.seed,),
+    )
+    first = study.arrangements[0]
+    adopt(Training(first, first, text, recipe.seed), run, folder / "cache")
+    results = run_study(study, folder / "cache", jobs)
+    write_report(results, folder)
+    return results
+
+
+def in_words(results: dict[str, Any]) -> str:
+    """What came out, a line for every arrangement and question."""
+    lines = []
+    for setting in results["study"]["settings"]:
+        for evaluation in setting["evaluations"]:
+            wanted = (setting["name"], evaluation["name"])
+            rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == wanted]
+            points = sorted({row["x"] for row in rows})
+            if evaluation["suite"] == "perplexity":
+                where, unit = f"at {', '.join(f'{x:g}' for x in points)} times the training length", "nats a token"
+            else:
+                where, unit = f"at {', '.join(f'{x:g}' for x in points)} tokens", "% right"
+            lines.append(f"{evaluation['title']} {where} ({unit}):")
+            for label, found in grid(rows).items():
+                figures = (sum(found[x].values()) / len(found[x]) for x in points)
+                lines.append(f"  {label:<20}" + "".join(f"{shown(float(y)):>9}" for y in figures))
+    return "\n".join(lines)
