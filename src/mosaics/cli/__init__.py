@@ -55,6 +55,7 @@ for _verb in VERBS:
     )(getattr(_module, _verb))
 
 
+_LONGEST = 1200  # characters of an error: a value from outside that is repeated in it may be of any length
 _REMEDIES = {
     errno.ENOSPC: "; make room and run the same command again",
     errno.EDQUOT: "; make room and run the same command again",
@@ -80,7 +81,8 @@ def sentence(error: BaseException) -> str:
             text += _REMEDIES.get(error.errno, "")
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} [...] {text[-300:]}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

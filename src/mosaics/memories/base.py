@@ -350,6 +350,7 @@ class Memory(nn.Module):
 
 
 REGISTRY: dict[str, type[Memory]] = {}
+LARGEST = 2**31 - 1  # whole number in a config; beyond that the sizes of tensors overflow
 
 
 def register(name: str) -> Callable[[type[Memory]], type[Memory]]:
@@ -392,7 +393,8 @@ def check_options(name: str, options: dict[str, Any]) -> None:
                 raise ValueError(f"A {name} memory needs the option {f.name!r}; give it a value.")
         elif not _is_a(options[f.name], types[f.name]):
             raise ValueError(
-                f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}."
+                f"The option {f.name!r} of a {name} memory is {options[f.name]!r}; it has to be of type {f.type}, and "
+                f"no number beyond {LARGEST}."
             )
 
 
@@ -411,9 +413,9 @@ def _is_a(value: Any, kind: Any) -> bool:
         if get_origin(kind) is not tuple:  # X | None
             return any(_is_a(value, k) for k in kinds)
         return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if kind is float else kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, kind)
 
 
 def init_clamped_normal(weight: Tensor, std: float) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mosaics.memories.base import Common, check_options, nearest, option_names
+from mosaics.memories.base import LARGEST, Common, check_options, nearest, option_names
 
+_MOST_BLOCKS = 10_000  # building more would seem to hang
 # Keys that transformers itself writes or accepts beside the fields of a config.
 _TRANSFORMERS_KEYS = {
     "_commit_hash",
@@ -81,7 +82,7 @@ class MosaicConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> MosaicConfig:
+    def from_preset(cls, name: str, /, **overrides: Any) -> MosaicConfig:
         """The config of a preset, with fields of the config or options of its memories changed.
 
         Args:
@@ -130,6 +131,8 @@ class MosaicConfig(PreTrainedConfig):
         self.blocks = copy.deepcopy(self.blocks)
         self._check()
         layers = sum(group["repeat"] for group in self.blocks)
+        if layers > _MOST_BLOCKS:
+            raise ValueError(f"The config has {layers} blocks; give at most {_MOST_BLOCKS}.")
         if self.num_hidden_layers not in (None, layers):
             raise ValueError(
                 f"num_hidden_layers is {self.num_hidden_layers}, but the blocks are {layers}; leave it out."
@@ -139,8 +142,8 @@ class MosaicConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number of at least 1.")
+            if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1 to {LARGEST}.")
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm is {self.norm!r}; choose 'rms' or 'layer'.")
         for name in ("bias", "tie_word_embeddings", "use_cache"):

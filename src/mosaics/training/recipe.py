@@ -13,6 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+_MOST_VALUES = 10_000
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -136,13 +138,14 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}), so it is no recipe") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but a recipe is a mapping of sections")
+    _check_size(values, str(path))
     for dotted, value in (overrides or {}).items():
         *sections, key = dotted.split(".")
         place = values
@@ -173,6 +176,18 @@ def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
             text = f"{dotted} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         more = f" (and {len(others)} more)" if others else ""
         raise ValueError(f"{name}: {text}{more}") from error
+
+
+def _check_size(values: Any, name: str) -> None:
+    """Refuse what grows or goes on for ever when its YAML aliases are followed."""
+    queue, seen = [values], 0
+    while queue:
+        value = queue.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ValueError(f"{name} holds more than {_MOST_VALUES} values, so it is no recipe")
+        if isinstance(value, dict | list):
+            queue += value.values() if isinstance(value, dict) else value
 
 
 def recipe_keys() -> list[str]:

@@ -53,11 +53,20 @@ def build_config(recipe: Recipe, tokenizer=None) -> "MosaicConfig":
 
 
 def build_model(config: "MosaicConfig", *, meta: bool = False) -> "MosaicForCausalLM":
-    """A model with fresh parameters, or without any storage on the meta device."""
+    """A model with fresh parameters, or without any storage on the meta device.
+
+    Raises:
+        ValueError: the sizes are impossible.
+    """
     import mosaics
 
-    with torch.device("meta") if meta else nullcontext():
-        return mosaics.MosaicForCausalLM(config)
+    try:
+        with torch.device("meta") if meta else nullcontext():
+            return mosaics.MosaicForCausalLM(config)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(f"no tensor can be as large as the model's sizes say ({error}); lower them") from None
 
 
 def prepare_data(recipe: Recipe, folder: Path) -> None:
