@@ -110,7 +110,7 @@ class AttentionMemory(Memory):
         access = dict(delay=delay, window=self.options.window, start=layout.start)
         wide = torch.promote_types(queries.dtype, torch.float32)
         scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=wide, device=x.device))
-        read = kernel_regression(queries, all_keys, all_values, scale, **access)
+        read = kernel_regression(queries, all_keys, all_values, scale, dropout=self.read_dropout(), **access)
         if context.reads is not None:
             context.reads.append(Read(self.type, self.layer_index, weights(queries, all_keys, scale, **access)))
         if state is not None:

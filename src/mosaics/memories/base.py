@@ -282,8 +282,10 @@ class Common:
         hidden_size: d.
         bias: whether linear maps have a bias.
         norm_eps: of the norms.
-        dropout: probability, in training.
+        dropout: probability, in training, on what a step adds.
         rotary_base: of memories that use rotary positions.
+        attention_dropout: probability, in training, on the weights of what a memory reads.
+        num_layers: blocks of the model.
     """
 
     hidden_size: int
@@ -291,6 +293,8 @@ class Common:
     norm_eps: float = 1e-5
     dropout: float = 0.0
     rotary_base: float = 500000.0
+    attention_dropout: float = 0.0
+    num_layers: int = 1
 
 
 class Memory(nn.Module):
@@ -343,6 +347,10 @@ class Memory(nn.Module):
     def state_bytes(self, context_length: int, element_size: int) -> int:
         """Bytes of decoding state for one sequence of `context_length` tokens with elements of `element_size` bytes."""
         return 0
+
+    def read_dropout(self) -> float:
+        """The dropout of the weights of this pass."""
+        return self.common.attention_dropout if self.training else 0.0
 
     def undecayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: scalars, vectors and norms."""

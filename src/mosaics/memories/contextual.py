@@ -1,9 +1,9 @@
-"""What the contextual memories of Memory Mosaics v2 share: gated keys, values that look ahead, adaptive bandwidth."""
+"""What contextual memories share: keys of leaky averages, values that look ahead, the read; and what v2 adds to it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,44 +26,80 @@ from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 
 
 @dataclass
-class ContextualState(State):
-    """What a contextual memory carries: the average behind its keys, the last raw value, and the stored pairs."""
+class KeyState(State):
+    """The leaky average behind the keys, as direction and log scale; None before the first token."""
 
-    pairs: Pairs
     direction: Tensor | None = None
     log_scale: Tensor | None = None
+
+
+@dataclass
+class ContextualState(KeyState):
+    """What a contextual memory carries: the average behind its keys, the last raw value, and the stored pairs."""
+
     raw_value: Tensor | None = None
+    pairs: Pairs = field(default_factory=Pairs)
+
+
+def leaky_keys(
+    raw: Tensor, log_gate: Tensor, log_decay: Tensor, layout: Layout, state: KeyState | None, eps: float = 0.0
+) -> Tensor:
+    """Unit keys `(batch, heads, time, width)`: the leaky average of `raw` within each document, padding kept out.
+
+    Args:
+        raw: `(batch, heads, time, width)`.
+        log_gate: `(batch, heads, time)`.
+        log_decay: `(batch, heads, time)`.
+        layout: what each position is.
+        state: continued and changed in place; None when nothing follows.
+        eps: added to the norm.
+    """
+    if (first := layout.is_first) is not None:
+        log_decay = log_decay.masked_fill(first[:, None], -torch.inf)
+    if (padding := layout.is_padding) is not None:
+        log_gate = log_gate.masked_fill(padding[:, None], -torch.inf)
+        log_decay = log_decay.masked_fill(padding[:, None], 0.0)
+    before = None if state is None or state.direction is None else LeakyAverageState(state.direction, state.log_scale)
+    keys, after = leaky_average(raw, log_gate, log_decay, before, eps=eps)
+    if state is not None:
+        state.direction, state.log_scale = after
+    return keys
+
+
+def head_width(hidden_size: int, heads: int) -> int:
+    """The width of one of several equal heads.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
+        )
+    return hidden_size // heads
 
 
 class ContextualMemory(Memory):
-    """Kernel regression over the pairs of the context (Memory Mosaics v2, equations 4 to 9).
+    """Kernel regression over the pairs of the context (Memory Mosaics v2, equations 4 and 9).
 
-    Keys are gated leaky averages of unit norm, values mix a position with the next one, the bandwidth grows with the
-    number of pairs. A subclass says which pairs a position may read: `window` and `delay`.
+    Values mix a position with the next one. A subclass makes the keys, the bandwidth and the length of the values, and
+    says which pairs a position may read: `window` and `delay`.
 
     Raises:
         ValueError: the width is not a multiple of the number of heads.
     """
 
     window: int | None = None
+    unit_norm_eps: float = 0.0
 
     def __init__(self, options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         d, heads = common.hidden_size, options.num_attention_heads
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
+        head_width(d, heads)
         self.heads = heads
-        self.key_proj = nn.Linear(d, d, bias=common.bias)
-        self.key_gate = nn.Linear(d, heads, bias=common.bias)
-        self.key_decay = nn.Linear(d, heads, bias=common.bias)
         self.value_proj = nn.Linear(d, d, bias=common.bias)
         self.out_proj = nn.Linear(d, d, bias=common.bias)
-        # Logarithms of beta_0 and beta_1, alpha, gamma, and the logarithm of alpha_psi, per head.
-        self.bandwidth_base = nn.Parameter(torch.empty(heads))
-        self.bandwidth_slope = nn.Parameter(torch.empty(heads))
-        self.bandwidth_exponent = nn.Parameter(torch.empty(heads))
+        # Per head: the share of the own position in a value, and what makes the length of the values.
         self.value_mix = nn.Parameter(torch.empty(heads))
         self.value_scale = nn.Parameter(torch.empty(heads))
 
@@ -72,32 +108,19 @@ class ContextualMemory(Memory):
         raise NotImplementedError
 
     def initial_state(self) -> ContextualState:
-        return ContextualState(Pairs(limit=None if self.window is None else self.window - 1))
+        return ContextualState(pairs=Pairs(limit=None if self.window is None else self.window - 1))
 
     def bandwidth(self) -> Bandwidth:
-        """beta(n), with the clamps of Table 6."""
-        return Bandwidth(
-            _wide(self.bandwidth_base).clamp(max=10).exp(),
-            _wide(self.bandwidth_slope).clamp(max=10).exp(),
-            _wide(self.bandwidth_exponent).abs().clamp(max=1),
-        )
+        """beta as a function of the number of pairs."""
+        raise NotImplementedError
 
     def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
-        """Unit keys `(batch, heads, time, width)` (equation 8)."""
-        log_gate = self.key_gate(x).mT
-        log_decay = -self.key_decay(x).mT.abs()
-        if (first := layout.is_first) is not None:
-            log_decay = log_decay.masked_fill(first[:, None], -torch.inf)
-        if (padding := layout.is_padding) is not None:
-            log_gate = log_gate.masked_fill(padding[:, None], -torch.inf)
-            log_decay = log_decay.masked_fill(padding[:, None], 0.0)
-        before = (
-            None if state is None or state.direction is None else LeakyAverageState(state.direction, state.log_scale)
-        )
-        keys, after = leaky_average(self._split(self.key_proj(x)), log_gate, log_decay, before)
-        if state is not None:
-            state.direction, state.log_scale = after
-        return keys
+        """Unit keys `(batch, heads, time, width)`."""
+        raise NotImplementedError
+
+    def value_length(self) -> Tensor:
+        """The norm of the values, `(heads,)`, in float32 or wider."""
+        raise NotImplementedError
 
     def values(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
         """Values `(batch, heads, time, width)` (equation 9), one more at the front when an earlier call left its last
@@ -114,9 +137,9 @@ class ContextualMemory(Memory):
         mixed = torch.lerp(following, raw, self.value_mix.to(raw.dtype)[:, None, None])
         smallest = max(1e-12, torch.finfo(mixed.dtype).tiny)
         norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)
-        inverse = norm.clamp(min=smallest).reciprocal().masked_fill(norm <= smallest, 0.0)  # no gradient from 0
-        scale = _wide(self.value_scale).clamp(max=15).exp().to(raw.dtype)
-        return mixed * (scale[:, None, None] * inverse)
+        norm = norm.clamp(min=smallest)
+        inverse = (norm + self.unit_norm_eps).reciprocal().masked_fill(norm <= smallest, 0.0)  # no gradient from 0
+        return mixed * (self.value_length().to(raw.dtype)[:, None, None] * inverse)
 
     def forward(
         self, x: Tensor, layout: Layout, state: ContextualState | None, context: Context
@@ -127,7 +150,7 @@ class ContextualMemory(Memory):
             keys, values = state.pairs.append(keys, values)
         access = dict(delay=self.delay(context), window=self.window, start=layout.start)
         bandwidth = self.bandwidth()
-        read = kernel_regression(queries, keys, values, bandwidth, **access)
+        read = kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
         if context.reads is not None:
             context.reads.append(Read(self.type, self.layer_index, weights(queries, keys, bandwidth, **access)))
         if state is not None:
@@ -136,6 +159,45 @@ class ContextualMemory(Memory):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def flops(self, context_length: int) -> float:
+        return linear_flops(self) + 4 * mean_pairs(context_length, self.window) * self.common.hidden_size
+
+    def state_bytes(self, context_length: int, element_size: int) -> int:
+        pairs = context_length if self.window is None else min(context_length, self.window - 1)
+        d = self.common.hidden_size
+        return 2 * pairs * d * element_size + d * element_size + key_state_bytes(d, self.heads)
+
+
+class GatedContextualMemory(ContextualMemory):
+    """Keys of gated leaky averages, a bandwidth that grows with the number of pairs (Memory Mosaics v2, equations 6 and
+    8)."""
+
+    def __init__(self, options, common: Common, layer_index: int) -> None:
+        super().__init__(options, common, layer_index)
+        d = common.hidden_size
+        self.key_proj = nn.Linear(d, d, bias=common.bias)
+        self.key_gate = nn.Linear(d, self.heads, bias=common.bias)
+        self.key_decay = nn.Linear(d, self.heads, bias=common.bias)
+        # Logarithms of beta_0 and beta_1, and alpha, per head.
+        self.bandwidth_base = nn.Parameter(torch.empty(self.heads))
+        self.bandwidth_slope = nn.Parameter(torch.empty(self.heads))
+        self.bandwidth_exponent = nn.Parameter(torch.empty(self.heads))
+
+    def bandwidth(self) -> Bandwidth:
+        """beta(n), with the clamps of Table 6."""
+        return Bandwidth(
+            widened(self.bandwidth_base).clamp(max=10).exp(),
+            widened(self.bandwidth_slope).clamp(max=10).exp(),
+            widened(self.bandwidth_exponent).abs().clamp(max=1),
+        )
+
+    def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
+        raw, log_gate, log_decay = self._split(self.key_proj(x)), self.key_gate(x).mT, -self.key_decay(x).mT.abs()
+        return leaky_keys(raw, log_gate, log_decay, layout, state)
+
+    def value_length(self) -> Tensor:
+        return widened(self.value_scale).clamp(max=15).exp()
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
@@ -150,15 +212,12 @@ class ContextualMemory(Memory):
         nn.init.uniform_(self.value_mix)
         nn.init.zeros_(self.value_scale)
 
-    def flops(self, context_length: int) -> float:
-        return linear_flops(self) + 4 * mean_pairs(context_length, self.window) * self.common.hidden_size
 
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        pairs = context_length if self.window is None else min(context_length, self.window - 1)
-        d = self.common.hidden_size
-        recurrence = 4 * (d + self.heads)  # float32 whatever the dtype of the model
-        return 2 * pairs * d * element_size + d * element_size + recurrence
+def key_state_bytes(hidden_size: int, heads: int) -> int:
+    """Bytes of a `KeyState` of one sequence: float32 whatever the dtype of the model."""
+    return 4 * (hidden_size + heads)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mosaics.memories.base import Common, Context, register
-from mosaics.memories.contextual import ContextualMemory
+from mosaics.memories.contextual import GatedContextualMemory
 
 
 @register("long_term")
-class LongTermMemory(ContextualMemory):
+class LongTermMemory(GatedContextualMemory):
     """Holds the pairs 1 ... t-m at position t; training draws m anew at every step (Memory Mosaics v2, section 3 and
     Table 12).
 

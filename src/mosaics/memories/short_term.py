@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mosaics.memories.base import Common, Context, register
-from mosaics.memories.contextual import ContextualMemory
+from mosaics.memories.contextual import GatedContextualMemory
 
 
 @register("short_term")
-class ShortTermMemory(ContextualMemory):
+class ShortTermMemory(GatedContextualMemory):
     """Holds the pairs t-h+1 ... t-1 at position t (Memory Mosaics v2, equation 10).
 
     Raises:

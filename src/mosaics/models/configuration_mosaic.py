@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from mosaics.memories.base import LARGEST, Common, check_options, nearest, option_names
 
 _MOST_BLOCKS = 10_000  # building more would seem to hang
+_DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 # Keys that transformers itself writes or accepts beside the fields of a config.
 _TRANSFORMERS_KEYS = {
     "_commit_hash",
@@ -49,8 +50,12 @@ class MosaicConfig(PreTrainedConfig):
         norm: `"rms"` or `"layer"`.
         norm_eps: eps of the norms.
         bias: whether linear maps and layer norms have biases.
-        dropout: probability, on the embeddings and on what every step adds.
-        logit_scale: factor of the logits.
+        dropout: probability, in training, on what every step adds.
+        embedding_dropout: the same on the embeddings; None: as `dropout`.
+        attention_dropout: the same on the weights with which memories read their pairs.
+        logit_scale: factor of the logits; None: 1 / sqrt(d).
+        embedding_scale: standard deviation of embedding and classifier at the start, times sqrt(d); they are clamped to
+            three deviations.
         rotary_base: base of memories that use rotary positions.
         tie_word_embeddings: whether the classifier is the embedding.
         use_cache: whether a forward pass at evaluation keeps the decoding state.
@@ -73,7 +78,10 @@ class MosaicConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     bias: bool = False
     dropout: float = 0.0
-    logit_scale: float = 1.0
+    embedding_dropout: float | None = None
+    attention_dropout: float = 0.0
+    logit_scale: float | None = 1.0
+    embedding_scale: float = 0.5**0.5
     rotary_base: float = 500000.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -149,13 +157,15 @@ class MosaicConfig(PreTrainedConfig):
         for name in ("bias", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false.")
-        for name in ("dropout", "norm_eps", "logit_scale", "rotary_base"):
+        for name in (*_DROPOUTS, "norm_eps", "logit_scale", "embedding_scale", "rotary_base"):
             value = getattr(self, name)
+            if value is None and name in ("embedding_dropout", "logit_scale"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}; give a number.")
-            if name == "dropout" and not 0 <= value < 1:
-                raise ValueError(f"dropout is {value}; give a probability below 1.")
-            if name != "dropout" and value <= 0:
+            if name in _DROPOUTS and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; give a probability below 1.")
+            if name not in _DROPOUTS and value <= 0:
                 raise ValueError(f"{name} is {value}; give a number above 0.")
         if not isinstance(self.blocks, list):
             raise ValueError(f"blocks is {self.blocks!r}; give a list of groups, each with 'repeat' and 'steps'.")
@@ -197,7 +207,15 @@ class MosaicConfig(PreTrainedConfig):
 
     def common(self) -> Common:
         """What every memory may use of the whole model."""
-        return Common(self.hidden_size, self.bias, self.norm_eps, self.dropout, self.rotary_base)
+        return Common(
+            self.hidden_size,
+            self.bias,
+            self.norm_eps,
+            self.dropout,
+            self.rotary_base,
+            self.attention_dropout,
+            self.num_hidden_layers,
+        )
 
     def remove_memories(self, memory_type: str) -> None:
         """Take every memory of a type out, and steps and blocks that are left empty."""

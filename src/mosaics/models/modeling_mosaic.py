@@ -50,7 +50,7 @@ class MosaicPreTrainedModel(PreTrainedModel):
 
     def _init_words(self, weight: Tensor) -> None:
         if not _is_loaded(weight):
-            init_clamped_normal(weight, (2 * self.config.hidden_size) ** -0.5)
+            init_clamped_normal(weight, self.config.embedding_scale * self.config.hidden_size**-0.5)
 
 
 def _is_loaded(parameter: Tensor) -> bool:
@@ -136,7 +136,8 @@ class MosaicModel(MosaicPreTrainedModel):
             given = given.gather(1, order if inputs_embeds is None else order[..., None].expand_as(given))
         x = self.embed_tokens(given) if inputs_embeds is None else given
         context.embeddings = x
-        x = F.dropout(x, self.config.dropout, self.training)
+        dropout = self.config.embedding_dropout
+        x = F.dropout(x, self.config.dropout if dropout is None else dropout, self.training)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -238,8 +239,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden)
-        if self.config.logit_scale != 1:
-            logits = logits * self.config.logit_scale
+        if (scale := self.config.logit_scale) != 1:
+            logits = logits * (self.config.hidden_size**-0.5 if scale is None else scale)
         loss = None
         if labels is not None:
             if labels.shape != outputs.last_hidden_state.shape[:2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -72,4 +73,57 @@ def _presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-PRESETS: dict[str, dict[str, Any]] = _presets()
+def _memory_mosaics_v1(layers: int, heads: int, pairs: int, *, nano: bool = False, **settings: Any) -> dict[str, Any]:
+    """Memory Mosaics v1 (arXiv 2405.06394) as the authors' library has it, or as their nano version."""
+    contextual: dict[str, Any] = {"num_attention_heads": heads}
+    persistent: dict[str, Any] = {"num_attention_heads": heads, "num_pairs": pairs}
+    if nano:  # what differs there
+        for options, power in ((contextual, 2), (persistent, 1)):
+            options |= {"max_log_bandwidth": power * math.log(2**16 - 1), "unit_norm_eps": 1e-10}
+            options |= {"initializer_range": 0.02}
+    steps = [
+        [{"type": "leaky_contextual", "options": contextual}],
+        [{"type": "kernel_persistent", "options": persistent}],
+    ]
+    return {"blocks": [{"repeat": layers, "steps": steps}], "norm": "layer", "tie_word_embeddings": True, **settings}
+
+
+_V1_LIBRARY = {
+    "dropout": 0.05,
+    "attention_dropout": 0.05,
+    "embedding_dropout": 0.0,
+    "logit_scale": None,
+    "embedding_scale": 1.0,
+}
+_V1 = {
+    # 50257 words of GPT-2's tokenizer, rounded up.
+    "memory-mosaics-v1-babistories": _memory_mosaics_v1(
+        12,
+        12,
+        2688,
+        vocab_size=50304,
+        hidden_size=768,
+        max_position_embeddings=512,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        **_V1_LIBRARY,
+    ),
+    "memory-mosaics-v1-regbench": _memory_mosaics_v1(
+        2, 8, 448, vocab_size=20, hidden_size=128, max_position_embeddings=1000, **_V1_LIBRARY
+    ),
+    # The characters of Shakespeare's plays.
+    "memory-mosaics-v1-nano": _memory_mosaics_v1(
+        6,
+        6,
+        1344,
+        nano=True,
+        vocab_size=65,
+        hidden_size=384,
+        max_position_embeddings=256,
+        dropout=0.2,
+        attention_dropout=0.2,
+        embedding_scale=0.02 * 384**0.5,
+    ),
+}
+
+PRESETS: dict[str, dict[str, Any]] = _presets() | _V1

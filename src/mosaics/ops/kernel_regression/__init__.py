@@ -24,9 +24,10 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int,
+    delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
+    dropout: float = 0.0,
     form: str | None = None,
 ) -> Tensor:
     r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs
@@ -40,32 +41,39 @@ def kernel_regression(
         keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions.
         values: `(batch, heads, slots, value width)`.
         bandwidth: beta as a function of n.
-        delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal).
+        delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal). None: the slots are no
+            positions but a fixed set of pairs, and every position reads them all.
         window: a pair this far back or farther is out of reach; None is no limit.
         start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
             (negative: so many pairs before it); None: all stored pairs and positions are one document.
+        dropout: probability with which a weight is set to 0, the others growing to make up for it.
         form: force one of `FORMS`; by default the fastest for this input.
 
     Returns:
         `(batch, heads, time, value width)` in the dtype of `values`.
 
     Raises:
-        ValueError: the delay is negative, the window is below 1, or the form is unknown or cannot serve this input.
+        ValueError: the delay is negative, the window is below 1, a fixed set is cut by a window or a start, or the form
+            is unknown or cannot serve this input.
     """
-    if delay < 0 or (window is not None and window < 1):
+    if delay is None and (window is not None or start is not None):
+        raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
+    if (delay is not None and delay < 0) or (window is not None and window < 1):
         raise ValueError(
             f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
         )
     if form is None:
-        form = _fastest(queries, keys, window, start)
-    access = dict(delay=delay, window=window, start=start)
+        form = _fastest(queries, keys, delay, window, start)
+    access = dict(delay=delay, window=window, start=start, dropout=dropout)
     return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
 
 
-def _fastest(queries: Tensor, keys: Tensor, window: int | None, start: Tensor | None) -> str:
+def _fastest(queries: Tensor, keys: Tensor, delay: int | None, window: int | None, start: Tensor | None) -> str:
     time = queries.shape[2]
     if time == 1:
         return "naive"  # one query needs no tiles
+    if delay is None:
+        return "shifted"
     if window is not None or keys.shape[2] != time:
         return "blockwise"
     # A call for each document pays as long as the documents are not shorter than a tile.

@@ -5,7 +5,7 @@ Memory grows with the length, not with its square; windows and document borders 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int,
+    delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Equation 4 in tiles; see `mosaics.ops.kernel_regression.kernel_regression`."""
     time, slots = queries.shape[2], keys.shape[2]
@@ -33,7 +34,9 @@ def kernel_regression(
     scaled = beta[..., None].to(_tile_dtype(queries)) * queries
     # A tile of as many queries as the window is wide computes twice what is read; wider ones compute more.
     block = BLOCK if window is None else min(BLOCK, max(window, 32))
-    return _Blockwise.apply(scaled, keys, values, first, end, block)
+    # What is dropped is drawn again in the backward pass, tile by tile, from this seed.
+    drop = (dropout, int(torch.randint(2**62, ())) if dropout else 0)
+    return _Blockwise.apply(scaled, keys, values, first, end, block, drop)
 
 
 def _tile_dtype(x: Tensor) -> torch.dtype:
@@ -70,11 +73,23 @@ def _tiles(first: Tensor, end: Tensor, block: int) -> Iterator[tuple[slice, slic
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, block: int) -> Tensor:
-        ctx.block = block
+    def forward(
+        ctx,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: Tensor,
+        end: Tensor,
+        block: int,
+        drop: tuple[float, int],
+    ) -> Tensor:
+        ctx.block, ctx.drop = block, drop
+        factors = _dropout(queries.device, *drop)
         out = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=values.dtype, device=values.device)
         for rows, here, slots, masked, empty in _tiles(first, end, block):
             weights = _weights(queries[rows, :, here], keys[rows, :, slots], masked, empty)
+            if factors is not None:
+                weights *= factors(weights)
             out[rows, :, here] = (weights @ values[rows, :, slots].to(weights.dtype)).to(out.dtype)
         ctx.save_for_backward(queries, keys, values, first, end)
         return out
@@ -83,22 +98,34 @@ class _Blockwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # the caller's backward may run inside one
-            return *_gradients(grad, *ctx.saved_tensors, ctx.block), None, None, None
+            return *_gradients(grad, *ctx.saved_tensors, ctx.block, ctx.drop), None, None, None, None
 
 
 def _gradients(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, block: int
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    end: Tensor,
+    block: int,
+    drop: tuple[float, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _tile_dtype(queries)
     grad_queries = torch.zeros_like(queries)
     grad_keys = torch.zeros_like(keys, dtype=dtype)
     grad_values = torch.zeros_like(values, dtype=dtype)
+    factors = _dropout(queries.device, *drop)
     for rows, here, slots, masked, empty in _tiles(first, end, block):
         tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
         weights = _weights(tile_queries, tile_keys, masked, empty)
         tile_grad = grad[rows, :, here].to(dtype)
-        grad_values[rows, :, slots] += weights.mT @ tile_grad
         grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
+        read = weights
+        if factors is not None:
+            factor = factors(weights)
+            read, grad_weights = weights * factor, grad_weights * factor
+        grad_values[rows, :, slots] += read.mT @ tile_grad
         grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
         grad_queries[rows, :, here] = grad_logits @ tile_keys
         grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
@@ -110,3 +137,12 @@ def _weights(queries: Tensor, keys: Tensor, masked: Tensor, empty: Tensor | None
     if empty is None:
         return logits.softmax(-1)
     return logits.masked_fill_(empty, 0.0).softmax(-1).masked_fill_(empty, 0.0)
+
+
+def _dropout(device: torch.device, probability: float, seed: int) -> Callable[[Tensor], Tensor] | None:
+    """What multiplies the weights of one tile after the other; the same seed gives the same factors."""
+    if probability == 0:
+        return None
+    generator = torch.Generator(device).manual_seed(seed)
+    kept = 1 - probability
+    return lambda weights: torch.empty_like(weights).bernoulli_(kept, generator=generator).div_(kept)

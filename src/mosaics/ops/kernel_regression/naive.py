@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
@@ -13,7 +14,7 @@ def weights(
     keys: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int,
+    delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
@@ -38,11 +39,13 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int,
+    delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
     read = weights(queries, keys, bandwidth, delay=delay, window=window, start=start)
+    read = F.dropout(read, dropout)
     return (read @ values.to(read.dtype)).to(dtype)

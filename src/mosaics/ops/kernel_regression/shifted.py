@@ -17,9 +17,10 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int,
+    delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Equation 4 through PyTorch's fused attention, a call for each document; see
     `mosaics.ops.kernel_regression.kernel_regression`.
@@ -30,24 +31,26 @@ def kernel_regression(
         ValueError: there is a window, or a pair of an earlier call.
     """
     time = queries.shape[2]
-    if window is not None or keys.shape[2] != time:
+    if delay is not None and (window is not None or keys.shape[2] != time):
         raise ValueError("The shifted form reads whole documents without a window; use the blockwise form.")
-    first, end = readable(time, 0, start, delay, None, keys.device)
+    first, end = readable(time, keys.shape[2] - time, start, delay, None, keys.device)
     beta = bandwidth.at((end - first).clamp(min=0))
     # In the queries' dtype, which the fused kernels ask for: in bfloat16 this moves a logit by up to beta / 512.
     scaled = beta[..., None].to(queries.dtype) * queries
 
+    if delay is None:
+        return F.scaled_dot_product_attention(scaled, keys, values, dropout_p=dropout, scale=1.0)
     rows: dict[tuple[int, int], list[int]] = defaultdict(list)
     if start is not None:
         for row, begin, stop in documents(start):
             rows[begin, stop].append(row)
     if start is None or (len(rows) == 1 and (0, time) in rows):
-        return _read(scaled, keys, values, delay)
+        return _read(scaled, keys, values, delay, dropout)
     out = torch.zeros_like(values)
     for (begin, stop), members in rows.items():
         here = slice(None) if len(members) == len(start) else torch.tensor(members, device=start.device)
         part = (x[here, :, begin:stop] for x in (scaled, keys, values))
-        out[here, :, begin:stop] = _read(*part, delay)
+        out[here, :, begin:stop] = _read(*part, delay, dropout)
     return out
 
 
@@ -62,11 +65,13 @@ def documents(start: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
-def _read(queries: Tensor, keys: Tensor, values: Tensor, delay: int) -> Tensor:
+def _read(queries: Tensor, keys: Tensor, values: Tensor, delay: int, dropout: float) -> Tensor:
     """One document: its position t reads its positions up to t - delay."""
     time = queries.shape[2]
     past = slice(0, max(time - delay, 0))
     read = values[:, :, past]
     if time > delay:
-        read = F.scaled_dot_product_attention(queries[:, :, delay:], keys[:, :, past], read, is_causal=True, scale=1.0)
+        read = F.scaled_dot_product_attention(
+            queries[:, :, delay:], keys[:, :, past], read, dropout_p=dropout, is_causal=True, scale=1.0
+        )
     return F.pad(read, (0, 0, min(delay, time), 0))

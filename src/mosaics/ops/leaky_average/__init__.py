@@ -19,6 +19,7 @@ def leaky_average(
     log_decay: Tensor,
     state: LeakyAverageState | None = None,
     *,
+    eps: float = 0.0,
     form: str | None = None,
 ) -> tuple[Tensor, LeakyAverageState]:
     r"""Unit keys from a gated leaky average: \( \bar k_t = g_t \tilde k_t + \lambda_t \bar k_{t-1},\ k_t = \bar k_t /
@@ -32,6 +33,7 @@ def leaky_average(
         log_gate: \( \log g \), `(batch, heads, time)`; -inf keeps a position out (padding).
         log_decay: \( \log \lambda \le 0 \), `(batch, heads, time)`; -inf forgets all that came before (a new document).
         state: what an earlier call returned, to continue it.
+        eps: added to the norm, \( k_t = \bar k_t / (\|\bar k_t\| + \epsilon) \).
         form: force one of `FORMS`; by default the fastest for this input.
 
     Returns:
@@ -42,4 +44,4 @@ def leaky_average(
     """
     if form is None:
         form = "naive" if inputs.shape[2] == 1 else "chunked"  # one position is one step of the recurrence
-    return run(FORMS, form, "leaky_average", inputs, log_gate, log_decay, state)
+    return run(FORMS, form, "leaky_average", inputs, log_gate, log_decay, state, eps=eps)

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised
+from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised, shortened
 
 CHUNK = 32
 
 
 def leaky_average(
-    inputs: Tensor, log_gate: Tensor, log_decay: Tensor, state: LeakyAverageState | None = None
+    inputs: Tensor, log_gate: Tensor, log_decay: Tensor, state: LeakyAverageState | None = None, eps: float = 0.0
 ) -> tuple[Tensor, LeakyAverageState]:
     """Equation 8 in chunks of `CHUNK` positions; see `mosaics.ops.leaky_average.leaky_average`."""
     dtype = inputs.dtype
@@ -21,8 +21,9 @@ def leaky_average(
         state = LeakyAverageState.empty(inputs)
     averages, scales = _averages(inputs, log_gate, log_decay, *state)
     directions, norms = normalised(averages)
-    last_scale = scales[..., -1] + norms[..., -1].log()
-    return directions.to(dtype), LeakyAverageState(directions[..., -1, :], last_scale)
+    log_norms = scales + norms.log()
+    keys = shortened(directions, log_norms, eps).to(dtype)
+    return keys, LeakyAverageState(directions[..., -1, :], log_norms[..., -1])
 
 
 def _averages(

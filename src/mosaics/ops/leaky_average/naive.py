@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised
+from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised, shortened
 
 
 def leaky_average(
-    inputs: Tensor, log_gate: Tensor, log_decay: Tensor, state: LeakyAverageState | None = None
+    inputs: Tensor, log_gate: Tensor, log_decay: Tensor, state: LeakyAverageState | None = None, eps: float = 0.0
 ) -> tuple[Tensor, LeakyAverageState]:
     """Equation 8 of Memory Mosaics v2, one position after the other; see `mosaics.ops.leaky_average.leaky_average`."""
     dtype = inputs.dtype
@@ -27,5 +27,5 @@ def leaky_average(
         direction, norm = normalised(average)
         log_scale = scale + norm.log()
         log_scale = torch.where(torch.maximum(gate, decay) == -torch.inf, -torch.inf, log_scale)
-        keys.append(direction)
+        keys.append(shortened(direction, log_scale, eps))
     return torch.stack(keys, dim=2).to(dtype), LeakyAverageState(direction, log_scale)

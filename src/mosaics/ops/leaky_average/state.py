@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,3 +38,8 @@ def normalised(average: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(average, dim=-1)
     safe = norm.clamp(min=floor)
     return average * safe.reciprocal().masked_fill(norm <= floor, 0.0)[..., None], safe
+
+
+def shortened(direction: Tensor, log_norm: Tensor, eps: float) -> Tensor:
+    """`direction` `(..., width)` times norm / (norm + eps), by the logarithm of the norm: no norm overflows."""
+    return direction if eps == 0 else direction * torch.sigmoid(log_norm - math.log(eps))[..., None]
