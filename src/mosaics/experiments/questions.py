@@ -1,4 +1,5 @@
-"""What the studies ask beside the suites of `mosaics.evaluation`: questions of the worlds, and where models look."""
+"""What the studies ask beside the suites of `mosaics.evaluation`: questions of the worlds, what is possible in
+the languages of automata, and where models look."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from mosaics.data.regbench import HELD_OUT, SEPARATOR, open_regbench
 from mosaics.data.worlds.world import CLASSES, EXAMPLE_WORDS
 from mosaics.evaluation import Example, Perplexity, Record, Suite
 from mosaics.evaluation.results import accuracy_row, curve, grouped, mean
@@ -129,9 +131,74 @@ class AttentionByDistance(Perplexity):
         return {"tables": {"by distance": rows}, "plot": plot}
 
 
+class RegBenchQuestions(Suite):
+    """What a model expects next, in sequences of the test automata of RegBench, wherever a letter comes next.
+
+    *Accuracy*: whether its likeliest symbol is a letter that is possible there. *Total variation*: half the sum over
+    symbols of |p(model) - p(automaton)|, for the automaton the same for every letter that is possible.
+
+    Attributes:
+        automata: that the model learnt from; the results only name them.
+        samples: sequences, each of another automaton.
+        seed: of the benchmark.
+    """
+
+    automata: int
+    samples: int = Field(HELD_OUT, ge=1, le=HELD_OUT)
+    seed: int = 0
+
+    name: ClassVar[str] = "regbench"
+
+    def examples(self, scorer) -> list[Example]:
+        found = (open_regbench(self.seed).sequence("test", number) for number in range(self.samples))
+        return [Example(f"test/{self.seed}-{n}", ids.tolist(), [], meta={"number": n}) for n, ids in enumerate(found)]
+
+    def answer(self, scorer, examples: Sequence[Example]) -> list[Record]:
+        records = []
+        for example in examples:
+            automaton = open_regbench(self.seed).automaton("test", example.meta["number"])
+            positions, allowed = zip(*automaton.allowed(example.prompt), strict=True)
+            expected = scorer.next_logprobs(example.prompt, positions).double().exp()
+            possible = torch.zeros_like(expected)
+            for row, letters in zip(possible, allowed, strict=True):
+                row[letters] = 1 / len(letters)
+            right = possible.gather(1, expected.argmax(1, keepdim=True))[:, 0] > 0
+            variation = (expected - possible).abs().sum(1) / 2
+            words = torch.tensor(example.prompt).eq(SEPARATOR).cumsum(0)[list(positions)]
+            by_words = [
+                {"words": n, "positions": int(here.sum()), "right": int(right[here].sum())}
+                | {"variation": float(variation[here].sum())}
+                for n in range(int(words.max()) + 1)
+                if (here := words == n).any()
+            ]
+            records.append(Record.of(example, None, right.double().mean(), by_words=by_words))
+        return records
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        found = [part for record in records for part in record.meta["by_words"]]
+
+        def row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            positions, right, variation = (sum(part[k] for part in parts) for k in ("positions", "right", "variation"))
+            return {
+                "accuracy": 100 * right / positions,
+                "total variation": variation / positions,
+                "positions": positions,
+            }
+
+        most = max(part["words"] for part in found)
+        after = [{"words before": n} | row([part for part in found if part["words"] == n]) for n in range(most + 1)]
+        plot = {"x": "words before", "y": "total variation", "log_x": False}
+        return {
+            "tables": {"all": [{"automata": self.automata} | row(found)], "by words before": after},
+            "plot": plot | {"curves": [curve("", after, "words before", "total variation")]},
+        }
+
+
 SUITES: dict[str, tuple[type[Suite], str, str, str]] = {
     # name: the suite; which table of its summary, which columns of that are x and y
     "world": (WorldQuestions, "by x", "x", "accuracy"),
     "perplexity": (Perplexity, "loss by context", "times", "nats per token"),
     "attention": (AttentionByDistance, "by distance", "x", "score"),
+    "regbench": (RegBenchQuestions, "all", "automata", "accuracy"),
+    "regbench-variation": (RegBenchQuestions, "all", "automata", "total variation"),
 }

@@ -44,38 +44,47 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
     write_json(folder / "results.json", results)
     study = results["study"]
     parts = [f"<h1>{_text(study['title'])}</h1>", head, _summary(results)]
+    series: dict[str, list[dict[str, Any]]] = {}
     for setting in study["settings"]:
-        parts.append(f"<h2>{_text(setting['name'])}</h2>{_setting_line(setting)}")
-        models = [m for m in results["models"] if m["setting"] == setting["name"] and not m["trial"]]
-        for evaluation in setting["evaluations"]:
-            rows = [
-                row
-                for row in results["rows"]
-                if (row["setting"], row["evaluation"]) == (setting["name"], evaluation["name"])
-            ]
+        series.setdefault(setting["series"] or setting["name"], []).append(setting)
+    for name, settings in series.items():
+        parts.append(f"<h2>{_text(name)}</h2>{''.join(map(_setting_line, settings))}")
+        for evaluation in {e["name"]: e for setting in settings for e in setting["evaluations"]}.values():
+            rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == (name, evaluation["name"])]
             plot = _plot_of(evaluation, rows, results)
-            parts.append(_figure(plot, folder / f"{_slug(setting['name'])}-{_slug(evaluation['name'])}.png"))
-            parts.append(_baselines(setting["name"], evaluation["name"], results))
-            parts.append(_details("figures", _table(*_grid(rows))))
-        curves = {
-            "title": f"Training loss, {setting['name']}",
-            "x": "optimisation step",
-            "y": "nats per counted token",
-            "log_x": False,
-            "curves": [(m["arrangement"], m["seed"], *zip(*m["curve"], strict=True)) for m in models if m["curve"]],
-        }
-        parts.append(_details("training", _figure(curves, folder / f"{_slug(setting['name'])}-training.png")))
+            parts.append(draw(plot, folder / f"{_slug(name)}-{_slug(evaluation['name'])}.png"))
+            parts.append(_baselines(name, evaluation["name"], results))
+            parts.append(_details("figures", _table(*_grid(rows, evaluation["beside"]))))
+        for setting in settings:
+            models = [m for m in results["models"] if m["setting"] == setting["name"] and not m["trial"]]
+            curves = {
+                "title": f"Training loss, {setting['name']}",
+                "x": "optimisation step",
+                "y": "nats per counted token",
+                "log_x": False,
+                "curves": [(m["arrangement"], m["seed"], *zip(*m["curve"], strict=True)) for m in models if m["curve"]],
+            }
+            parts.append(_details("training", draw(curves, folder / f"{_slug(setting['name'])}-training.png")))
     parts.append("<h2>Models</h2>" + _models(results))
-    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    parts.append(f"<footer>Seeds {', '.join(map(str, study['seeds']))}. {_text(machine)}.</footer>")
+    parts.append(footer(study["seeds"], results["machine"]))
+    return write_page(folder / "report.html", study["title"], parts)
+
+
+def write_page(path: Path, title: str, parts: Iterable[str]) -> Path:
+    """Write an HTML page that needs nothing else, and return its path."""
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(study['title'])}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def footer(seeds: Iterable[int], machine: dict[str, Any]) -> str:
+    """Where the figures come from."""
+    where = ", ".join(f"{key} {value}" for key, value in machine.items())
+    return f"<footer>Seeds {', '.join(map(str, seeds))}. {_text(where)}.</footer>"
 
 
 def _text(value: Any) -> str:
@@ -107,7 +116,9 @@ def _details(title: str, inside: str) -> str:
 
 def _setting_line(setting: dict[str, Any]) -> str:
     training, data = setting["training"], setting["data"]
-    what = f"world {data['world']}" if data["world"] else data["corpus"]
+    what = data["corpus"] or (
+        f"world {data['world']}" if data["world"] else f"sequences of {data['automata']} automata"
+    )
     rates = ", ".join(f"{rate:g}" for rate in setting["learning_rates"])
     tuned = f"; each arrangement was tried with learning rates {rates}" if len(setting["learning_rates"]) > 1 else ""
     return (
@@ -131,13 +142,14 @@ def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, floa
     return found
 
 
-def _grid(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def _grid(rows: Sequence[dict[str, Any]], beside: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     seeds = sorted({row["seed"] for row in rows})
     table = [
         [arrangement, f"{x:g}", sum(found.values()) / len(found), *(found.get(seed) for seed in seeds)]
         for arrangement, points in grid(rows).items()
         for x, found in points.items()
     ]
+    table += [[label, f"{x:g}", y, *(None for _ in seeds)] for label, points in beside.items() for x, y in points]
     return ["arrangement", "at", "mean", *(f"seed {seed}" for seed in seeds)], table
 
 
@@ -194,12 +206,18 @@ def _models(results: dict[str, Any]) -> str:
 
 # Plots
 
+_RIGHT = "right answers (%)"
+_AXES = {
+    "perplexity": ("context, as a multiple of the training length", "nats per token"),
+    "attention": ("distance (tokens)", "weight (even spread = 1)"),
+    "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
+    "regbench-variation": ("automata learnt from", "total variation"),
+}
+
 
 def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
     suite, options = evaluation["suite"], evaluation["options"]
-    x = {"perplexity": "context, as a multiple of the training length", "attention": "distance (tokens)"}.get(suite)
-    x = x or ("shots" if options.get("shots") else "tokens of context and question")
-    y = {"perplexity": "nats per token", "attention": "weight (even spread = 1)"}.get(suite, "right answers (%)")
+    x, y = _AXES.get(suite, ("shots" if options.get("shots") else "tokens of context and question", _RIGHT))
     curves = []
     for arrangement, points in grid(rows).items():
         for seed in sorted({seed for found in points.values() for seed in found}):
@@ -213,12 +231,14 @@ def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results
     title = evaluation["title"] or evaluation["name"]
     if evaluation["without"]:
         title += f" (without {', '.join(evaluation['without'])})"
-    return {"title": title, "x": x, "y": y, "log_x": suite != "attention", "curves": curves, "chance": chance}
+    beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
+    more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "chance": chance}
+    return {"title": title, "x": x, "y": y} | more
 
 
-def _figure(plot: dict[str, Any], png: Path) -> str:
-    """Draws curves (label, seed, x, y): the mean over seeds as a line, the seeds as points."""
-    from matplotlib import rc_context
+def draw(plot: dict[str, Any], png: Path) -> str:
+    """Draws `curves` (label, seed, x, y): the mean over seeds as a line, and how far they go; `beside` (label, x, y) as
+    broken lines, and `marks` (label, x) as upright ones."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
@@ -243,11 +263,16 @@ def _figure(plot: dict[str, Any], png: Path) -> str:
         axes.fill_between(
             xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=colour, alpha=0.18, lw=0
         )
+    for number, (label, xs, ys) in enumerate(plot.get("beside", []), len(labels)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        axes.plot(xs, ys, color=colour, marker=marker, markersize=3, linestyle="--", linewidth=1, label=label)
+    for number, (label, x) in enumerate(plot.get("marks", [])):
+        axes.axvline(x, color="#888888", linestyle=(":", "--")[number % 2], linewidth=1, label=label)
     for chance in plot.get("chance", []):
         axes.axhline(chance, color="#888888", linestyle=":", linewidth=1, label="chance")
     if plot["log_x"] and labels:
         axes.set_xscale("log", base=2)
-        ticks = sorted({x for curve in plot["curves"] for x in curve[2]})
+        ticks = sorted({x for curve in [*plot["curves"], *plot.get("beside", [])] for x in curve[-2]})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
     if "%" in plot["y"]:
@@ -256,15 +281,23 @@ def _figure(plot: dict[str, Any], png: Path) -> str:
     axes.grid(alpha=0.25)
     if labels:
         axes.legend(fontsize="small", framealpha=0)
+    return embedded(figure, plot["title"], png)
+
+
+def embedded(figure, title: str, png: Path) -> str:
+    """A matplotlib figure as PNG in a file, and as SVG in the page's own colours."""
+    from matplotlib import rc_context
+
     figure.savefig(png, dpi=150)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-        text.set_color(_INK)
-    for text in axes.get_legend().get_texts() if axes.get_legend() else ():
-        text.set_color(_INK)
-    for line in (*axes.spines.values(), axes.xaxis, axes.yaxis):
-        line.set_edgecolor(_INK) if hasattr(line, "set_edgecolor") else line.set_tick_params(
-            color=_INK, labelcolor=_INK
-        )
+    for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+            text.set_color(_INK)
+        for text in axes.get_legend().get_texts() if axes.get_legend() else ():
+            text.set_color(_INK)
+        for line in (*axes.spines.values(), axes.xaxis, axes.yaxis):
+            line.set_edgecolor(_INK) if hasattr(line, "set_edgecolor") else line.set_tick_params(
+                color=_INK, labelcolor=_INK
+            )
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": png.stem}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -274,4 +307,4 @@ def _figure(plot: dict[str, Any], png: Path) -> str:
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
     # Several drawings share the page: their names must not.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{png.stem}-", svg)
-    return f'<figure role="img" aria-label="{_text(plot["title"])}">{svg}</figure>'
+    return f'<figure role="img" aria-label="{_text(title)}">{svg}</figure>'

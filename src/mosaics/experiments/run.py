@@ -43,7 +43,7 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
         "study": study.model_dump(mode="json"),
         "models": [_labels(job) | {"trial": key not in kept} | job.result(cache) for key, job in every.items()],
         "rows": [
-            _labels(job) | {"evaluation": evaluation.name} | row
+            _labels(job) | {"setting": job.setting.shown_as, "evaluation": evaluation.name} | row
             for job in main
             if job.result(cache)["held_out_loss"] is not None
             for evaluation in _asked(job)

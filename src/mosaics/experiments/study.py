@@ -41,7 +41,7 @@ class Arrangement(Part):
 
 
 class Data(Part):
-    """What a model is trained on: a world, or text.
+    """What a model is trained on: a world, text, or the automata of RegBench.
 
     Attributes:
         world: a task of the synthetic worlds, or `mixed`.
@@ -52,6 +52,7 @@ class Data(Part):
         field: field of .jsonl records.
         vocabulary_size: of the tokenizer that is trained on the text.
         validation: share of documents that is held out.
+        automata: of RegBench, a sequence each.
     """
 
     world: str | None = None
@@ -62,11 +63,12 @@ class Data(Part):
     field: str = "text"
     vocabulary_size: int = 2048
     validation: float = 0.05
+    automata: int | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Data:
-        if (self.world is None) == (self.corpus is None):
-            raise ValueError("data is either a world or a corpus; name one of them")
+    def _one_of_them(self) -> Data:
+        if [self.world, self.corpus, self.automata].count(None) != 2:
+            raise ValueError("data is either a world, a corpus or automata; name one of them")
         return self
 
 
@@ -76,16 +78,19 @@ class Evaluation(Part):
     Attributes:
         name: unique in its study.
         title: of the plot.
-        suite: `world` (questions of the test split), `perplexity` or `attention`.
+        suite: `world` (questions of the test split), `perplexity`, `attention`, or on RegBench `regbench` (accuracy) or
+            `regbench-variation`.
         options: of the suite.
         without: memories that are taken out first.
+        beside: points (x, y) by label that were published, for the plot and the table; they decide nothing.
     """
 
     name: str
     title: str = ""
-    suite: Literal["world", "perplexity", "attention"] = "world"
+    suite: Literal["world", "perplexity", "attention", "regbench", "regbench-variation"] = "world"
     options: dict[str, Any] = Field(default_factory=dict)
     without: tuple[str, ...] = ()
+    beside: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
 
 
 class Setting(Part):
@@ -100,6 +105,7 @@ class Setting(Part):
             all seeds with the best on held-out rows. Empty: that of `training`.
         evaluations: what the trained models are asked.
         start: another setting, whose trained models this one goes on from.
+        series: settings of one series are shown as one: what they are asked has one plot, in which each has its own x.
     """
 
     name: str
@@ -109,6 +115,12 @@ class Setting(Part):
     learning_rates: tuple[float, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     start: Setting | None = None
+    series: str | None = None
+
+    @property
+    def shown_as(self) -> str:
+        """What its answers are filed under."""
+        return self.series or self.name
 
 
 class Study(Part):

@@ -61,7 +61,7 @@ class Training:
         resolved = self.recipe.resolved()
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
-        decides |= {"world": _world_sample(setting.data.world), "version": __version__}
+        decides |= {"world": _sample(setting.data.world, setting.data.automata is not None), "version": __version__}
         if _is_prepared(setting.data):
             decides["prepared"] = digest((Path(setting.data.corpus) / "manifest.json").read_text(encoding="utf-8"))
         self.digest = digest(decides)
@@ -96,9 +96,12 @@ def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
 
 
 def _vocabulary(data: Data) -> int:
+    from mosaics.data.regbench import RegBenchStream
     from mosaics.data.worlds import WorldStream
 
-    return WorldStream.vocab_size if data.world else data.vocabulary_size
+    if data.corpus is not None:
+        return data.vocabulary_size
+    return (RegBenchStream if data.world is None else WorldStream).vocab_size
 
 
 def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
@@ -112,10 +115,13 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
 
 
 @lru_cache
-def _world_sample(world: str | None) -> str:
-    """Changes when the words of a world change, so that the cache knows old models from new ones."""
+def _sample(world: str | None, automata: bool) -> str:
+    """Changes when the words of a world or of automata change, so that the cache knows old models from new ones."""
+    from mosaics.data.regbench import open_regbench
     from mosaics.data.worlds import World
 
+    if automata:
+        return digest([open_regbench().sequence("train", number).tolist() for number in range(4)])
     return "" if world is None else digest([World(0).episode(world, number, 256).text() for number in range(4)])
 
 
@@ -132,6 +138,13 @@ class Source:
             self.train = stream(world, data.world, context_length, seed=seed, **more)
             self.held_out = stream(world, data.world, context_length, seed=seed + 1_000_000, **more)
             self.tokenizer = world_tokenizer()
+            return
+        if data.automata is not None:
+            from mosaics.data.regbench import HELD_OUT, RegBenchStream, regbench_tokenizer
+
+            self.train = RegBenchStream(data.automata, context_length, seed=seed)
+            self.held_out = RegBenchStream(HELD_OUT, context_length, split="validation")
+            self.tokenizer = regbench_tokenizer()
             return
         from mosaics.data import PackedDataset, PreparedCorpus
 
@@ -311,10 +324,10 @@ def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[st
 
     suite, table, x, y = SUITES[evaluation.suite]
     options = dict(evaluation.options)
-    if evaluation.suite != "world":
+    if "data" in suite.model_fields:  # it asks about text
         options = {"data": str(prepared(job.setting.data, cache)), "training_length": _length(job)} | options
-    sample = _world_sample(options.get("task"))
-    key = digest([evaluation.suite, evaluation.options, evaluation.without, sample])
+    sample = _sample(options.get("task"), "automata" in suite.model_fields)
+    key = digest([suite.name, evaluation.options, evaluation.without, sample])
     with _locked(job.folder(cache) / "evaluations" / key) as folder:
         if not (folder / "results.json").is_file():
             say(f"{job}: asking {evaluation.name}")
