@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -320,3 +321,16 @@ def test_prepare_many_empty_documents_take_little_time_and_memory(tmp_path):
 
     report = prepare(Corpus("c", documents), tmp_path / "p", vocab_size=259)
     assert report.empty_documents == 99_998 and report.splits["train"].documents == 1
+
+
+def test_prepare_removes_what_a_killed_process_left_and_nothing_of_a_living_one(tmp_path):
+    dead, living = (tmp_path / f".data.{name}.partial" for name in ("dead", "living"))
+    for folder in (dead, living):
+        folder.mkdir()
+        (folder / "manifest.json").write_text("half")
+    held = os.open(living, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    prepare(memory_corpus(TEXTS), tmp_path / "data", vocab_size=300)
+    os.close(held)
+    assert not dead.exists() and living.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"data", ".data.living.partial"}

@@ -54,9 +54,8 @@ def find_config(source: str):
     Raises:
         ValueError: it is none of them.
     """
-    import transformers
-
     import mosaics
+    from mosaics.models.loading import load_config
     from mosaics.models.presets import PRESETS
     from mosaics.training.recipe import load_recipe, shipped_recipes
     from mosaics.training.setup import build_config
@@ -64,14 +63,14 @@ def find_config(source: str):
     path = Path(source)
     if path.is_dir():
         if (path / "config.json").is_file():
-            config = transformers.AutoConfig.from_pretrained(path)
+            config = load_config(path)
             if not isinstance(config, mosaics.MosaicConfig):
                 raise ValueError(f"{source} holds a {config.model_type}, not a mosaic")
             return config
         if (path / "recipe.yaml").is_file():
             from mosaics.training.export import find_checkpoint
 
-            return mosaics.MosaicConfig.from_pretrained(find_checkpoint(path))
+            return load_config(find_checkpoint(path))
         raise ValueError(f"{source} is neither a model (config.json) nor a run (recipe.yaml)")
     if source in PRESETS:
         return mosaics.MosaicConfig.from_preset(source)

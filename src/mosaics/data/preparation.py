@@ -1,6 +1,8 @@
 """From text to tokenised shards: split, tokenizer, tokens, report."""
 
+import contextlib
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -198,8 +200,7 @@ def prepare(
 
         target = folder.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-        partial.mkdir()
+        partial, held = _partial_folder(target)
         try:
             if tokenizer is None:
                 tokenizer = train_tokenizer(plan.sample(tokenizer_text_bytes, progress), vocab_size)
@@ -214,7 +215,42 @@ def prepare(
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            os.close(held)
     return report
+
+
+def _partial_folder(target: Path) -> tuple[Path, int]:
+    """A new folder beside the target to write in, and the descriptor that holds its lock as long as this process
+    lives; what killed processes left there is removed."""
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # in use, or just gone
+            os.close(_locked(stale))
+            shutil.rmtree(stale, ignore_errors=True)
+    while True:
+        partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        partial.mkdir()
+        with contextlib.suppress(BlockingIOError):  # another process has just taken it for a stale one
+            held = _locked(partial)
+            if partial.exists():
+                return partial, held
+            os.close(held)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder that holds its lock; the system drops the lock when the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @dataclass

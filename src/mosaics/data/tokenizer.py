@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from mosaics.data.hub import where_to_look
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -107,7 +109,8 @@ def load_tokenizer(name: str | os.PathLike) -> "PreTrainedTokenizerBase":
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no tokenizer folder {name!r}; give one that exists or a name on the hub")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        options = {} if Path(name).is_dir() else where_to_look()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # whatever a damaged file, the hub or the network may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "in that folder" if Path(name).is_dir() else "here or on the Hugging Face hub"

@@ -1,22 +1,29 @@
-"""Models with their tokenizers, from an export, a run or the hub."""
+"""Models with their tokenizers, from an export, a run or the hub.
+
+Nothing in such a folder is run: weights are safetensors, pickles and code of the folder's own are not looked at.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-import mosaics.models  # noqa: F401  (registers the architecture)
+from mosaics.data.hub import where_to_look
+from mosaics.models.configuration_mosaic import MosaicConfig
 
 
 def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, the way anyone would load them: through transformers' Auto classes.
 
     Raises:
-        ValueError: it has no tokenizer, or is a run that has not been exported.
+        ValueError: it has no tokenizer, is a run that has not been exported, or is damaged: tensors are missing, of
+            another shape, left over, or not finite.
         OSError: there is no such model.
     """
     folder = Path(source)
@@ -24,17 +31,92 @@ def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         folder = folder / "export"
         if not folder.is_dir():
             raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
-    elif folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{source} has no tokenizer; export the run that it came from")
+    model = load_model(folder if folder.exists() else source)
+    tokenizer = load_tokenizer(folder if folder.exists() else source)
+    if isinstance(model.config, MosaicConfig) and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens and its model {model.config.vocab_size}; "
+            "get both from the same export"
+        )
+    return model, tokenizer
+
+
+def load_config(source: str | Path):
+    """The config of a model's folder or of a name on the hub.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: there is none.
+    """
+    return _load(AutoConfig, source)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder or of a name on the hub; raises as `load_config`."""
+    return _load(AutoTokenizer, source)
+
+
+def load_model(source: str | Path) -> PreTrainedModel:
+    """A causal language model, at evaluation, from a folder or the hub.
+
+    Raises:
+        ValueError: it is damaged: tensors are missing, of another shape, left over, or not finite.
+        OSError: there is none.
+    """
+    options = {} if Path(source).is_dir() else {"adapter_kwargs": where_to_look()}
+    for path in Path(source).glob("*.json") if Path(source).is_dir() else ():
+        if path.name == "adapter_config.json":
+            raise ValueError(f"{source} holds an adapter; merge it into its model first and save that")
+        if path.name.endswith(".index.json"):
+            _check_index(path)
+    model, found = _load(AutoModelForCausalLM, source, use_safetensors=True, output_loading_info=True, **options)
+    own = isinstance(model.config, MosaicConfig)
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"), ("mismatched_keys", "has")):
+        if found.get(kind) and (own or kind != "unexpected_keys"):
+            name = min(map(str, found[kind]))
+            raise ValueError(f"{source} {what} the tensor {name}, so weights and config.json differ; export it again")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{source} has a tensor that is not finite, {name}; train or get it again")
+    return model.eval()
+
+
+def _load(kind: type, source: str | Path, **options: Any):
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model (it has no config.json)")
-    elif not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise ValueError(f"there is no model {source}")
-    name = str(folder) if folder.exists() else str(source)
+    if not folder.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+            raise ValueError(f"there is no model {source}")
+        options |= where_to_look()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if folder.exists() and not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{source} has no tokenizer; export the run that it came from")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name).eval()
-    except SafetensorError as error:
-        raise ValueError(f"the .safetensors of {source} are damaged ({error}); export it again") from error
-    return model, AutoTokenizer.from_pretrained(name)
+        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
+    except OSError as error:
+        if str(source) in str(error):
+            raise
+        raise OSError(f"{source} can't be loaded ({_first_line(error)})") from error
+    except Exception as error:  # whatever strange content makes the libraries raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            raise
+        raise ValueError(
+            f"{source} can't be loaded, its files are damaged or foreign ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
+
+
+def _check_index(path: Path) -> None:
+    """Refuse a list of shards that names files elsewhere."""
+    try:
+        names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); export the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path} names {name!r}, which is no .safetensors file of that folder; don't use it")
