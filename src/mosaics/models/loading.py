@@ -5,10 +5,12 @@ Nothing in such a folder is run: weights are safetensors, pickles and code of th
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +18,8 @@ from transformers.utils import logging
 
 from mosaics.data.hub import where_to_look
 from mosaics.models.configuration_mosaic import MosaicConfig
+
+MANIFEST = "manifest.json"
 
 
 def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -62,7 +66,8 @@ def load_model(source: str | Path) -> PreTrainedModel:
     """A causal language model, at evaluation, from a folder or the hub.
 
     Raises:
-        ValueError: it is damaged: tensors are missing, of another shape, left over, or not finite.
+        ValueError: it is damaged: a file has changed since it was exported, tensors are missing, of another shape,
+            left over, or not finite.
         OSError: there is none.
     """
     options = {} if Path(source).is_dir() else {"adapter_kwargs": where_to_look()}
@@ -71,9 +76,11 @@ def load_model(source: str | Path) -> PreTrainedModel:
             raise ValueError(f"{source} holds an adapter; merge it into its model first and save that")
         if path.name.endswith(".index.json"):
             _check_index(path)
+        if path.name == MANIFEST:
+            _check_manifest(path)
     model, found = _load(AutoModelForCausalLM, source, use_safetensors=True, output_loading_info=True, **options)
     own = isinstance(model.config, MosaicConfig)
-    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"), ("mismatched_keys", "has")):
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
         if found.get(kind) and (own or kind != "unexpected_keys"):
             name = min(map(str, found[kind]))
             raise ValueError(f"{source} {what} the tensor {name}, so weights and config.json differ; export it again")
@@ -81,6 +88,45 @@ def load_model(source: str | Path) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} has a tensor that is not finite, {name}; train or get it again")
     return model.eval()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and SHA-256 of every file of a model's folder but its model card; all is on disk then."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            if path.name != "README.md":  # people add to it
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump({"format": "mosaics-exported-model", "files": files}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _check_manifest(path: Path) -> None:
+    """Refuse a folder whose files are not those that were exported."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); export the model again") from None
+    for name, (size, digest) in files.items():
+        file = path.parent / name
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {name!r}, which is no file of that folder; don't use it")
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; export the model again")
+        with file.open("rb") as stream:
+            if file.stat().st_size != size or _sha256(stream) != digest:
+                raise ValueError(
+                    f"{file} has changed since it was exported (its SHA-256 differs); export the model again, or "
+                    f"remove {MANIFEST} if the change is yours"
+                )
+
+
+def _sha256(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load(kind: type, source: str | Path, **options: Any):

@@ -86,6 +86,7 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
 
     import mosaics
     from mosaics.data import PreparedCorpus
+    from mosaics.models.loading import write_manifest
     from mosaics.training.run import data_of, open_recipe
 
     recipe = open_recipe(run)
@@ -105,6 +106,7 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
         (temporary / "README.md").write_text(model_card(recipe, model, step, found, run.name), encoding="utf-8")
         if output.exists():
             output.rmdir()
+        write_manifest(temporary)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
