@@ -201,3 +201,63 @@ def test_bandwidth_counts_more_pairs_than_the_dtype_of_its_parameters_can(dtype)
     count = torch.tensor([4000, 65536])
     low = Bandwidth(*(torch.full((1,), x, dtype=dtype) for x in (4.5, 4.5, 0.375)))
     assert relative_error(low.at(count), Bandwidth(*(x.double() for x in low)).at(count)) < 1e-6
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
+def test_kernel_regression_of_a_fixed_set_reads_every_pair(time, pairs, seed):
+    keys, values, bandwidth = inputs(pairs, seed=seed)
+    queries = torch.randn(2, 2, time, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (queries, keys, values, bandwidth.base, bandwidth.slope, bandwidth.exponent)
+    logits = bandwidth.at(torch.tensor([pairs]))[..., None] * (queries @ keys.mT)
+    expected = logits.softmax(-1) @ values
+    wanted = gradients(expected, leaves)
+    for form in (*FORMS, None):
+        found = kernel_regression(queries, keys, values, bandwidth, delay=None, form=form)
+        assert relative_error(found, expected) < 1e-9
+        for g, e in zip(gradients(found, leaves), wanted, strict=True):
+            assert (g - e).norm() < 1e-9 * max(1.0, e.norm())
+
+
+@pytest.mark.parametrize("access", [dict(window=3), dict(start=torch.zeros(2, 4, dtype=torch.long))])
+def test_kernel_regression_of_a_fixed_set_refuses_positions(access):
+    keys, values, bandwidth = inputs(4)
+    with pytest.raises(ValueError, match="no positions"):
+        kernel_regression(keys, keys, values, bandwidth, delay=None, **access)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("delay", [1, None])
+def test_kernel_regression_dropout_keeps_the_mean_and_drops_the_share(form, delay):
+    keys, _, bandwidth = inputs(200, batch=1, heads=2)
+    values = torch.eye(200, dtype=torch.float64).expand(1, 2, 200, 200)  # what comes out is the weights
+    block, blockwise.BLOCK = blockwise.BLOCK, 50
+    try:
+        kept = read(keys, values, bandwidth, 200, form, delay=delay)
+        dropped = [read(keys, values, bandwidth, 200, form, delay=delay, dropout=0.3) for _ in range(2)]
+    finally:
+        blockwise.BLOCK = block
+    there = kept > 0
+    for found in dropped:
+        assert abs((found[there] == 0).double().mean() - 0.3) < 0.02
+        alive = found != 0
+        assert relative_error(found[alive], kept[alive] / 0.7) < 1e-9
+    assert not torch.equal(*dropped)
+    tiles = dropped[0][0, 0, 50:100, :40] == 0, dropped[0][0, 0, 150:, :40] == 0
+    assert not torch.equal(*tiles)  # one tile's draws are not the next one's
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_kernel_regression_gradient_is_that_of_what_was_not_dropped(form):
+    keys, values, bandwidth = inputs(9, batch=1, heads=2, width=3)
+    start = torch.tensor([[0] * 5 + [5] * 4])
+
+    def function(k, v, *beta):
+        torch.manual_seed(3)
+        return kernel_regression(k, k, v, Bandwidth(*beta), delay=1, start=start, dropout=0.4, form=form)
+
+    block, blockwise.BLOCK = blockwise.BLOCK, 3
+    try:
+        assert torch.autograd.gradcheck(function, (keys, values, *bandwidth))
+    finally:
+        blockwise.BLOCK = block

@@ -189,3 +189,29 @@ def test_leaky_average_of_small_inputs_is_that_of_large_ones(form):
     assert relative_error(leaky_average(1e-9 * x, gate, decay, form=form)[0], expected) < 1e-9
     low = leaky_average((1e-9 * x).float(), gate.float(), decay.float(), form=form)[0]
     assert relative_error(low, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_leaky_average_eps_is_added_to_the_norm(form):
+    (x, gate, decay), _ = inputs(70, batch=1, heads=2)
+    x = x.detach().mul(1e-3).requires_grad_()
+    average, expected = 0.0, []
+    for t in range(70):
+        average = gate[..., t, None].exp() * x[:, :, t] + decay[..., t, None].exp() * average
+        expected.append(average / (average.norm(dim=-1, keepdim=True) + 1e-3))
+    expected = torch.stack(expected, dim=2)
+    first, state = leaky_average(x[:, :, :40], gate[..., :40], decay[..., :40], form=form, eps=1e-3)
+    second, _ = leaky_average(x[:, :, 40:], gate[..., 40:], decay[..., 40:], state, form=form, eps=1e-3)
+    found = torch.cat([first, second], dim=2)
+    assert relative_error(found, expected) < 1e-9 and found.norm(dim=-1).min() < 0.9
+    for g, e in zip(gradients(found, (x, gate, decay)), gradients(expected, (x, gate, decay)), strict=True):
+        assert relative_error(g, e) < 1e-9
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_leaky_average_eps_leaves_an_empty_average_at_zero(form):
+    (x, gate, decay), _ = inputs(40)
+    gate = gate.detach().masked_fill(torch.arange(40) < 5, -torch.inf).requires_grad_()
+    keys, _ = leaky_average(x, gate, decay, form=form, eps=1e-3)
+    assert (keys[:, :, :5] == 0).all() and (keys[:, :, 5:] != 0).all()
+    assert all(g.isfinite().all() for g in gradients(keys, (x, gate, decay)))
