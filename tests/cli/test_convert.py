@@ -1,7 +1,10 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from helpers import relative_error, tokens
+from memory_mosaics_v1 import random_weights, twin
 from mosaics.cli import main
 
 
@@ -40,3 +43,17 @@ def test_convert_refuses_wrong_input_in_one_sentence(llama, tmp_path, capsys, ch
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_makes_a_mosaic_of_the_authors_memory_mosaics_v1(tmp_path, capsys):
+    weights, ids = random_weights("nano"), tokens(1, 7)
+    save_file(weights, tmp_path / "v1.safetensors")
+    words = ["convert", str(tmp_path / "v1.safetensors"), "--output", str(tmp_path / "out"), "--to"]
+    assert main([*words, "llama"]) == 2 and "--to mosaic" in capsys.readouterr().err
+    assert main([*words, "mosaic", "--key-clamp", "1.5"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert relative_error(model(ids).logits[0], twin(weights, ids[0], "nano", clamp=1.5)) < 1e-9
+    (tmp_path / "v1.safetensors").rename(tmp_path / "ckpt.pt")
+    words[1], words[3] = str(tmp_path / "ckpt.pt"), str(tmp_path / "other")
+    assert main([*words, "mosaic"]) == 2
+    assert "pickles are not loaded" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`mosaics convert`: a Llama as a mosaic, and back."""
+"""`mosaics convert`: a Llama as a mosaic, and back; the authors' Memory Mosaics v1 as a mosaic."""
 
 import shutil
 from pathlib import Path
@@ -10,26 +10,25 @@ EXAMPLE = "mosaics convert models/llama --to mosaic --output models/llama-mosaic
 
 
 def convert(
-    model: Annotated[str, Argument(metavar="MODEL", help="A model's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A model's folder, a hub id, or a v1's .safetensors.")],
     to: Annotated[Literal["mosaic", "llama"], Option(help="What it becomes.")],
     output: Annotated[Path, Option(metavar="FOLDER", help="The folder to make.")],
+    key_clamp: Annotated[float | None, Option(help="Of a v1: the largest logarithm of the keys' scale.")] = None,
 ) -> None:
-    """Write a Llama's weights as a mosaic of attention memories, or such a mosaic's as a Llama, with the tokenizer."""
+    """Write a Llama's weights as a mosaic of attention memories, or such a mosaic's as a Llama, with the tokenizer.
+
+    A .safetensors file is taken for the weights of the authors' Memory Mosaics v1 (nano or library).
+    """
     if output.exists():
         raise ValueError(f"--output {output} exists already; name a folder to make")
-    from mosaics.models.convert import from_llama, to_llama
-    from mosaics.models.loading import load_config, load_model, load_tokenizer
+    if Path(model).is_file():
+        from mosaics.models.convert_v1 import read_memory_mosaics_v1
 
-    kind = load_config(model).model_type
-    expected = "llama" if to == "mosaic" else "mosaic"
-    if kind != expected:
-        raise ValueError(f"{model} is a {kind}; --to {to} takes a {expected}")
-    source = load_model(model)
-    converted = from_llama(source) if to == "mosaic" else to_llama(source)
-    try:
-        tokenizer = load_tokenizer(model)
-    except (OSError, ValueError):
-        tokenizer = None
+        if to != "mosaic":
+            raise ValueError(f"{model} is a file of weights, of which only --to mosaic can be made")
+        converted, tokenizer = read_memory_mosaics_v1(Path(model), key_clamp), None
+    else:
+        converted, tokenizer = _llama_or_mosaic(model, to)
     temporary = output.with_name(f".{output.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
@@ -40,3 +39,19 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{model} as a {to} is in {output}{'' if tokenizer else ' (without a tokenizer: there was none)'}")
+
+
+def _llama_or_mosaic(model: str, to: str):
+    from mosaics.models.convert import from_llama, to_llama
+    from mosaics.models.loading import load_config, load_model, load_tokenizer
+
+    kind = load_config(model).model_type
+    expected = "llama" if to == "mosaic" else "mosaic"
+    if kind != expected:
+        raise ValueError(f"{model} is a {kind}; --to {to} takes a {expected}")
+    source = load_model(model)
+    converted = from_llama(source) if to == "mosaic" else to_llama(source)
+    try:
+        return converted, load_tokenizer(model)
+    except (OSError, ValueError):
+        return converted, None
