@@ -23,13 +23,14 @@ def gradients(output: torch.Tensor, inputs, seed: int = 7) -> list[torch.Tensor]
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def tiny_config(**overrides) -> MosaicConfig:
+def tiny_config(preset: str = "memory-mosaics-v2-tiny", **overrides) -> MosaicConfig:
     """Two blocks of width 16 whose windows and delays have borders within a few tokens."""
-    sizes = dict(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
-    reach = dict(window=6, delay=3, train_delay=[3, 6])
-    return MosaicConfig.from_preset("memory-mosaics-v2-tiny", **{**sizes, **reach, **overrides})
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    if "v1" in preset:
+        own = dict(num_pairs=7, num_banks=2, dropout=0.0, attention_dropout=0.0, embedding_dropout=None)
+    else:
+        own = dict(intermediate_size=24, window=6, delay=3, train_delay=[3, 6])
+    return MosaicConfig.from_preset(preset, **{**sizes, **own, **overrides})
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, scale: float = 4.0, **overrides) -> MosaicForCausalLM:

@@ -164,6 +164,12 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("long_term", dict(num_attention_heads=2, train_delay=[9, 3]), "smaller delay first"),
         ("long_term", dict(num_attention_heads=2, train_delay=[9]), "of type tuple"),
         ("feed_forward", dict(intermediate_size=0), "at least 1"),
+        ("leaky_contextual", dict(num_attention_heads=3), "not a multiple"),
+        ("leaky_contextual", dict(num_attention_heads=2, unit_norm_eps=-1.0), "0 or more"),
+        ("kernel_persistent", dict(num_attention_heads=2, num_pairs=0), "at least 1 of each"),
+        ("kernel_persistent", dict(num_attention_heads=2, num_pairs=3, num_banks=0), "at least 1 of each"),
+        ("kernel_persistent", dict(num_attention_heads=3, num_pairs=3), "not a multiple"),
+        ("kernel_persistent", dict(num_attention_heads=2), "needs the option 'num_pairs'"),
         ("attention", dict(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
         ("attention", dict(num_attention_heads=3), "not a multiple"),
         ("attention", dict(num_attention_heads=8), "even width"),
@@ -213,7 +219,7 @@ def test_attention_memory_depends_on_relative_positions_only():
     assert relative_error(packed[:, 4:], alone) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["short_term", "long_term"])
+@pytest.mark.parametrize("name", ["short_term", "long_term", "leaky_contextual"])
 @pytest.mark.parametrize("time", [1, 4, 40])
 def test_contextual_memory_state_bytes_are_those_it_holds(name, time):
     made = memory(name).float()
@@ -255,3 +261,57 @@ def test_attention_memory_keeps_positions_apart_in_bfloat16():
     cos, _ = made._rotation(torch.arange(4000, 4010)[None], torch.bfloat16)
     exact, _ = made._rotation(torch.arange(4000, 4010)[None], torch.float64)
     assert (cos.double() - exact).abs().max() < 5e-3
+
+
+def test_kernel_persistent_memory_state_bytes_do_not_grow():
+    made = memory("kernel_persistent").float()
+    for time in (1, 40):
+        _, state = made(torch.randn(1, time, 8), Layout(1, time), made.initial_state(), Context())
+        assert made.state_bytes(time, 4) == 4 * (state.direction.numel() + state.log_scale.numel())
+
+
+def test_kernel_persistent_memory_averages_its_banks():
+    made, x = memory("kernel_persistent", num_banks=3), torch.randn(2, 9, 8, dtype=torch.float64)
+    whole, _ = made(x, Layout(2, 9), None, Context())
+    alone = memory("kernel_persistent", num_banks=1)
+    parts = []
+    for bank in range(3):
+        state = {name: p[bank : bank + 1] if name.startswith("pair") else p for name, p in made.state_dict().items()}
+        alone.load_state_dict(state)
+        parts.append(alone(x, Layout(2, 9), None, Context())[0])
+    assert relative_error(whole, sum(parts) / 3) < 1e-12 and relative_error(parts[0], parts[1]) > 0.1
+
+
+def test_kernel_persistent_memory_reads_its_pairs():
+    made, context = memory("kernel_persistent"), Context(reads=[])
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    y, _ = made(x, Layout(2, 5), None, context)
+    (read,) = context.reads
+    assert read.weights.shape == (2, 2, 5, 22) and (read.weights.sum(-1) - 1).abs().max() < 1e-12
+    values = made.pair_values.transpose(0, 1).flatten(1, 2) * (10 * made.value_scale).exp()[:, None, None]
+    assert relative_error(made.out_proj((read.weights @ values).transpose(1, 2).flatten(2)), y) < 1e-9
+
+
+def test_leaky_contextual_memory_reads_all_pairs_before():
+    made, context = memory("leaky_contextual"), Context(reads=[])
+    made(torch.randn(1, 10, 8, dtype=torch.float64), Layout(1, 10), None, context)
+    for t in range(10):
+        assert (context.reads[0].weights[0, 0, t] > 0).nonzero()[:, 0].tolist() == list(range(t))
+
+
+@pytest.mark.parametrize("name", ["leaky_contextual", "kernel_persistent"])
+def test_leaky_memories_add_eps_to_their_norms_and_clamp_the_bandwidth(name):
+    """In a state so small that eps rules, everything shrinks with it; and no bandwidth is above its clamp."""
+    x = 1e-6 * torch.randn(1, 6, 8, dtype=torch.float64)
+    exact, short = memory(name), memory(name, unit_norm_eps=1e-3, max_log_bandwidth=3.0)
+    short.load_state_dict(exact.state_dict())
+    keys = [made.key_extractor(x, Layout(1, 6), None).norm(dim=-1) for made in (exact, short)]
+    assert (keys[0] - 1).abs().max() < 1e-9 and keys[1].max() < 1e-2
+    if name == "leaky_contextual":
+        values = [made.values(x, Layout(1, 6), None).norm(dim=-1) for made in (exact, short)]
+        assert (values[0] - math.exp(-0.5)).abs().max() < 1e-9 and values[1].max() < 1e-2
+    with torch.no_grad():
+        exact.key_extractor.scale.fill_(9.0)
+        short.key_extractor.scale.fill_(9.0)
+    assert exact.key_extractor.bandwidth().base.tolist() == pytest.approx([math.exp(10)] * 2)
+    assert short.key_extractor.bandwidth().base.tolist() == pytest.approx([math.exp(3)] * 2)

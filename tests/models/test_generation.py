@@ -9,9 +9,9 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 from helpers import tiny_model, tokens
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model()
+@pytest.fixture(scope="module", params=["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny"])
+def model(request):
+    model = tiny_model(preset=request.param)
     model.generation_config.pad_token_id = 0
     return model
 

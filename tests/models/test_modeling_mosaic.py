@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import VOCABULARY, tiny_config, tiny_model, tokens
 from mosaics import MosaicConfig, MosaicForCausalLM
+from mosaics.memories import Context, Layout
 from mosaics.models import count_targets
 
 BOUND = 1e-9
@@ -18,7 +20,10 @@ VARIANTS = {
     "layer norm, biases, tied, scaled": dict(norm="layer", bias=True, tie_word_embeddings=True, logit_scale=0.25),
     "widest reach": dict(window=50, delay=1, train_delay=[1, 60]),
     "narrowest window": dict(window=2, delay=2, train_delay=[2, 2]),
+    "v1": dict(preset="memory-mosaics-v1-tiny"),
+    "v1 nano, biases": dict(preset="memory-mosaics-v1-nano", bias=True),
 }
+V1 = dict(preset="memory-mosaics-v1-tiny")
 
 
 @pytest.fixture(scope="module", params=sorted(VARIANTS))
@@ -64,7 +69,7 @@ def test_forward_any_split_equals_whole(model, pieces):
 @given(st.data())
 def test_forward_padding_documents_and_cuts_change_nothing(data):
     """Rows of random documents with padding anywhere, fed in random pieces: each document as if it were alone."""
-    model = tiny_model()
+    model = tiny_model(**data.draw(st.sampled_from([{}, V1])))
     seed = data.draw(st.integers(0, 10**6))
     generator = torch.Generator().manual_seed(seed)
     time = data.draw(st.integers(1, 45))
@@ -100,8 +105,9 @@ def test_forward_is_strictly_causal(model, time):
     assert torch.equal(plain(model, ids)[:, :-1], plain(model, changed)[:, :-1])
 
 
-def test_forward_gradient_reaches_no_later_position():
-    model = tiny_model()
+@pytest.mark.parametrize("variant", [{}, V1], ids=str)
+def test_forward_gradient_reaches_no_later_position(variant):
+    model = tiny_model(**variant)
     embeddings = model.model.embed_tokens(tokens(1, 20)).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings, use_cache=False).logits
     for t in range(20):
@@ -194,8 +200,32 @@ def test_forward_dropout_works_in_training_only():
     assert difference(model(ids, draw=0.0).logits, model(ids, draw=0.0).logits) > 1e-3
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model, ids = tiny_model(dropout=0.2).train(), tokens(2, 25)
+@pytest.mark.parametrize("preset", ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny"])
+@pytest.mark.parametrize("kind", ["attention_dropout", "embedding_dropout", "dropout"])
+def test_forward_each_dropout_works_in_training_only(preset, kind):
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    none = dict(dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
+    model = MosaicForCausalLM(MosaicConfig.from_preset(preset, **{**sizes, **none, kind: 0.4})).train()
+    ids = tokens(1, 20)
+    assert not torch.equal(model(ids, draw=0.0).logits, model(ids, draw=0.0).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("variant", [{}, V1], ids=str)
+def test_forward_attention_dropout_reaches_every_memory_that_reads(variant):
+    model = tiny_model(**variant, attention_dropout=0.4)
+    for memory in model.model.stack.memories():
+        if memory.type != "feed_forward":
+            memory.train()
+            x = torch.randn(1, 20, 16, dtype=torch.float64)
+            first, second = (memory(x, Layout(1, 20), None, Context(draw=0.0))[0] for _ in range(2))
+            assert not torch.equal(first, second), memory.type
+
+
+@pytest.mark.parametrize("variant", [{}, V1], ids=str)
+def test_gradient_checkpointing_changes_nothing(variant):
+    model, ids = tiny_model(**{**variant, "dropout": 0.2, "attention_dropout": 0.2}).train(), tokens(2, 25)
     results = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -212,7 +242,8 @@ def test_hidden_states_are_those_of_each_block(model):
     output = model(ids, attention_mask=mask, output_hidden_states=True)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert difference(output.hidden_states[0][1], model.model.embed_tokens(ids[1])) == 0
-    assert difference(model.lm_head(output.hidden_states[-1]) * model.config.logit_scale, output.logits) < BOUND
+    scale = model.config.logit_scale or 16**-0.5
+    assert difference(model.lm_head(output.hidden_states[-1]) * scale, output.logits) < BOUND
 
 
 def test_read_weights_sum_to_one_over_the_pairs_of_each_memory():
@@ -272,11 +303,56 @@ def test_initialisation_follows_table_6_in_every_block():
     assert len(norms) == 5 and all((p == 1).all() for p in norms)
 
 
-def test_undecayed_parameters_are_scalars_and_norms():
-    model = tiny_model(bias=True)
+@pytest.mark.parametrize("variant", [{}, V1], ids=str)
+def test_undecayed_parameters_are_scalars_and_norms(variant):
+    model = tiny_model(**variant, bias=True)
     undecayed = model.undecayed_parameters()
     for name, parameter in model.named_parameters():
         assert (name in undecayed) == (parameter.dim() < 2), name
+
+
+def test_describe_gives_the_size_of_v1():
+    with torch.device("meta"):
+        model = MosaicForCausalLM(MosaicConfig.from_preset("memory-mosaics-v1-babistories"))
+    d, figures = 768, model.describe(512)
+    layers = 12 * (5 * d**2 + 2 * 2688 * d + 7 * 12)
+    assert figures["parameters"]["total"] == layers + 50304 * d + 25 * d == sum(p.numel() for p in model.parameters())
+    maps, reads = 5 * d**2, 2 * d * (512 / 2 + 2688)
+    assert figures["flops_per_token"] == 2 * (12 * (maps + reads) + 50304 * d)
+    pairs, recurrences = 2 * 512 * d + d, 2 * (d + 12)  # keys, values and the open one; two averages
+    assert figures["state_bytes"] == 12 * 4 * (pairs + recurrences)
+
+
+@pytest.mark.parametrize(
+    "preset, word, linear, output",
+    [
+        ("memory-mosaics-v1-tiny", 1 / 8, 1 / 8, 1 / 8 / 3**0.5),
+        ("memory-mosaics-v1-nano", 0.02, 0.02, 0.02 / 6**0.5),
+    ],
+)
+def test_initialisation_of_v1_follows_the_authors(preset, word, linear, output):
+    overrides = dict(hidden_size=64, num_hidden_layers=3, vocab_size=500, num_pairs=200)
+    if preset.endswith("nano"):
+        overrides["embedding_scale"] = 0.02 * 8
+    model = MosaicForCausalLM(tiny_config(preset, **overrides))
+    contextual, persistent = model.model.stack.blocks[2].memories()
+    expected = {
+        model.lm_head: word,
+        contextual.value_proj: linear,
+        contextual.key_extractor.proj: linear,
+        persistent.key_extractor.proj: linear,
+        contextual.out_proj: output,
+        persistent.out_proj: output,
+    }
+    for module, deviation in expected.items():
+        assert abs(module.weight.std() / deviation - 1) < 0.06
+    for pairs in (persistent.pair_keys, persistent.pair_values):
+        assert abs(pairs.std() * 32**0.5 - 1) < 0.03
+    for memory in (contextual, persistent):
+        assert memory.key_extractor.decay.tolist() == pytest.approx([0.05, 0.5])
+        assert memory.key_extractor.bandwidth().base.tolist() == pytest.approx([math.exp(2)] * 2)
+        assert memory.value_scale.tolist() == pytest.approx([-0.05] * 2)
+    assert (contextual.value_mix >= 0).all() and contextual.value_mix.std() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -409,8 +485,6 @@ def test_cache_made_in_inference_mode_can_be_continued_outside():
 
 
 def test_forward_auxiliary_losses_are_added_to_the_loss():
-    from mosaics.memories import Context
-
     model, ids = tiny_model(), tokens(1, 9)
     context = Context(auxiliary_losses=[torch.tensor(2.5)])
     assert difference(model(ids, labels=ids, context=context).loss, model(ids, labels=ids).loss + 2.5) < BOUND

@@ -96,6 +96,10 @@ _V1_LIBRARY = {
     "embedding_scale": 1.0,
 }
 _V1 = {
+    # Not in the paper: for a laptop, as wide as the other tiny ones.
+    "memory-mosaics-v1-tiny": _memory_mosaics_v1(
+        4, 4, 896, vocab_size=4096, hidden_size=256, max_position_embeddings=512, **_V1_LIBRARY
+    ),
     # 50257 words of GPT-2's tokenizer, rounded up.
     "memory-mosaics-v1-babistories": _memory_mosaics_v1(
         12,
