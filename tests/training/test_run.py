@@ -96,12 +96,12 @@ def test_train_resumed_in_a_fresh_process_equals_the_uninterrupted_run_bit_for_b
 def test_train_resumed_without_a_part_of_the_state_is_not_the_same(finished, run, tiny, monkeypatch, dropped):
     _cut(run, 4)
     if dropped == "random numbers of torch":
-        monkeypatch.setattr("mosaics.training.loop.seed_step", lambda seed, step: None)
+        monkeypatch.setattr("mosaics.training.loop.seed_step", lambda seed, step, row: None)
     elif dropped == "delay":
         monkeypatch.setattr("mosaics.training.loop.draw_step", lambda seed, step: 0.0)
     elif dropped == "optimizer":
         load = module.load_checkpoint
-        monkeypatch.setattr(module, "load_checkpoint", lambda folder, model, optimizer: load(folder, model))
+        monkeypatch.setattr(module, "load_checkpoint", lambda folder, model, optimizer, group: load(folder, model))
     else:
         from mosaics.data import PackedDataset
 
@@ -221,10 +221,10 @@ def test_train_names_the_documents_of_a_loss_that_is_not_finite(tmp_path, tiny, 
 
     step = module.optimisation_step
 
-    def break_at_four(model, optimizer, data, recipe, number, dtype):
+    def break_at_four(model, optimizer, data, recipe, number, *others):
         if number == 4:
             raise NonFinite("the loss of step 4 is nan")
-        return step(model, optimizer, data, recipe, number, dtype)
+        return step(model, optimizer, data, recipe, number, *others)
 
     monkeypatch.setattr(module, "optimisation_step", break_at_four)
     with pytest.raises(ValueError, match="step 4"):

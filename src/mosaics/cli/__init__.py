@@ -131,5 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if _is_out_of_memory(error):
             error = ValueError("out of memory; lower training.micro_batch_size or training.context_length")
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        # Under torchrun, what all processes of a machine meet alike is said once.
+        rank = getattr(error, "rank", None if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+        if rank != "":
+            print(f"error: {f'process {rank}: ' if rank else ''}{sentence(error)}", file=sys.stderr)
         return 2

@@ -13,6 +13,16 @@ def draw_step(seed: int, step: int) -> float:
     return float(np.random.default_rng([seed, step, 0]).random())
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's default generators (dropout draws from them) for a step; step 0 is the initialisation."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, 1]).generate_state(1, np.uint64)[0] >> 1))
+def seed_step(seed: int, step: int, row: int = 0) -> None:
+    """Seed torch's default generators, from which dropout draws, for the rows of a step that begin with `row`.
+
+    The same rows get the same dropout whichever process computes them, and other rows another; so a run is the same
+    for any number of processes as long as its micro-batches are. Step 0 is the initialisation.
+
+    Args:
+        seed: of the run.
+        step: counted from 1.
+        row: the first row of the micro-batch, counted from the first row of the step's whole batch.
+    """
+    words = np.random.SeedSequence([seed, step, 1, row]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mosaics._version import __version__
 from mosaics.training.checkpoint import (
     checkpoint_folder,
     checkpoint_steps,
+    load_checkpoint,
     newest_checkpoint,
     verify_checkpoint,
 )
@@ -94,7 +97,11 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; name a new folder with --output")
     transformers.utils.logging.disable_progress_bar()
-    model = mosaics.MosaicForCausalLM.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = mosaics.MosaicForCausalLM(mosaics.MosaicConfig.from_pretrained(checkpoint))
+    model.to_empty(device="cpu").tie_weights()
+    load_checkpoint(checkpoint, model)
+    model.eval()
     tokenizer = PreparedCorpus(data_of(run, recipe)).tokenizer()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.new")

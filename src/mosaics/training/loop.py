@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mosaics.training.distribution import Group
 from mosaics.training.draws import draw_step, seed_step
 from mosaics.training.optimizer import learning_rate
 from mosaics.training.recipe import Recipe
@@ -27,19 +28,24 @@ class StepResult:
     targets: int
 
 
-def optimisation_step(model, optimizer: torch.optim.Optimizer, data, recipe: Recipe, step: int, dtype) -> StepResult:
+def optimisation_step(
+    model, optimizer: torch.optim.Optimizer, data, recipe: Recipe, step: int, dtype, group: Group | None = None
+) -> StepResult:
     """Do one optimisation step in place.
 
-    The loss is the mean over all counted targets of the step, however it is cut into micro-batches. Delay and
-    dropout depend on (seed, step) alone; one delay serves all layers and micro-batches.
+    The loss is the mean over all counted targets of the step, however it is cut into micro-batches and processes. The
+    delay depends on (seed, step) alone and serves all layers, micro-batches and processes; the dropout of a
+    micro-batch depends on (seed, step, its first row).
 
     Args:
         model: a `MosaicForCausalLM` in training mode.
         optimizer: as `make_optimizer` gives.
-        data: a `PackedDataset`; the step takes its sequences `(step-1)·batch_size … step·batch_size-1`.
+        data: a `PackedDataset`; the step takes its sequences `(step-1)·batch_size … step·batch_size-1`, of which every
+            process reads an equal, contiguous share.
         recipe: the recipe.
         step: counted from 1.
         dtype: dtype of the matrix products.
+        group: the processes over which the model is sharded, all of which call this.
 
     Raises:
         NonFinite: the loss or the gradient is not finite; the parameters are untouched.
@@ -47,43 +53,46 @@ def optimisation_step(model, optimizer: torch.optim.Optimizer, data, recipe: Rec
     """
     from mosaics.models import count_targets
 
+    group = group or Group()
     training = recipe.training
-    size, first = training.micro_batch_size or training.batch_size, (step - 1) * training.batch_size
-    batch = data.batch(first, training.batch_size)
+    first, share = (step - 1) * training.batch_size, training.batch_size // group.size
+    row, size = group.rank * share, training.micro_batch_size or share  # rows count from the step's first
+    batch = data.batch(first + row, share)
     inputs = ("input_ids", "document_ids", "attention_mask", "labels")
     batch = {key: batch[key].to(model.device) for key in inputs if batch[key] is not None}
     micro_batches = [
-        {key: rows[start : start + size] for key, rows in batch.items()}
-        for start in range(0, training.batch_size, size)
+        (row + start, {key: rows[start : start + size] for key, rows in batch.items()})
+        for start in range(0, share, size)
     ]
     counts = [
-        int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"])) for rows in micro_batches
+        int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"]))
+        for _, rows in micro_batches
     ]
+    [targets] = group.sum(sum(counts))
     where = f"of step {step} (sequences {first} to {first + training.batch_size - 1} of the stream)"
-    if not sum(counts):
+    if not targets:
         raise ValueError(f"no token {where} can be predicted; the documents are too short")
     draw = draw_step(recipe.seed, step)
-    seed_step(recipe.seed, step)
     loss = 0.0
-    for rows, count in zip(micro_batches, counts, strict=True):
-        if not count:
+    for (begin, rows), count in zip(micro_batches, counts, strict=True):
+        if not count and group.size == 1:  # several processes have to go through the model together
             continue
+        seed_step(recipe.seed, step, begin)
         with autocast(model.device, dtype):
             output = model(**rows, use_cache=False, draw=draw)
-        share = output.loss * (count / sum(counts))
-        share.backward()
-        loss += float(share.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip))
+        part = output.loss * (count / targets)
+        part.backward()
+        loss += float(part.detach())
+    [loss] = group.sum(loss)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         what = f"the gradient's norm {where} is {norm}" if math.isfinite(loss) else f"the loss {where} is {loss}"
-        raise NonFinite(
-            f"{what}, so the run stops with its parameters untouched and its checkpoints whole; lower "
-            "training.learning_rate or lengthen training.warmup_steps in a new run"
-        )
+        raise NonFinite(f"{what}; lower training.learning_rate or lengthen training.warmup_steps in a new run")
     rate = learning_rate(step, training)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for options in optimizer.param_groups:
+        options["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss, norm, draw, rate, sum(counts))
+    return StepResult(loss, norm, draw, rate, int(targets))

@@ -24,6 +24,8 @@ class Metrics:
         temporary = path.with_name(f".{path.name}.new")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
         self._board = _open_tensorboard(tensorboard, step) if tensorboard else None
@@ -36,6 +38,10 @@ class Metrics:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make the lines so far outlast a loss of power, as the checkpoint that follows them does."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files."""

@@ -52,7 +52,7 @@ class TrainingSection(_Section):
     steps: int = Field(1000, ge=1)
     context_length: int = Field(512, ge=2, description="tokens in a sequence")
     batch_size: int = Field(16, ge=1, description="sequences in an optimisation step")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences at a time; null: the whole batch")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences at a time and process; null: all it has")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(100, ge=0)
     final_learning_rate_ratio: float = Field(0.01, ge=0, le=1)
@@ -60,6 +60,7 @@ class TrainingSection(_Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
+    if_not_finite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,6 +79,7 @@ class CheckpointSection(_Section):
     every: int = Field(200, ge=1, description="optimisation steps; also after the last")
     keep: int = Field(2, ge=2, description="the newest ones")
     keep_every: int | None = Field(None, ge=1, description="steps divisible by this are kept for good")
+    if_damaged: Literal["previous", "stop"] = Field("previous", description="what a run continues from then")
 
 
 class LoggingSection(_Section):

@@ -17,24 +17,37 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from mosaics.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from mosaics.training.draws import seed_step
+from mosaics.training.checkpoint import (
+    MANIFEST,
+    load_checkpoint,
+    newest_checkpoint,
+    read_json,
+    save_checkpoint,
+    versions,
+)
+from mosaics.training.distribution import Group, Told, processes
 from mosaics.training.export import export_run
 from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.metrics import Metrics, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
 from mosaics.training.recipe import Recipe, differences, load_recipe
-from mosaics.training.setup import build_config, build_model, pick_device, pick_precision, prepare_data
+from mosaics.training.setup import build_config, build_model, pick_device, pick_precision, place_model, prepare_data
 from mosaics.training.validation import evaluate
+
+if TYPE_CHECKING:
+    from mosaics.data import PackedDataset
+
+# Steps in a row that are skipped, where the recipe says so, before the run stops after all.
+MOST_SKIPPED = 10
 
 
 @dataclass(frozen=True)
@@ -69,88 +82,126 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
     folder = Path(folder)
     build_config(recipe)  # whatever is wrong with the recipe alone is said before anything is written
     device = pick_device(recipe.training)
-    _check_folder(folder, recipe, resume)
-    with _locked(folder):
-        data_folder = data_of(folder, recipe)
-        if not (folder / "recipe.yaml").exists():  # a run that has started needs its corpus no more
-            prepare_data(recipe, data_folder)
-        return _run(recipe, folder, data_folder, device, resume)
+    with processes(device) as group, ExitStack() as held:
+        data: dict[str, PackedDataset] = {}
+
+        def begin() -> dict[str, Any]:
+            _check_sharing(recipe, group)
+            _check_folder(folder, recipe, resume)
+            held.enter_context(_locked(folder))
+            if not (folder / "recipe.yaml").exists():  # a run that has started needs its corpus no more
+                prepare_data(recipe, data_of(folder, recipe))
+            data.update(_open_data(recipe, folder, verify=True))
+            build_model(build_config(recipe, data["train"].prepared.tokenizer()), meta=True)
+            _write_recipe(folder, recipe)
+            return _choose_start(recipe, folder, resume) | {
+                "precision": str(pick_precision(recipe.training, device)).removeprefix("torch.")
+            }
+
+        def follow() -> None:
+            if not data:
+                data.update(_open_data(recipe, folder, verify=False))
+
+        start = group.first(begin)
+        if start["step"] >= recipe.training.steps:
+            print(f"{folder} is finished: step {start['step']} of {recipe.training.steps}")
+        else:
+            group.each(follow)
+            step = _run(recipe, folder, data, device, start, group)
+            if step < recipe.training.steps:
+                saved = "which is saved" if step else "nothing was done yet"
+                print(f"stopped after step {step} of {recipe.training.steps}, {saved}; the same command continues")
+                return Outcome(folder, step, False, group.first(lambda: last_validation(folder / "metrics.jsonl")))
+        return Outcome(folder, recipe.training.steps, True, group.first(lambda: _finish(recipe, folder)))
 
 
-def _run(recipe: Recipe, folder: Path, data_folder: Path, device: torch.device, resume: bool) -> Outcome:
-    from mosaics.data import PackedDataset, PreparedCorpus
-
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    data: "dict[str, PackedDataset]",
+    device: torch.device,
+    start: dict[str, Any],
+    group: Group,
+) -> int:
+    """Train from where `_choose_start` says to the end, or to a signal; the last step done, which is saved."""
     training, checkpoints, log = recipe.training, folder / "checkpoints", folder / "metrics.jsonl"
-    config = build_config(recipe, PreparedCorpus(data_folder).tokenizer())
-    cut = recipe.data.long_documents
-    train_data = PackedDataset(data_folder, "train", training.context_length, long_documents=cut, seed=recipe.seed)
-    held_out = PackedDataset(data_folder, "validation", training.context_length, long_documents=cut)
-    seed_step(recipe.seed, 0)
-    model = build_model(config).to(device)
+    dtype, identity, step = getattr(torch, start["precision"]), start["identity"], start["step"]
+    config = build_config(recipe, data["train"].prepared.tokenizer())
+    model = place_model(config, recipe.seed, device, dtype, group, fresh=not start["checkpoint"])
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     optimizer = make_optimizer(model, training)
-    dtype = pick_precision(training, device)
-    _write_recipe(folder, recipe)
-    identity = {"recipe": _recipe_digest(folder), "data": _data_digest(data_folder)}
-
-    step = tokens = 0
-    newest, passed_over = newest_checkpoint(checkpoints, recipe=identity["recipe"])
-    for damaged, reason in passed_over.items():
-        _set_aside(damaged, reason)
-    if newest:
-        state = load_checkpoint(newest, model, optimizer)
-        if state["data"] != identity["data"]:
-            raise ValueError(f"the prepared data in {data_folder} are not those that {folder} was trained on")
-        step, tokens = state["step"], state["tokens"]
-        if step >= training.steps:
-            print(f"{folder} is finished: step {step} of {training.steps}")
-            return _finish(recipe, folder, data_folder, step)
+    tokens = skipped = 0
+    if start["checkpoint"]:
+        state = load_checkpoint(checkpoints / start["checkpoint"], model, optimizer, group)
+        tokens, skipped = state["tokens"], state.get("skipped", 0)
         print(f"continuing {folder} after step {step} of {training.steps}")
-    elif resume:
-        raise ValueError(f"--resume: {folder} has no checkpoint to continue from; leave --resume out to start it")
+    metrics: list[Metrics] = []  # of the first process
+
+    def record(number: int, values: dict[str, Any]) -> None:
+        for log in metrics:
+            log.write(number, values)
 
     def save() -> None:
-        state = {"step": step, "tokens": tokens, "sequences": step * training.batch_size} | identity
+        for log in metrics:
+            log.sync()
+        state = {"step": step, "tokens": tokens, "sequences": step * training.batch_size, "skipped": skipped} | identity
         keep = {"keep": recipe.checkpoint.keep, "keep_every": recipe.checkpoint.keep_every}
-        save_checkpoint(checkpoints, step, model, optimizer, state, **keep)
+        save_checkpoint(checkpoints, step, model, optimizer, state, **keep, group=group)
 
     def validate() -> None:
-        micro = training.micro_batch_size or training.batch_size
-        found = evaluate(model, held_out, sequences=recipe.validation.sequences, batch_size=micro, dtype=dtype)
-        metrics.write(step, found)
+        found = evaluate(
+            model,
+            data["validation"],
+            sequences=recipe.validation.sequences,
+            batch_size=training.micro_batch_size or training.batch_size // group.size,
+            dtype=dtype,
+            group=group,
+        )
+        record(step, found)
         progress.validation(step, found["validation_bits_per_byte"], found["validation_nats_per_token"])
 
-    metrics = Metrics(log, step, folder / "tensorboard" if recipe.logging.tensorboard else None)
+    board = folder / "tensorboard" if recipe.logging.tensorboard else None
+    group.first(lambda: metrics.append(Metrics(log, step, board)))
     progress = Progress(training.steps, step, recipe.logging.every)
     try:
-        with progress, _stopping() as stop:
-            precision = str(dtype).removeprefix("torch.")
+        with progress, _stopping(once=group.size == 1) as stop:
             progress.say(
                 f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{recipe.tokens_per_step:,} tokens a step, "
-                f"{precision} on {device.type} with {torch.get_num_threads()} threads"
+                f"{recipe.tokens_per_step:,} tokens a step, {start['precision']} on {device.type} with "
+                + (f"{group.size} processes of " if group.size > 1 else "")
+                + f"{torch.get_num_threads()} threads"
             )
-            if not newest:
+            if not start["checkpoint"]:
                 validate()
             clock, counted = time.monotonic(), tokens
             speed = 0.0
-            while step < training.steps and not stop.is_set():
+            halt = group.any(stop.is_set())
+            while step < training.steps and not halt:
+                result = None
                 try:
-                    result = optimisation_step(model, optimizer, train_data, recipe, step + 1, dtype)
+                    result = optimisation_step(model, optimizer, data["train"], recipe, step + 1, dtype, group)
+                    skipped = 0
                 except NonFinite as error:
-                    names = train_data.document_names(step * training.batch_size, training.batch_size)
-                    metrics.write(step + 1, {"error": str(error), "documents": names})
-                    raise
+                    skipped += 1
+                    skip = training.if_not_finite == "skip" and skipped < MOST_SKIPPED
+                    if metrics:
+                        names = data["train"].document_names(step * training.batch_size, training.batch_size)
+                        record(step + 1, {"error": str(error), "skipped": skip, "documents": names})
+                    if not skip:
+                        raise (Told(str(error)) if group.rank else error) from None
+                    progress.say(f"warning: {error}; skipped, its documents are in {log}")
                 step += 1
                 tokens += recipe.tokens_per_step
                 last = step == training.steps
+                halt = group.any(stop.is_set())
                 seconds = time.monotonic() - clock
                 speed = (tokens - counted) / seconds if seconds else speed
-                progress.step(step, result.loss, speed)
-                if step % recipe.logging.every == 0 or last:
-                    metrics.write(
+                if result:
+                    progress.step(step, result.loss, speed)
+                if result and (step % recipe.logging.every == 0 or last):
+                    record(
                         step,
                         {
                             "loss": result.loss,
@@ -166,26 +217,52 @@ def _run(recipe: Recipe, folder: Path, data_folder: Path, device: torch.device, 
                     before = time.monotonic()
                     validate()
                     clock += time.monotonic() - before
-                if step % recipe.checkpoint.every == 0 or last or stop.is_set():
+                if step % recipe.checkpoint.every == 0 or last or halt:
                     before = time.monotonic()
                     save()
                     clock += time.monotonic() - before
     finally:
-        metrics.close()
-    if step < training.steps:
-        print(f"stopped after step {step} of {training.steps}, which is saved; the same command continues")
-        return Outcome(folder, step, False, last_validation(log))
-    return _finish(recipe, folder, data_folder, step)
+        for open_log in metrics:
+            open_log.close()
+    return step
 
 
-def _finish(recipe: Recipe, folder: Path, data_folder: Path, step: int) -> Outcome:
-    """Whatever is still missing at the end of a run."""
+def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
+    """The newest checkpoint that can be used (None to begin), its step, and what recipe and data are.
+
+    Raises:
+        ValueError: no checkpoint can be used, one is damaged and the recipe says to stop then, or the data differ.
+    """
+    data_folder = data_of(folder, recipe)
+    identity = {"recipe": _recipe_digest(folder), "data": _data_digest(data_folder)}
+    newest, passed_over = newest_checkpoint(folder / "checkpoints", recipe=identity["recipe"])
+    for damaged, reason in passed_over.items():
+        if recipe.checkpoint.if_damaged == "stop":
+            raise ValueError(
+                f"{reason}; checkpoint.if_damaged is stop, so move {damaged.name} away to continue from the one before"
+            )
+        _set_aside(damaged, reason)
+    if newest is None:
+        if resume:
+            raise ValueError(f"--resume: {folder} has no checkpoint to continue from; leave --resume out to start it")
+        return {"checkpoint": None, "step": 0, "identity": identity}
+    manifest, state = read_json(newest / MANIFEST), read_json(newest / "state.json")
+    if state["data"] != identity["data"]:
+        raise ValueError(f"the prepared data in {data_folder} are not those that {folder} was trained on")
+    if changed := {key: value for key, value in versions().items() if manifest["versions"].get(key) != value}:
+        names = ", ".join("the code of mosaics" if key == "code" else f"{key} ({changed[key]})" for key in changed)
+        print(f"note: {newest.name} was written with other versions: {names}; figures may differ from one run's")
+    return {"checkpoint": newest.name, "step": state["step"], "identity": identity}
+
+
+def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Whatever is still missing at the end of a run; its last validation."""
     if not (folder / "curves.png").exists():
         plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     if not (folder / "export").exists():
         export_run(folder, folder / "export")
         print(f"exported to {folder / 'export'}")
-    return Outcome(folder, step, True, last_validation(folder / "metrics.jsonl"))
+    return last_validation(folder / "metrics.jsonl")
 
 
 def open_recipe(folder: Path) -> Recipe:
@@ -202,6 +279,24 @@ def open_recipe(folder: Path) -> Recipe:
 def data_of(folder: Path, recipe: Recipe) -> Path:
     """Where the prepared data of a run lie."""
     return Path(recipe.data.prepared) if recipe.data.prepared is not None else folder / "data"
+
+
+def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> "dict[str, PackedDataset]":
+    from mosaics.data import PackedDataset
+
+    options = {"long_documents": recipe.data.long_documents, "verify": verify}
+    return {
+        split: PackedDataset(data_of(folder, recipe), split, recipe.training.context_length, seed=seed, **options)
+        for split, seed in (("train", recipe.seed), ("validation", 0))
+    }
+
+
+def _check_sharing(recipe: Recipe, group: Group) -> None:
+    if recipe.training.batch_size % group.size:
+        raise ValueError(
+            f"training.batch_size is {recipe.training.batch_size}, which {group.size} processes can't share equally; "
+            "start as many as divide it"
+        )
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -268,8 +363,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as usual."""
+def _stopping(once: bool) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as usual if `once` (torchrun passes one on that the
+    process may have had from the terminal)."""
     stop = threading.Event()
     before: dict[int, Any] = {}
 
@@ -279,7 +375,8 @@ def _stopping() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: Any) -> None:
         stop.set()
-        restore()
+        if once:
+            restore()
 
     if threading.current_thread() is threading.main_thread():
         before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

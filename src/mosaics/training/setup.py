@@ -1,5 +1,6 @@
 """From a recipe to the objects of a run: configuration, model, data, device and precision."""
 
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mosaics.training.distribution import Group, shard, spread
+from mosaics.training.draws import seed_step
 from mosaics.training.recipe import Recipe, TrainingSection
 
 if TYPE_CHECKING:
@@ -69,6 +72,32 @@ def build_model(config: "MosaicConfig", *, meta: bool = False) -> "MosaicForCaus
         raise ValueError(f"no tensor can be as large as the model's sizes say ({error}); lower them") from None
 
 
+def place_model(
+    config: "MosaicConfig", seed: int, device: torch.device, dtype: torch.dtype, group: Group, *, fresh: bool
+) -> "MosaicForCausalLM":
+    """The model of a run on its device, sharded if there are several processes.
+
+    Args:
+        config: the model's configuration.
+        seed: decides the fresh parameters, which are the same for any number of processes.
+        device: this process's.
+        dtype: dtype of the matrix products.
+        group: the processes.
+        fresh: False leaves the values of a sharded model open, for a checkpoint to fill in.
+    """
+    whole = None
+    if group.size == 1 or (fresh and group.rank == 0):  # the first process needs memory for the whole model
+        seed_step(seed, 0)
+        whole = build_model(config)
+    if group.size == 1:
+        return whole.to(device)
+    model = build_model(config, meta=True)
+    shard(model, group, device, dtype)
+    if fresh:
+        spread(model, whole)
+    return model
+
+
 def prepare_data(recipe: Recipe, folder: Path) -> None:
     """Prepare the recipe's corpus into `folder`, unless the recipe names a prepared folder."""
     if recipe.data.prepared is not None:
@@ -97,8 +126,11 @@ def pick_device(training: TrainingSection) -> torch.device:
     if training.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device is cuda, but torch sees no CUDA device; use auto or cpu")
     if training.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(training.device)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        name = training.device
+    here = os.environ.get("LOCAL_RANK")  # torchrun gives every process of a machine a GPU of its own
+    return torch.device(name, int(here)) if name == "cuda" and here is not None else torch.device(name)
 
 
 def pick_precision(training: TrainingSection, device: torch.device) -> torch.dtype:

@@ -6,11 +6,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mosaics.training.distribution import Group
 from mosaics.training.setup import autocast
 
 
 @torch.no_grad()
-def evaluate(model, data, *, sequences: int | None = None, batch_size: int = 8, dtype=torch.float32) -> dict[str, Any]:
+def evaluate(
+    model,
+    data,
+    *,
+    sequences: int | None = None,
+    batch_size: int = 8,
+    dtype=torch.float32,
+    group: Group | None = None,
+) -> dict[str, Any]:
     """Measure the loss on held-out text with the model's evaluation delay.
 
     Bits per byte are the nats of all predicted text tokens / ln 2 / the UTF-8 bytes of those tokens, which
@@ -22,6 +31,7 @@ def evaluate(model, data, *, sequences: int | None = None, batch_size: int = 8, 
         sequences: how many sequences (drawn without replacement by the data's seed); None takes all.
         batch_size: sequences at a time.
         dtype: dtype of the matrix products (autocast unless float32).
+        group: the processes over which the model is sharded, all of which call this; each takes its batches.
 
     Returns:
         `validation_nats_per_token`, `validation_bits_per_byte`, `validation_end_of_text_nats` (per
@@ -31,18 +41,23 @@ def evaluate(model, data, *, sequences: int | None = None, batch_size: int = 8, 
     Raises:
         ValueError: the held-out text has no token to predict.
     """
+    group = group or Group()
     count = len(data) if sequences is None else min(sequences, len(data))
     text_nats = end_nats = 0.0
     text_tokens = end_tokens = text_bytes = 0
     training = model.training
     model.eval()
     try:
-        for first in range(0, count, batch_size):
-            batch = data.batch(first, min(batch_size, count - first))
+        for start in range(0, count, batch_size * group.size):
+            first = start + group.rank * batch_size
+            left_over = first >= count  # the others need this process to go through the model with them
+            batch = data.batch(0, 1) if left_over else data.batch(first, min(batch_size, count - first))
             batch = {key: value.to(model.device) for key, value in batch.items() if value is not None}
             inputs = {key: batch[key] for key in ("input_ids", "document_ids", "attention_mask") if key in batch}
             with autocast(model.device, dtype):
                 logits = model(**inputs, use_cache=False).logits
+            if left_over:
+                continue
             targets, is_text, is_end = (batch[k][:, 1:] for k in ("input_ids", "text_targets", "end_targets"))
             nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none").double()
             text_nats += float(nats[is_text].sum())
@@ -52,6 +67,10 @@ def evaluate(model, data, *, sequences: int | None = None, batch_size: int = 8, 
             text_bytes += int(batch["text_bytes"].sum())
     finally:
         model.train(training)
+        if group.size > 1:
+            model.reshard()  # what lies outside the blocks stays gathered after a forward pass, for a backward pass
+    text_nats, end_nats = group.sum(text_nats, end_nats)
+    text_tokens, end_tokens, text_bytes = map(int, group.sum(text_tokens, end_tokens, text_bytes))
     if not text_bytes:
         raise ValueError("the held-out text has no token to predict; give a larger corpus or a larger data.validation")
     return {
