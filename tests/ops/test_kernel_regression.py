@@ -261,3 +261,18 @@ def test_kernel_regression_gradient_is_that_of_what_was_not_dropped(form):
         assert torch.autograd.gradcheck(function, (keys, values, *bandwidth))
     finally:
         blockwise.BLOCK = block
+
+
+def test_kernel_regression_with_dropout_keeps_no_weights():
+    keys, values, bandwidth = inputs(300, batch=1, heads=1)
+    largest = 0
+
+    def pack(x):
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return x
+
+    for delay in (1, None):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            kernel_regression(keys, keys, values, bandwidth, delay=delay, dropout=0.1)
+    assert largest <= keys.numel()

@@ -63,15 +63,19 @@ def kernel_regression(
             f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
         )
     if form is None:
-        form = _fastest(queries, keys, delay, window, start)
+        form = _fastest(queries, keys, delay, window, start, dropout)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
     return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
 
 
-def _fastest(queries: Tensor, keys: Tensor, delay: int | None, window: int | None, start: Tensor | None) -> str:
+def _fastest(
+    queries: Tensor, keys: Tensor, delay: int | None, window: int | None, start: Tensor | None, dropout: float
+) -> str:
     time = queries.shape[2]
     if time == 1:
         return "naive"  # one query needs no tiles
+    if dropout and queries.device.type == "cpu":
+        return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:
         return "shifted"
     if window is not None or keys.shape[2] != time:
