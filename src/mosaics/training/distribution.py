@@ -101,6 +101,15 @@ class Group:
             pause = min(2 * pause, 1.0)
         return json.loads(self._store.get(name))
 
+    def leave(self) -> None:
+        """Say that this process needs no answer any more; the first one, which may hold the store, waits for that."""
+        end = time.monotonic() + 5
+        with contextlib.suppress(RuntimeError):
+            gone = self._store.add("gone", 1)
+            while self.rank == 0 and gone < self.size and time.monotonic() < end:
+                time.sleep(0.01)
+                gone = self._store.add("gone", 0)
+
     def lost(self) -> BaseException:
         """The error to raise when another process has gone; the first process to notice says it."""
         text = (
@@ -153,6 +162,7 @@ def processes(device: torch.device) -> Iterator[Group]:
             error.rank = rank
         raise
     finally:
+        group.leave()
         dist.destroy_process_group()
 
 
