@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from mosaics.training.plan import plan
 from mosaics.training.recipe import (
     Recipe,
     differences,
@@ -13,9 +14,21 @@ from mosaics.training.recipe import (
     recipe_keys,
     shipped_recipes,
 )
+from mosaics.training.setup import build_config
+
+RECIPES = [
+    "quickstart",
+    "novels-cpu",
+    "memory-mosaics-v2-small",
+    "memory-mosaics-v2-large",
+    "memory-mosaics-v1-babistories",
+    "memory-mosaics-v1-stories-cpu",
+]
+V2_TWIN = {"model.preset": "memory-mosaics-v2-tiny", "model.intermediate_size": 507}
+TRANSFORMER_TWIN = {"model.preset": "transformer-tiny", "model.intermediate_size": 683}
 
 
-@pytest.mark.parametrize("name", ["quickstart", "novels-cpu", "memory-mosaics-v2-small", "memory-mosaics-v2-large"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_load_recipe_reads_every_shipped_recipe(name):
     assert name in shipped_recipes()
     assert isinstance(load_recipe(name), Recipe)
@@ -30,6 +43,29 @@ def test_load_recipe_paper_recipes_are_appendix_c(size, rate, tokens):
     assert (training.learning_rate, training.final_learning_rate_ratio) == (rate, 0.01)
     assert recipe.data.long_documents == "truncate"
     assert 0 <= training.steps * recipe.tokens_per_step - tokens < recipe.tokens_per_step
+
+
+def test_load_recipe_of_babistories_is_as_published():
+    recipe = load_recipe("memory-mosaics-v1-babistories")
+    training, planned = recipe.training, plan(recipe)
+    assert (training.steps, training.batch_size, training.context_length, training.warmup_steps) == (
+        80000,
+        512,
+        512,
+        2000,
+    )
+    assert training.learning_rate * training.final_learning_rate_ratio == pytest.approx(1e-4)
+    assert (training.learning_rate, training.betas, training.weight_decay) == (5e-3, (0.9, 0.95), 0.1)
+    assert planned["micro_batches"] == 64 and planned["parameters"] == 123_588_336
+    config = build_config(recipe)
+    assert (config.dropout, config.attention_dropout, config.embedding_dropout) == (0.05, 0.05, 0.0)
+
+
+@pytest.mark.parametrize("twin", [V2_TWIN, TRANSFORMER_TWIN])
+def test_load_recipe_of_stories_has_twins_of_its_size(twin):
+    ours, other = (plan(load_recipe("memory-mosaics-v1-stories-cpu", change)) for change in ({}, twin))
+    assert ours["tokens"] == other["tokens"] and abs(other["parameters"] / ours["parameters"] - 1) < 1e-3
+    assert abs(other["training_flops"] / ours["training_flops"] - 1) < 0.03
 
 
 def test_load_recipe_resolved_yaml_reads_back_the_same(tmp_path):
