@@ -68,6 +68,15 @@ def test_leaky_average_forms_agree_on_any_shape(time, heads, width, seed, border
             assert relative_error(value, e) < 1e-9
 
 
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("gates, decays", [(1e3, 1e3), (1.0, 1e4), (1e4, 1.0), (1e3, 1e6)])
+def test_leaky_average_forms_agree_however_large_the_logarithms_are(form, gates, decays):
+    (x, gate, decay), _ = inputs(100, borders=True)
+    tensors = x, gate * gates, torch.where(torch.rand_like(decay) < 0.3, decay * decays, decay)
+    for value, e in zip(outputs(tensors, None, form), outputs(tensors, None, "naive"), strict=True):
+        assert relative_error(value, e) < 1e-9
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10**6), st.sampled_from(sorted(FORMS)))
 def test_leaky_average_any_split_equals_whole(pieces, seed, form):

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, normalised, shortened
+from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, floor_of, shortened
 
 CHUNK = 32
+FORGET = -1e5  # exp(FORGET) is 0: a decay below it begins anew
+APART = 1e7  # more than any sum of the logarithms of one chunk
 
 
 def leaky_average(
@@ -16,23 +18,22 @@ def leaky_average(
 ) -> tuple[Tensor, LeakyAverageState]:
     """Equation 8 in chunks of `CHUNK` positions; see `mosaics.ops.leaky_average.leaky_average`."""
     dtype = inputs.dtype
-    inputs, log_gate, log_decay = (at_least_float32(x) for x in (inputs, log_gate, log_decay))
+    inputs = at_least_float32(inputs)
     if state is None:
         state = LeakyAverageState.empty(inputs)
-    averages, scales = _averages(inputs, log_gate, log_decay, *state)
-    directions, norms = normalised(averages)
-    log_norms = scales + norms.log()
-    keys = shortened(directions, log_norms, eps).to(dtype)
-    return keys, LeakyAverageState(directions[..., -1, :], log_norms[..., -1])
+    directions, log_scales = _averages(inputs, log_gate.double(), log_decay.double(), *state)
+    log_scales = log_scales.to(inputs.dtype)
+    keys = shortened(directions, log_scales, eps).to(dtype)
+    return keys, LeakyAverageState(directions[..., -1, :], log_scales[..., -1])
 
 
 def _averages(
     inputs: Tensor, log_gate: Tensor, log_decay: Tensor, first: Tensor, first_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All averages `(batch, heads, time, width)`, each divided by the exponential of its scale `(batch, heads, time)`.
+    """Directions `(batch, heads, time, width)` and log scales `(batch, heads, time)` of all averages.
 
     The start of every chunk is again a leaky average, of the chunks before it: hence the recursion, which is as
-    deep as the logarithm of the length.
+    deep as the logarithm of the length. Logarithms are float64, so that differences of their sums keep their digits.
     """
     time = inputs.shape[2]
     chunks = -(-time // CHUNK)
@@ -44,33 +45,71 @@ def _averages(
         log_decay = F.pad(log_decay, (0, missing))
     inputs, log_gate, log_decay = (x.unflatten(2, (chunks, size)) for x in (inputs, log_gate, log_decay))
 
-    # log_weights[t, i]: what position i of a chunk weighs at position t; column `size` is what came before the chunk.
-    older = torch.ones(size, size, dtype=torch.bool, device=inputs.device).tril(-1)
-    between = log_decay[..., :, None].expand(*log_decay.shape, size).masked_fill(~older, 0.0).cumsum(-2)
-    log_weights = (log_gate[..., None, :] + between).masked_fill(older.T, -torch.inf)
-    since_start = log_decay.cumsum(-1)
+    # A position i of a chunk weighs exp(since[t] + logs[i]) at position t, unless the past is forgotten between them.
+    forgotten = log_decay < FORGET
+    part = forgotten.cumsum(-1) if bool(forgotten.any()) else None
+    since = log_decay.masked_fill(forgotten, 0.0).cumsum(-1)
+    logs = log_gate - since
 
-    first, first_scale = first[:, :, None], first_scale[:, :, None]
+    first, first_scale = first[:, :, None], first_scale[:, :, None].double()
     if chunks > 1:
         # What each chunk but the last adds, seen from its end.
-        ends = log_weights[:, :, :-1, -1]
-        end_scale = _finite_maximum(ends)
-        added = ((ends - end_scale[..., None]).exp()[..., None, :] @ inputs[:, :, :-1]).squeeze(-2)
-        end_scale = end_scale.masked_fill((ends == -torch.inf).all(-1), -torch.inf)
-        later, later_scale = _averages(
-            added, end_scale, since_start[:, :, :-1, -1], first[:, :, 0], first_scale[:, :, 0]
-        )
+        ends, decays = logs[:, :, :-1], since[:, :, :-1, -1]
+        if part is not None:
+            ends = ends.masked_fill(part[:, :, :-1] != part[:, :, :-1, -1:], -torch.inf)
+            decays = decays.masked_fill(part[:, :, :-1, -1] > 0, -torch.inf)
+        most = ends.detach().amax(-1)
+        weights = (ends - most.masked_fill(most == -torch.inf, 0.0)[..., None]).exp().to(inputs.dtype)
+        added = (weights[..., None, :] @ inputs[:, :, :-1]).squeeze(-2)
+        later, later_scale = _averages(added, since[:, :, :-1, -1] + most, decays, first[:, :, 0], first_scale[:, :, 0])
         first = torch.cat([first, later], dim=2)
         first_scale = torch.cat([first_scale, later_scale], dim=2)
 
-    log_weights = torch.cat([log_weights, (since_start + first_scale[..., None])[..., None]], dim=-1)
-    scale = _finite_maximum(log_weights)
-    averages = (log_weights - scale[..., None]).exp() @ torch.cat([inputs, first[..., None, :]], dim=-2)
-    scale = scale.masked_fill((log_weights == -torch.inf).all(-1), -torch.inf)
-    return averages.flatten(2, 3)[:, :, :time], scale.flatten(2, 3)[:, :, :time]
+    # Column 0 is what came before the chunk.
+    logs = torch.cat([first_scale[..., None], logs], dim=-1)
+    if part is not None:
+        part = F.pad(part, (1, 0))
+    most = _running_maximum(logs.detach(), part)
+    directions, norms = _WeightedDirections.apply(torch.cat([first[..., None, :], inputs], dim=-2), logs, most, part)
+    log_scales = since + most + norms.double().log()
+    return directions.flatten(2, 3)[:, :, :time], log_scales.flatten(2, 3)[:, :, :time]
 
 
-def _finite_maximum(log_weights: Tensor) -> Tensor:
-    """The maximum over the last axis, 0 where there is nothing; a constant: the direction does not depend on it."""
-    maximum = log_weights.detach().amax(-1)
-    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+def _running_maximum(logs: Tensor, part: Tensor | None) -> Tensor:
+    """The largest of columns 0 ... t + 1 for each position t, of its own part; -inf where there is nothing. A
+    constant: the average does not depend on it."""
+    if part is None:
+        return logs.cummax(-1).values[..., 1:]
+    most = (logs + APART * part).cummax(-1).values[..., 1:] - APART * part[..., 1:]
+    return most.masked_fill(most < -APART / 2, -torch.inf)
+
+
+class _WeightedDirections(torch.autograd.Function):
+    """Direction and norm of each row of `weights @ vectors`, where weights[t, i] = exp(logs[i] - most[t])."""
+
+    @staticmethod
+    def forward(ctx, vectors: Tensor, logs: Tensor, most: Tensor, part: Tensor | None) -> tuple[Tensor, Tensor]:
+        most = most.masked_fill(most == -torch.inf, 0.0)
+        weights = (logs[..., None, :] - most[..., :, None]).to(vectors.dtype).exp_().tril_(1)
+        if part is not None:
+            weights.masked_fill_(part[..., None, :] != part[..., 1:, None], 0.0)
+        average = weights @ vectors
+        norms, floor = torch.linalg.vector_norm(average, dim=-1), floor_of(average)
+        inverse = norms.clamp_(min=floor).reciprocal().masked_fill_(norms <= floor, 0.0)
+        directions = average.mul_(inverse[..., None])
+        ctx.save_for_backward(vectors, weights, directions, inverse)
+        ctx.set_materialize_grads(False)
+        return directions, norms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_norms: Tensor | None) -> tuple[Tensor | None, ...]:
+        vectors, weights, directions, inverse = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(directions)
+        along = -torch.linalg.vecdot(grad, directions) * inverse
+        if grad_norms is not None:
+            along += grad_norms
+        grad_average = (directions * along[..., None]).addcmul_(grad, inverse[..., None])
+        grad_logs = (grad_average @ vectors.mT).mul_(weights).sum(-2, dtype=torch.float64)
+        return weights.mT @ grad_average, grad_logs, None, None

@@ -32,10 +32,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def floor_of(average: Tensor) -> float:
+    """A norm up to this counts as 0."""
+    return 1e-150 if average.dtype == torch.float64 else 1e-18
+
+
 def normalised(average: Tensor) -> tuple[Tensor, Tensor]:
     """`average` `(..., width)` divided by its norm, and the norm; what is (nearly) 0 gives 0 and no gradient."""
-    floor = 1e-150 if average.dtype == torch.float64 else 1e-18
-    norm = torch.linalg.vector_norm(average, dim=-1)
+    floor, norm = floor_of(average), torch.linalg.vector_norm(average, dim=-1)
     safe = norm.clamp(min=floor)
     return average * safe.reciprocal().masked_fill(norm <= floor, 0.0)[..., None], safe
 
