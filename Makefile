@@ -23,7 +23,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(VENV)/.installed  ## train, export and sample a small Memory Mosaics v2 (4 minutes on two cores)
+quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
 	$(BIN)/mosaics quickstart
 
 test: $(VENV)/.installed-dev  ## all tests (under 10 minutes on two cores)
