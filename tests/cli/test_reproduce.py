@@ -15,10 +15,12 @@ def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
 
 def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):
     code, output, _ = mosaics("reproduce", "--list")
-    assert code == 0 and output.count("at full scale: ") == 15
+    assert code == 0 and output.count("at full scale: ") == 15 + 4
 
 
 def test_reproduce_refuses_in_one_sentence(refused):
     assert "did you mean table3" in refused("reproduce", "tabel3")
     assert "given none" in refused("reproduce")
+    assert "--automata is 'many'" in refused("reproduce", "regbench", "--automata", "many")
+    assert "three-moons can change" in refused("reproduce", "three-moons", "--model.window", "3")
     assert "given table3, table4" in refused("reproduce", "table3", "table4")

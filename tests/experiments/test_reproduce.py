@@ -3,8 +3,9 @@
 import pytest
 from tests.experiments.conftest import MICRO
 
+from mosaics.experiments import claims_v1
 from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, Check, Claim, Term, settings, study_of
-from mosaics.experiments.reproduce import find_claim, judge, reproduce, verdict_text, write_summary
+from mosaics.experiments.reproduce import find_claims, judge, reproduce, verdict_text, write_summary
 from mosaics.experiments.work import Training
 
 TABLES, FIGURES = "1 2 9 10 3 4 12 13".split(), "1 3 4 5 8 12".split()
@@ -34,19 +35,22 @@ def test_claims_are_those_of_the_paper():
     assert set(CLAIMS) == {"abstract", *(f"table{n}" for n in TABLES), *(f"figure{n}" for n in FIGURES)}
 
 
-@pytest.mark.parametrize("claim", CLAIMS.values(), ids=list(CLAIMS))
+V1_STUDIES = [claim for claim in claims_v1.CLAIMS.values() if claim.asks]
+
+
+@pytest.mark.parametrize("claim", [*CLAIMS.values(), *V1_STUDIES], ids=lambda claim: claim.name)
 def test_claim_is_about_what_it_asks(claim):
-    known = settings(changes=MICRO)
+    known = settings(changes=MICRO) | claims_v1.settings(changes=MICRO)
     study = study_of((claim,), known, (0,), "")
-    assert [a.label for a in study.arrangements][0] == "memory-mosaics-v2"
-    assert {a.label for a in study.arrangements} == set(claim.arrangements)
-    asked = {(s.name, e.name): e for s in study.settings for e in s.evaluations}
+    assert study.arrangements[0].label == ("memory-mosaics-v1" if claim in V1_STUDIES else "memory-mosaics-v2")
+    assert tuple(a.label for a in study.arrangements) == claim.arrangements
+    asked = {(s.shown_as, e.name): e for s in study.settings for e in s.evaluations}
     assert set(asked) == set(claim.asks)
     for check in claim.checks:
         for one in (check.left, check.right):
             if one is not None:
                 assert (one.setting, one.evaluation) in asked and one.arrangement in claim.arrangements
-    assert "mosaics" in claim.full_scale and "H100" in claim.full_scale
+    assert "mosaics" in claim.full_scale and (claim in V1_STUDIES or "H100" in claim.full_scale)
 
 
 def test_judge_asks_every_seed():
@@ -93,9 +97,58 @@ def test_fixed_delay_is_that_of_evaluation():
     assert [job.recipe.model.overrides()["train_delay"] for job in jobs] == [[4, 8], [4, 4]]
 
 
-def test_find_claim_names_the_nearest():
+def test_find_claims_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean table3"):
-        find_claim("tabel3")
+        find_claims("tabel3")
+
+
+def test_find_claims_of_a_group_are_those_of_one_paper():
+    assert [claim.name for claim in find_claims("all")] == list(CLAIMS)
+    assert [claim.name for claim in find_claims("v1")] == ["three-moons", "regbench", "babistories", "v1-figure1"]
+    assert [claim.name for claim in find_claims("regbench")] == ["regbench"]
+
+
+def test_reproduce_regbench_learns_from_ever_more_automata(tmp_path):
+    names = ("memory-mosaics-v1", "transformer")
+    claim = claims_v1.CLAIMS["regbench"].model_copy(update={"arrangements": names})
+    known = claims_v1.settings(samples=2, changes=MICRO | {"model.num_pairs": 64}, automata=(8, 4))
+    found = reproduce(claim, known, (0,), tmp_path / "regbench", tmp_path / "cache")
+    for evaluation in ("accuracy", "total variation"):
+        points = {
+            name: {row["x"] for row in found["rows"] if (row["arrangement"], row["evaluation"]) == (name, evaluation)}
+            for name in names
+        }
+        assert points == dict.fromkeys(names, {4, 8})
+    sizes = {m["parameters"] for m in found["models"]}
+    assert max(sizes) < 1.01 * min(sizes) and len(found["models"]) == 4
+    assert len({m["tokens"] for m in found["models"]}) == 1  # whatever the number of automata
+    page = (tmp_path / "regbench" / "report.html").read_text(encoding="utf-8")
+    for words in ("sequences of 4 automata", "sequences of 8 automata", "transformer, published", "budgets differ"):
+        assert words in page
+    assert (tmp_path / "regbench" / "regbench-accuracy.png").is_file()
+    # The first of the checks is about the fewest automata.
+    left = found["verdict"]["checks"][0]["seeds"][0]["left"]
+    (row,) = [r for r in found["rows"] if (r["arrangement"], r["evaluation"], r["x"]) == (names[0], "accuracy", 4)]
+    assert left == row["y"]
+
+
+def test_reproduce_of_v1_on_text_looks_where_it_reads(texts, tmp_path):
+    known = claims_v1.settings(str(texts), samples=4, changes=MICRO | {"model.num_pairs": 64})
+    found = reproduce(claims_v1.CLAIMS["v1-figure1"], known, (0,), tmp_path / "figure", tmp_path / "cache")
+    sizes = {m["arrangement"]: m["parameters"] for m in found["models"]}
+    assert sizes["transformer"] == pytest.approx(sizes["memory-mosaics-v1"], rel=0.01)
+    for name in sizes:
+        shown = [row["y"] for row in found["rows"] if row["arrangement"] == name]
+        assert len(shown) == 16 and min(shown) >= 0 < max(shown)
+
+
+def test_published_curves_of_regbench_are_shown_and_decide_nothing():
+    setting = claims_v1.regbench_setting(100)
+    asked = setting.evaluations[0]
+    assert asked.beside["memory-mosaics-v1, published"][0] == (100, 92.5)
+    assert asked.beside["transformer, published"][-1] == (40000, 95.3)
+    assert setting.data.digest() == claims_v1.regbench_setting(100, samples=3).data.digest()
+    assert setting.data.digest() != claims_v1.regbench_setting(500).data.digest()
 
 
 def test_reproduce_goes_on_from_a_trained_model_and_reports(texts, tmp_path):

@@ -9,7 +9,7 @@ from tests.experiments.conftest import MICRO
 from mosaics.experiments import work
 from mosaics.experiments.compare import arrangements, study
 from mosaics.experiments.report import write_report
-from mosaics.experiments.run import _each, run_study
+from mosaics.experiments.run import run_each, run_study
 from mosaics.experiments.work import Source, Training
 
 
@@ -119,8 +119,8 @@ def test_a_diverged_trial_is_not_taken(tmp_path, monkeypatch):
     assert write_report(found, tmp_path / "report").read_text(encoding="utf-8").count("diverged") == 2
 
 
-def test_each_does_everything_in_several_processes(capsys):
-    _each(str, [(number,) for number in range(5)], 2, "number")
+def test_run_each_does_everything_in_several_processes(capsys):
+    run_each(str, [(number,) for number in range(5)], 2, "number")
     lines = capsys.readouterr().err.splitlines()
     assert {line.split("] ")[1] for line in lines} == {"0", "1", "2", "3", "4"}
     assert [line.split("]")[0] for line in lines] == [f"[number {n} of 5" for n in range(1, 6)]

@@ -1,4 +1,4 @@
-"""`mosaics reproduce`: a claim of the paper in miniature."""
+"""`mosaics reproduce`: a claim of the papers in miniature."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +7,14 @@ from typer import Argument, Context, Option
 
 EXAMPLE = "mosaics reproduce table3 --text 'books/*.txt' --output runs/reproduce"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-OPTIONS = "--output --text --field --seeds --learning-rates --samples --cache --jobs --list --help"
+OPTIONS = "--output --text --field --seeds --learning-rates --samples --automata --cache --jobs --list --help"
 
 
 def reproduce(
     context: Context,
     name: Annotated[
-        str | None, Argument(metavar="NAME", help="A claim, such as table3 or figure4; or all. --list names them.")
+        str | None,
+        Argument(metavar="NAME", help="A claim, such as table3 or regbench; all of v2, or v1. --list names them."),
     ] = None,
     output: Annotated[
         Path, Option(metavar="FOLDER", help="A folder for each claim is made in it: report.html, plots, results.json.")
@@ -24,23 +25,24 @@ def reproduce(
     learning_rates: Annotated[
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
     ] = None,
-    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 200,
+    samples: Annotated[int, Option(help="Questions for each length or number of shots; test automata.")] = 200,
+    automata: Annotated[str, Option(help="Of regbench: automata to learn from, a training each.")] = "100,500,2500",
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers, shared by claims. [OUTPUT/cache]")
     ] = None,
     jobs: Annotated[int, Option(help="Processes that train side by side.")] = 1,
     listed: Annotated[bool, Option("--list", help="Print the claims with their recipes at full scale.")] = False,
 ) -> None:
-    """Say whether a claim of the Memory Mosaics v2 paper holds in miniature, with the numbers of every seed.
+    """Say whether a claim of the Memory Mosaics papers holds in miniature, with the numbers of every seed.
 
     Claims share trained models; what was interrupted goes on where it was. Keys of a recipe's model, training and
     data sections can be given as dotted options; they hold for all trainings.
     """
+    from mosaics.experiments import claims, claims_v1
     from mosaics.experiments import reproduce as of
-    from mosaics.experiments.claims import CLAIMS, settings
 
     if listed:
-        for claim in CLAIMS.values():
+        for claim in of.CLAIMS.values():
             print(f"{claim.name}: {claim.paper}\n  in miniature: {claim.here}\n  at full scale: {claim.full_scale}\n")
         return
     from mosaics.cli.compare import numbers
@@ -50,19 +52,20 @@ def reproduce(
     changes, words = parse_overrides(words, OPTIONS.split())
     if len(words) != 1:
         raise ValueError(
-            f"reproduce takes one claim or all, and was given {', '.join(words) or 'none'}; --list names them"
+            f"reproduce takes one claim, all or v1, and was given {', '.join(words) or 'none'}; --list names them"
         )
-    chosen = list(CLAIMS.values()) if words[0] == "all" else [of.find_claim(words[0])]
-    known = settings(
-        text,
-        field=field,
-        samples=samples,
-        changes=changes,
-        learning_rates=tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else (),
-    )
-    where = cache or output / "cache"
+    chosen = of.find_claims(words[0])
+    common = {
+        "field": field,
+        "samples": samples,
+        "changes": changes,
+        "learning_rates": tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else (),
+    }
+    known = claims.settings(text, **common)
+    known |= claims_v1.settings(text, automata=tuple(numbers("--automata", automata, int)), **common)
+    seeds, where = numbers("--seeds", seeds, int), cache or output / "cache"
     for claim in chosen:
-        results = of.reproduce(claim, known, numbers("--seeds", seeds, int), output / claim.name, where, jobs)
+        results = of.reproduce(claim, known, seeds, output / claim.name, where, jobs, changes)
         print(of.verdict_text(results["verdict"]), flush=True)
         print(f"  report: {output / claim.name / 'report.html'}", flush=True)
         of.write_summary(output)

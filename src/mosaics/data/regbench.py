@@ -163,19 +163,7 @@ class RegBenchStream:
         if automata < 1:
             raise ValueError(f"there are {automata} automata to learn from; take 1 or more")
         self.context_length, self.seed = context_length, seed
-        bench = open_regbench(benchmark)
-        rows: list[list[np.ndarray]] = []
-        room: list[int] = []
-        for number in range(automata):
-            sequence = bench.sequence(split, number)[:context_length]
-            fits = (at for at in range(max(0, len(rows) - _OPEN_ROWS), len(rows)) if room[at] >= len(sequence))
-            at = next(fits, len(rows))
-            if at == len(rows):
-                rows.append([])
-                room.append(context_length)
-            rows[at].append(sequence)
-            room[at] -= len(sequence)
-        self.rows = rows
+        self.rows = _packed(automata, context_length, split, benchmark)
 
     def batch(self, first_sequence: int, count: int) -> dict[str, torch.Tensor]:
         """Rows number `first_sequence` to `first_sequence + count - 1`, as `PackedDataset.batch` gives them.
@@ -204,6 +192,23 @@ class RegBenchStream:
             "attention_mask": ids != PADDING,
             "labels": ids.masked_fill(ids >= LETTERS, -100),
         }
+
+
+@lru_cache(maxsize=4)
+def _packed(automata: int, context_length: int, split: str, benchmark: int) -> list[list[np.ndarray]]:
+    """Every sequence in the first of the newest rows that has room for it."""
+    rows: list[list[np.ndarray]] = []
+    room: list[int] = []
+    for number in range(automata):
+        sequence = open_regbench(benchmark).sequence(split, number)[:context_length]
+        fits = (at for at in range(max(0, len(rows) - _OPEN_ROWS), len(rows)) if room[at] >= len(sequence))
+        at = next(fits, len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(context_length)
+        rows[at].append(sequence)
+        room[at] -= len(sequence)
+    return rows
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
-"""The paper's claims as data: what is trained, what is asked, and what must be greater than what, for every seed.
+"""Claims as data: what is trained, what is asked, and what must be greater than what, for every seed.
 
-Section, table and figure numbers are those of "Memory Mosaics at scale" (Zhang and Bottou, 2025).
+`CLAIMS` are those of "Memory Mosaics at scale" (Zhang and Bottou, 2025), whose section, table and figure numbers they
+bear; those of version 1 are in `claims_v1`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from mosaics.experiments.compare import MULTIPLES, text_setting, world_evaluation, world_setting
 from mosaics.experiments.study import Arrangement, Evaluation, Part, Setting, Study
 
-V2, TRANSFORMER = "memory-mosaics-v2", "transformer"
+V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
 LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "transformer, equal FLOPs"
 ARRANGEMENTS = {
     arrangement.label: arrangement
@@ -20,6 +21,7 @@ ARRANGEMENTS = {
         Arrangement(label=LONG_SHORT, preset="transformer-long-short-tiny"),
         Arrangement(label=FIXED, preset="memory-mosaics-v2-tiny", fixed_delay=True),
         Arrangement(label=EQUAL_FLOPS, preset="transformer-tiny", match="flops"),
+        Arrangement(label=V1, preset="memory-mosaics-v1-regbench"),
     )
 }
 LONG_TERM = ("long_term",)
@@ -61,8 +63,9 @@ class Claim(Part):
         name: as `mosaics reproduce` takes it.
         paper: what the paper says.
         here: what stands for it here.
-        arrangements: labels.
-        asks: (setting, evaluation) pairs.
+        arrangements: labels; the others are matched to the first.
+        asks: (setting, evaluation) pairs, settings by the name that they are shown under; none for an experiment that
+            is no study of language models.
         checks: what must hold.
         full_scale: recipe, data and hardware of the paper's own experiment.
     """
@@ -450,14 +453,14 @@ def study_of(claims: tuple[Claim, ...], known: dict[str, Setting], seeds: tuple[
     """The study that claims need: what they share is done once."""
     asks = {(setting, evaluation) for claim in claims for setting, evaluation in claim.asks}
     chosen = []
-    for name, setting in known.items():
-        mine = tuple(e for e in setting.evaluations if (name, e.name) in asks)
+    for setting in known.values():
+        mine = tuple(e for e in setting.evaluations if (setting.shown_as, e.name) in asks)
         if mine:
             chosen.append(setting.model_copy(update={"evaluations": mine}))
-    labels = {label for claim in claims for label in claim.arrangements}
+    labels = dict.fromkeys(label for claim in claims for label in claim.arrangements)
     return Study(
         title=title,
-        arrangements=tuple(a for label, a in ARRANGEMENTS.items() if label in labels),
+        arrangements=tuple(ARRANGEMENTS[label] for label in labels),
         settings=tuple(chosen),
         seeds=seeds,
     )

@@ -50,7 +50,7 @@ def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | N
         more: further fields of `Setting`.
     """
     budget = {"steps": STEPS.get(world, 200)} | WORLD_TRAINING
-    model, training, data = _changed(WORLD_MODEL, budget, changes)
+    model, training, data = changed(WORLD_MODEL, budget, changes)
     length = training["context_length"]
     tasks = _TITLES if world == "mixed" else [world]
     evaluations = tuple(world_evaluation(task, length, samples) for task in tasks)
@@ -73,7 +73,7 @@ def text_setting(
     corpus: str, *, samples: int = 16, changes: dict[str, Any] | None = None, field: str = "text", **more: Any
 ) -> Setting:
     """Training on text, and the loss at 1 to 8 times the training length."""
-    model, training, data = _changed(TEXT_MODEL, TEXT_TRAINING, changes)
+    model, training, data = changed(TEXT_MODEL, TEXT_TRAINING, changes)
     loss = Evaluation(
         name="loss",
         title="Loss on held-out text",
@@ -84,7 +84,12 @@ def text_setting(
     return Setting(data=Data(corpus=corpus, field=field, **data), model=model, training=training, **fields)
 
 
-def _changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, Any] | None) -> list[dict[str, Any]]:
+def changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Model, training and data after changes by dotted key.
+
+    Raises:
+        ValueError: a key is of no such section.
+    """
     parts = {"model": dict(model), "training": dict(training), "data": {}}
     for dotted, value in (changes or {}).items():
         section, _, key = dotted.partition(".")

@@ -190,7 +190,7 @@ class RegBenchQuestions(Suite):
         plot = {"x": "words before", "y": "total variation", "log_x": False}
         return {
             "tables": {"all": [{"automata": self.automata} | row(found)], "by words before": after},
-            "plot": plot | {"curves": [curve("", after, "words before", "total variation")]},
+            "plot": plot | {"curves": [curve(self.name, after, "words before", "total variation")]},
         }
 
 

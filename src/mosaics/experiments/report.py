@@ -54,7 +54,7 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
             plot = _plot_of(evaluation, rows, results)
             parts.append(draw(plot, folder / f"{_slug(name)}-{_slug(evaluation['name'])}.png"))
             parts.append(_baselines(name, evaluation["name"], results))
-            parts.append(_details("figures", _table(*_grid(rows, evaluation["beside"]))))
+            parts.append(_details("figures", table(*_grid(rows, evaluation["beside"]))))
         for setting in settings:
             models = [m for m in results["models"] if m["setting"] == setting["name"] and not m["trial"]]
             curves = {
@@ -104,7 +104,7 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{_text(shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -166,7 +166,7 @@ def _summary(results: dict[str, Any]) -> str:
     if not lines:
         return ""
     note = '<p class="faint">Mean over seeds, with the lowest and the highest.</p>'
-    return "<h2>At a glance</h2>" + _table(["question", "arrangement", "first", "last"], lines) + note
+    return "<h2>At a glance</h2>" + table(["question", "arrangement", "first", "last"], lines) + note
 
 
 def _range(found: dict[int, float]) -> str:
@@ -201,7 +201,7 @@ def _models(results: dict[str, Any]) -> str:
         ]
         for m in results["models"]
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 # Plots

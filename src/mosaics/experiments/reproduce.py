@@ -1,4 +1,4 @@
-"""`reproduce`: does a claim of the paper hold in miniature, for every seed?"""
+"""`reproduce`: does a claim of the papers hold in miniature, for every seed?"""
 
 from __future__ import annotations
 
@@ -10,44 +10,61 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments.claims import CLAIMS, Check, Claim, Term, study_of
+from mosaics.experiments import claims, claims_v1, three_moons
+from mosaics.experiments.claims import Check, Claim, Term, study_of
 from mosaics.experiments.report import shown, write_report
 from mosaics.experiments.run import run_study
 from mosaics.experiments.study import Setting
 
+CLAIMS = claims.CLAIMS | claims_v1.CLAIMS
+GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS)}
+OWN = {three_moons.NAME: three_moons}  # experiments that are no study of language models
 
-def find_claim(name: str) -> Claim:
-    """A claim by its name.
+
+def find_claims(name: str) -> list[Claim]:
+    """A claim by its name, or a group of them: `all` of Memory Mosaics v2, or those of `v1`.
 
     Raises:
         ValueError: there is none; the nearest name is in the message.
     """
-    if name not in CLAIMS:
-        near = get_close_matches(name, CLAIMS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(CLAIMS)}, all"
+    if name not in CLAIMS and name not in GROUPS:
+        near = get_close_matches(name, [*CLAIMS, *GROUPS], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join([*CLAIMS, *GROUPS])}"
         raise ValueError(f"there is no claim {name!r}; {hint}")
-    return CLAIMS[name]
+    return [CLAIMS[one] for one in GROUPS.get(name, (name,))]
 
 
 def reproduce(
-    claim: Claim, known: dict[str, Setting], seeds: Sequence[int], output: Path, cache: Path, jobs: int = 1
+    claim: Claim,
+    known: dict[str, Setting],
+    seeds: Sequence[int],
+    output: Path,
+    cache: Path,
+    jobs: int = 1,
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train what a claim is about, unless the cache has it, ask, and judge.
 
     Args:
         claim: one of `CLAIMS`.
-        known: settings by name, as `claims.settings` gives them.
+        known: settings by name, as `claims.settings` and `claims_v1.settings` give them.
         seeds: of the trainings.
         output: a folder for report.html, plots and results.json.
         cache: of trained models and answers; claims share it.
         jobs: processes that train side by side.
+        changes: values by dotted key for an experiment that is no study; the settings have them already.
 
     Returns:
         The results of the study with the `verdict` (see `judge`).
     """
-    results = run_study(study_of((claim,), known, tuple(seeds), f"{claim.name}: {claim.paper}"), cache, jobs)
+    title = f"{claim.name}: {claim.paper}"
+    if own := OWN.get(claim.name):
+        results, write = own.run(seeds, changes, cache, jobs), own.write_report
+    else:
+        results, write = run_study(study_of((claim,), known, tuple(seeds), title), cache, jobs), write_report
+    results["study"]["title"] = title
     results["verdict"] = judge(claim, results)
-    write_report(results, output, _head(claim, results["verdict"]))
+    write(results, output, _head(claim, results["verdict"]))
     return results
 
 

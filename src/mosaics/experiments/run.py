@@ -34,9 +34,9 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
     """
     plan = _Plan(study, cache)
     trials = list(plan.trials())
-    _each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
+    run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
     main = list(plan.jobs())
-    _each(_do, [(job, _asked(job), cache) for job in main], jobs, "model")
+    run_each(_do, [(job, _asked(job), cache) for job in main], jobs, "model")
     every = {job.digest: job for job in [*main, *trials]}
     kept = {job.digest for job in main}
     return {
@@ -122,7 +122,7 @@ def _do(job: Training, evaluations: tuple[Evaluation, ...], cache: Path) -> str:
     return str(job)
 
 
-def _each(function: Callable[..., str], tasks: list[tuple], jobs: int, what: str) -> None:
+def run_each(function: Callable[..., str], tasks: list[tuple], jobs: int, what: str) -> None:
     """Calls a function with each of the arguments, in order or side by side."""
 
     def told(number: int, name: str) -> None:
