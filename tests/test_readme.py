@@ -15,7 +15,7 @@ from mosaics.memories import REGISTRY
 from mosaics.training.recipe import Recipe, recipe_keys
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/cli.md"]
+DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/cli.md", "docs/memory-mosaics-v1.md"]
 PAGES = [*DOCUMENTS, "docs/index.md", "docs/reproduction.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += [f"src/mosaics/ops/{op}/README.md" for op in ("kernel_regression", "leaky_average")]
 # Appended to the commands, so that what they start ends within seconds.
