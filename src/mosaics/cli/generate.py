@@ -40,6 +40,9 @@ def stream(model, tokenizer, prompt: str, max_new_tokens: int, temperature: floa
     import transformers
 
     torch.manual_seed(seed)
+    # Nothing but what was asked for: a folder may bring penalties, beams or limits of its own.
+    kept = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**kept)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].shape[1]:
         raise ValueError("the prompt is empty and the tokenizer has no begin-of-text; give a --prompt")

@@ -79,17 +79,24 @@ class PreparedSplit:
         text_bytes: int64, (documents,): UTF-8 bytes of each document's text.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, counts: dict, shard_tokens: int):
-        self._folder, self._shard_tokens = folder, shard_tokens
+    def __init__(self, folder: Path, dtype: np.dtype, counts: dict, shard_tokens: int, vocab_size: int):
+        self._folder, self._shard_tokens, self._vocab_size = folder, shard_tokens, vocab_size
         self.offsets = _load(folder / "offsets.npy")
         self.text_bytes = _load(folder / "text_bytes.npy")
-        self._shards = [
-            np.memmap(folder / _shard_name(index), dtype=dtype, mode="r") for index in range(counts["shards"])
-        ]
+        try:
+            self._shards = [
+                np.memmap(folder / _shard_name(index), dtype=dtype, mode="r") for index in range(counts["shards"])
+            ]
+        except (FileNotFoundError, ValueError):
+            self._shards = []
         stored = sum(len(shard) for shard in self._shards)
         if not (
             len(self.offsets) == counts["documents"] + 1 == len(self.text_bytes) + 1
+            and self.offsets[0] == 0
             and self.offsets[-1] == counts["tokens"] == stored
+            and all(len(shard) == shard_tokens for shard in self._shards[:-1])
+            and (self.offsets[1:] > self.offsets[:-1]).all()
+            and (self.text_bytes >= 0).all()
         ):
             raise ValueError(f"the files of {folder} do not fit together; prepare the corpus again")
 
@@ -104,7 +111,13 @@ class PreparedSplit:
             part = self._shards[shard][first : first + stop - start]
             parts.append(part)
             start += len(part)
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+        ids = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+        if len(ids) and ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"{self._folder} holds token {ids.max()}, and its tokenizer {self._vocab_size} tokens; "
+                "prepare the corpus again"
+            )
+        return ids
 
     def names(self, documents: list[int]) -> list[str]:
         """The corpus's names of documents, given by number; reads the list up to the last of them."""
@@ -155,7 +168,8 @@ class PreparedCorpus:
         self.manifest = manifest
         try:
             self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
-            self.bos_token_id = manifest["tokenizer"]["bos_token_id"]
+            begin = manifest["tokenizer"]["bos_token_id"]
+            self.bos_token_id = None if begin is None else int(begin)
             self.eos_token_id = int(manifest["tokenizer"]["eos_token_id"])
             self.pad_token_id = int(manifest["tokenizer"]["pad_token_id"])
             for name, entry in manifest["files"].items():
@@ -168,8 +182,12 @@ class PreparedCorpus:
             self._dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[manifest["dtype"]]
             exact = manifest["text_bytes"] == "token"
             self.token_bytes = _load(self.folder / "token_bytes.npy") if exact else None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{self.folder / MANIFEST} is damaged ({error!r}); prepare the corpus again") from None
+        special = {self.bos_token_id, self.eos_token_id, self.pad_token_id} - {None}
+        known = not exact or (len(self.token_bytes) == self.vocab_size and self.token_bytes.min() >= 0)
+        if self._shard_tokens < 1 or not known or not all(0 <= token < self.vocab_size for token in special):
+            raise ValueError(f"the files of {self.folder} do not fit together; prepare the corpus again")
 
     def _check(self, name: str, size: int) -> Path:
         path = self.folder / name
@@ -204,7 +222,7 @@ class PreparedCorpus:
         if name not in self._splits or not self._splits[name]["documents"]:
             there = ", ".join(key for key, counts in self._splits.items() if counts["documents"])
             raise ValueError(f"{self.folder} has no documents in split {name!r}; it has: {there}")
-        return PreparedSplit(self.folder / name, self._dtype, self._splits[name], self._shard_tokens)
+        return PreparedSplit(self.folder / name, self._dtype, self._splits[name], self._shard_tokens, self.vocab_size)
 
     def tokenizer(self):
         """The tokenizer that the corpus was prepared with."""
@@ -234,10 +252,14 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 
 def _load(path: Path) -> np.ndarray:
+    """A list of whole numbers."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):  # numpy's words are about pickles, whatever the damage
-        raise ValueError(f"{path} is damaged; remove the folder and prepare the corpus again") from None
+        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OverflowError):  # numpy's words are about pickles, whatever the damage
+        numbers = None
+    if numbers is None or numbers.ndim != 1 or numbers.dtype.kind != "i" or not len(numbers):
+        raise ValueError(f"{path} is damaged; remove the folder and prepare the corpus again")
+    return numbers
 
 
 def _shard_name(index: int) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,6 +52,22 @@ class Record:
     @classmethod
     def of(cls, example: Example, prediction: Any, score: float, **meta: Any) -> "Record":
         return cls(example.id, example.digest, prediction, example.references, float(score), example.meta | meta)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Record":
+        """What `to_dict` gave.
+
+        Raises:
+            TypeError: something else.
+        """
+        record = cls(**values)
+        kinds = {"id": str, "prompt_digest": str, "references": list, "score": int | float, "meta": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(record, name), kind):
+                raise TypeError(f"the {name} of an answer is {getattr(record, name)!r:.50}")
+        if not math.isfinite(record.score):
+            raise TypeError(f"the score of {record.id} is {record.score}")
+        return record
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -116,7 +116,15 @@ def evaluate(
                 stream.flush()
             records += [answered.get(example.id) or done[example.id] for example in block]
             advance(len(block))
-    result = header | {"examples": [record.to_dict() for record in records], "summary": suite.summarise(records)}
+    try:
+        summary = suite.summarise(records)
+    except (KeyError, TypeError, ValueError) as error:
+        if not done:
+            raise
+        raise ValueError(
+            f"{output / 'examples.jsonl'} has an answer that can't be counted ({error!r}); remove it and evaluate again"
+        ) from error
+    result = header | {"examples": [record.to_dict() for record in records], "summary": summary}
     if output is not None:
         save(result, output)
     return result
@@ -180,15 +188,20 @@ def _blocks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 def _open_log(path: Path, header: dict[str, Any]) -> dict[str, Record]:
     """The answers that are there already; a line that was cut off is dropped."""
-    lines = io.StringIO(path.read_text(encoding="utf-8")).readlines() if path.exists() else []
+    lines, records = [], []
+    try:
+        lines = io.StringIO(path.read_text(encoding="utf-8")).readlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged (byte {error.start}); remove it and evaluate again") from None
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    records = []
     if lines:
         try:
             before, *records = (json.loads(line) for line in lines)
-            records = [Record(**record) for record in records]
-        except (ValueError, TypeError) as error:
+            if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
+                raise TypeError("its first line holds no settings")
+            records = [Record.from_dict(record) for record in records]
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and evaluate again") from None
         _refuse_other(before, header, path.parent)
     _write(path, "".join(lines or [json.dumps(header, ensure_ascii=False) + "\n"]).encode())
@@ -197,7 +210,7 @@ def _open_log(path: Path, header: dict[str, Any]) -> dict[str, Record]:
 
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     now = json.loads(json.dumps(now))
-    before, now = (header | header.get("settings", {}) | {"settings": None} for header in (before, now))
+    before, now = (header | header["settings"] | {"settings": None} for header in (before, now))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             difference = f"{key} {before.get(key)!r} instead of {now.get(key)!r}"

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,7 +61,10 @@ def load_config(source: str | Path):
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder or of a name on the hub; raises as `load_config`."""
-    return _load(AutoTokenizer, source)
+    tokenizer = _load(AutoTokenizer, source)
+    with _sentences(source):
+        tokenizer.decode(tokenizer("a").input_ids)  # what is wrong with some shows only in use
+    return tokenizer
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
@@ -139,8 +144,15 @@ def _load(kind: type, source: str | Path, **options: Any):
         options |= where_to_look()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
+    with _sentences(source):
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
+
+
+@contextmanager
+def _sentences(source: str | Path) -> Iterator[None]:
+    """Turns what loading `source` may raise into one sentence."""
+    try:
+        yield
     except OSError as error:
         if str(source) in str(error):
             raise

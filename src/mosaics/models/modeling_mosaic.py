@@ -134,7 +134,13 @@ class MosaicModel(MosaicPreTrainedModel):
             context.draw = None
         if order is not None:
             given = given.gather(1, order if inputs_embeds is None else order[..., None].expand_as(given))
-        x = self.embed_tokens(given) if inputs_embeds is None else given
+        try:
+            x = self.embed_tokens(given) if inputs_embeds is None else given
+        except IndexError:
+            raise ValueError(
+                f"input_ids has tokens from {given.min()} to {given.max()}; give tokens from 0 to "
+                f"{self.config.vocab_size - 1}."
+            ) from None
         context.embeddings = x
         dropout = self.config.embedding_dropout
         x = F.dropout(x, self.config.dropout if dropout is None else dropout, self.training)
