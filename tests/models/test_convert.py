@@ -100,6 +100,20 @@ def test_matched_twins_are_equal(by, size):
     assert matched(twin, ours, by).intermediate_size > twin.intermediate_size == ours.intermediate_size
 
 
+def test_matched_widens_what_the_arrangement_has():
+    ours, other = (MosaicConfig.from_preset(f"memory-mosaics-{v}-tiny", tie_word_embeddings=True) for v in ("v1", "v2"))
+    found = matched(ours, other)
+    sizes = []
+    for config in (found, other):
+        with torch.device("meta"):
+            sizes.append(MosaicForCausalLM(config).describe()["parameters"]["total"])
+    assert abs(sizes[0] / sizes[1] - 1) < 2e-3 and found.num_pairs > ours.num_pairs
+    attention = [{"type": "attention", "options": {"num_attention_heads": 4}}]
+    alone = MosaicConfig(vocab_size=9, hidden_size=8, blocks=[{"repeat": 1, "steps": [attention]}])
+    with pytest.raises(ValueError, match="there are 0"):
+        matched(alone, other)
+
+
 def test_matched_refuses_a_size_out_of_reach():
     small = MosaicConfig.from_preset("transformer-tiny", num_hidden_layers=1, intermediate_size=8)
     with pytest.raises(ValueError, match="lower its number of blocks"):

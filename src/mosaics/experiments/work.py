@@ -108,10 +108,11 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
     config, sizes = _config(arrangement, setting, _vocabulary(setting.data))
     if arrangement.match is None or arrangement == first:
         return sizes
-    from mosaics.models.matching import matched
+    from mosaics.models.matching import matched, width_option
 
     other, _ = _config(first, setting, _vocabulary(setting.data))
-    return sizes | {"intermediate_size": matched(config, other, by=arrangement.match).intermediate_size}
+    option = width_option(config)
+    return sizes | {option: getattr(matched(config, other, by=arrangement.match), option)}
 
 
 @lru_cache

@@ -311,6 +311,7 @@ class Memory(nn.Module):
 
     Options: ClassVar[type]
     type: ClassVar[str]
+    width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
 
     def __init__(self, options: Any, common: Common, layer_index: int) -> None:
         super().__init__()

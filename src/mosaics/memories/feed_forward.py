@@ -19,6 +19,8 @@ class FeedForwardMemory(Memory):
         ValueError: the inner width is below 1.
     """
 
+    width_option = "intermediate_size"
+
     @dataclass(frozen=True)
     class Options:
         """`intermediate_size` is the inner width d'."""

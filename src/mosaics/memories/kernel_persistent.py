@@ -26,6 +26,8 @@ class KernelPersistentMemory(Memory):
         ValueError: the width is not a multiple of the number of heads, eps is negative, or there are no pairs.
     """
 
+    width_option = "num_pairs"
+
     @dataclass(frozen=True)
     class Options:
         """`num_banks` sets of `num_pairs` learned pairs for each of `num_attention_heads` heads; the others are those

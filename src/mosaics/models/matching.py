@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from mosaics.memories import REGISTRY
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
@@ -13,7 +14,7 @@ from mosaics.models.modeling_mosaic import MosaicForCausalLM
 def matched(
     config: MosaicConfig, other: MosaicConfig, by: str = "parameters", context_length: int | None = None
 ) -> MosaicConfig:
-    """`config` with the `intermediate_size` that brings it nearest to `other`.
+    """`config` with the `width_option` that brings it nearest to `other`.
 
     Args:
         config: the arrangement to change; its vocabulary and width should be those of `other`.
@@ -22,10 +23,11 @@ def matched(
         context_length: for `"flops"`, in tokens; by default the training context of `other`.
 
     Raises:
-        ValueError: `by` is something else, or no width of at least 1 meets the size.
+        ValueError: `by` is something else, no width of at least 1 meets the size, or there is nothing to widen.
     """
     if by not in ("parameters", "flops"):
         raise ValueError(f"Twins are matched by 'parameters' or 'flops', not by {by!r}.")
+    option = width_option(config)
     context_length = context_length or other.max_position_embeddings
 
     def size(of: MosaicConfig) -> float:
@@ -35,7 +37,7 @@ def matched(
 
     def resized(width: int) -> MosaicConfig:
         changed = copy.deepcopy(config)
-        changed.intermediate_size = width
+        setattr(changed, option, width)
         return changed
 
     base, step = size(resized(1)), size(resized(2)) - size(resized(1))  # linear in the width
@@ -45,3 +47,16 @@ def matched(
             f"Even without a persistent memory this arrangement has more {by}; lower its number of blocks."
         )
     return resized(width)
+
+
+def width_option(config: MosaicConfig) -> str:
+    """The option that says how wide the persistent memories of a mosaic are, e.g. `intermediate_size` or `num_pairs`.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    memories = {memory["type"] for steps in config.block_steps() for step in steps for memory in step}
+    options = {REGISTRY[name].width_option for name in memories} - {None}
+    if len(options) != 1:
+        raise ValueError(f"One option has to say how wide the persistent memories are; there are {len(options)}.")
+    return options.pop()
