@@ -39,6 +39,9 @@ class State:
         """Cut the state off the graph that made it."""
         self.map(Tensor.detach)
 
+    def release(self) -> None:
+        """Let go of room that is only there to grow into."""
+
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
@@ -230,9 +233,14 @@ class Pairs(State):
             self.keys = layout.align(self.keys[:, :, : self.used])
             self.values = layout.align(self.values[:, :, : self.used])
         if self.limit is not None and self.used > 4 * self.limit + 64:
-            self.keys = self.keys[:, :, self.used - self.limit : self.used].clone()
-            self.values = self.values[:, :, self.used - self.limit : self.used].clone()
-            self.used = self.limit
+            self.release()
+
+    def release(self) -> None:
+        kept = self.used if self.limit is None else min(self.used, self.limit)
+        if kept and self.keys.shape[2] > kept:
+            self.keys = self.keys[:, :, self.used - kept : self.used].clone()
+            self.values = self.values[:, :, self.used - kept : self.used].clone()
+            self.used = kept
 
 
 def _grown(x: Tensor, capacity: int) -> Tensor:

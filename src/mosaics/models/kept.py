@@ -1,0 +1,190 @@
+"""What a mosaic remembers of a context, in a file: read a long document once, ask it many times."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from mosaics.memories import Rows, State
+from mosaics.models.cache import close_cache, open_cache
+from mosaics.models.modeling_mosaic import MosaicForCausalLM
+
+FORMAT = "mosaics-memory-1"
+CHUNK = 4096
+
+
+@torch.inference_mode()
+def read_context(model: MosaicForCausalLM, input_ids: Tensor, chunk: int = CHUNK) -> DynamicCache:
+    """Read a context in chunks, so that the room it takes hardly grows with its length.
+
+    Args:
+        model: at evaluation.
+        input_ids: `(batch, time)`, integers, no padding.
+        chunk: positions in a pass.
+
+    Returns:
+        The cache, to be continued by `model.generate` or `model`.
+    """
+    cache = DynamicCache(config=model.config)
+    for piece in input_ids.split(chunk, dim=1):
+        model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def save_memory(
+    path: str | Path,
+    model: MosaicForCausalLM,
+    cache: DynamicCache,
+    input_ids: Tensor,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Write what the model remembers of a context, as safetensors, whole or not at all.
+
+    Args:
+        path: the file.
+        model: which filled the cache.
+        cache: after the model read `input_ids`; it can be used further.
+        input_ids: `(1, time)`, the context; it is kept too, since `generate` wants it.
+        dtype: of the stored pairs, by far the most of it; None keeps theirs.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: there is more than one row, or the cache holds another context or other memories than the model has.
+    """
+    state, rows, positions = open_cache(cache, model.model.stack)
+    if input_ids.shape != (1, positions):
+        raise ValueError(
+            f"input_ids is {tuple(input_ids.shape)} and the cache holds {positions} positions of one row; give the "
+            "context that was read, (1, time)"
+        )
+    tensors: dict[str, Tensor] = {"input_ids": input_ids.to(torch.int32)}
+    plain: dict[str, Any] = {}
+    for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+        _flatten(name, part, tensors, plain)
+    widths = {}
+    for name, x in tensors.items():
+        if dtype is not None and name.endswith((".pairs.keys", ".pairs.values")):
+            widths[name] = str(x.dtype).removeprefix("torch.")
+            tensors[name] = x.to(dtype)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    about = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "plain": plain,
+        "widths": widths,
+        "sha256": _digest(tensors),
+    }
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        save_file(tensors, temporary, {"mosaics": json.dumps(about)})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1) -> tuple[DynamicCache, Tensor]:
+    """Take up what was remembered of a context.
+
+    Answers equal those after the whole prompt (but for what a narrower dtype of the pairs loses).
+
+    Args:
+        path: a file that `save_memory` wrote.
+        model: the same model, with the same memories.
+        batch_size: questions to be asked at once; every row of the cache is the context.
+
+    Returns:
+        The cache and the context `(batch_size, time)`: give `generate` the context with the question behind it, and the
+        cache as `past_key_values`.
+
+    Raises:
+        ValueError: the file is damaged, no such memory, or another model's.
+        OSError: the file can't be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no memory {path}; generate with --save-memory writes one")
+    try:
+        with safe_open(path, "pt", device=str(model.device)) as file:
+            about = json.loads((file.metadata() or {}).get("mosaics", "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"{path} is no memory that mosaics wrote; generate with --save-memory writes one")
+            if about["model"] != fingerprint(model):
+                raise ValueError(f"{path} was written by another model; use that one, or read the document again")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about["sha256"] != _digest(tensors):
+            raise ValueError(f"{path} has changed since it was written (its SHA-256 differs); read the document again")
+        for name, width in about["widths"].items():
+            tensors[name] = tensors[name].to(getattr(torch, width))
+        input_ids = tensors["input_ids"].long()
+        stack, rows = model.model.stack, Rows()
+        cache = DynamicCache(config=model.config)
+        state, _, _ = open_cache(cache, stack)
+        for name, part in [("rows", rows), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+            _fill(name, part, tensors, about["plain"])
+    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); read the document again") from None
+    close_cache(cache, stack, state, rows, input_ids.shape[1])
+    cache.batch_repeat_interleave(batch_size)
+    return cache, input_ids.expand(batch_size, -1)
+
+
+def fingerprint(model: MosaicForCausalLM) -> str:
+    """Tells models apart: SHA-256 of the config, and of 64 values of every parameter."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, values.numel() // 64)].double().cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+    elif isinstance(value, State):
+        value.release()
+        for field in dataclasses.fields(value):
+            _flatten(f"{name}.{field.name}", getattr(value, field.name), tensors, plain)
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            _flatten(f"{name}.{number}", part, tensors, plain)
+    else:
+        plain[name] = value
+
+
+def _fill(name: str, state: State, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    for field in dataclasses.fields(state):
+        path, value = f"{name}.{field.name}", getattr(state, field.name)
+        if isinstance(value, State):
+            _fill(path, value, tensors, plain)
+        elif isinstance(value, list):
+            for number, part in enumerate(value):
+                if isinstance(part, State):
+                    _fill(f"{path}.{number}", part, tensors, plain)
+        else:
+            setattr(state, field.name, tensors[path] if path in tensors else plain[path])
