@@ -63,6 +63,15 @@ def test_optimisation_step_gives_every_micro_batch_the_draw_of_the_step(tiny, da
     assert seen == [draw_step(0, 5)] * 4
 
 
+def test_optimisation_step_drops_out_other_units_in_every_micro_batch(tiny, data):
+    recipe = tiny({"training.micro_batch_size": 1, "model.dropout": 0.5})
+    model = build_model(build_config(recipe)).train()
+    states = []
+    model.register_forward_pre_hook(lambda module, args: states.append(torch.get_rng_state().numpy().tobytes()))
+    optimisation_step(model, make_optimizer(model, recipe.training), data, recipe, 5, torch.float32)
+    assert len(set(states)) == 4
+
+
 def test_optimisation_step_is_the_same_when_done_again_and_differs_by_seed(tiny, data):
     torch.manual_seed(1)
     model = build_model(build_config(tiny())).train()

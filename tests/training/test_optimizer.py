@@ -1,8 +1,9 @@
 """Schedule, parameter groups and the draws of a step."""
 
 import pytest
+import torch
 
-from mosaics.training.draws import draw_step
+from mosaics.training.draws import draw_step, seed_step
 from mosaics.training.optimizer import learning_rate, make_optimizer
 from mosaics.training.recipe import TrainingSection
 from mosaics.training.setup import build_config, build_model
@@ -32,6 +33,16 @@ def test_make_optimizer_decays_matrices_only(tiny):
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if name in undecayed else 0.1), name
         assert parameter.dim() >= 2 or name in undecayed
+
+
+def test_seed_step_gives_every_row_of_every_step_other_dropout():
+    def numbers(*where):
+        seed_step(*where)
+        return tuple(torch.rand(4).tolist())
+
+    places = [(seed, step, row) for seed in (0, 1) for step in (1, 2) for row in (0, 4, 8)]
+    assert len({numbers(*place) for place in places}) == len(places)
+    assert numbers(0, 1, 4) == numbers(0, 1, 4) and numbers(0, 1) == numbers(0, 1, 0)
 
 
 def test_draw_step_depends_on_seed_and_step_alone_and_reaches_both_ends():

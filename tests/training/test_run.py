@@ -234,6 +234,69 @@ def test_train_names_the_documents_of_a_loss_that_is_not_finite(tmp_path, tiny, 
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
+def _not_finite_at(monkeypatch, *steps):
+    """Make the loss of some steps infinite, as an overflow in the last layer would."""
+    step = module.optimisation_step
+
+    def broken(model, optimizer, data, recipe, number, *others):
+        handle = None
+        if number in steps:
+            handle = model.lm_head.register_forward_hook(lambda *call: call[-1] * float("inf"))
+        try:
+            return step(model, optimizer, data, recipe, number, *others)
+        finally:
+            if handle:
+                handle.remove()
+
+    monkeypatch.setattr(module, "optimisation_step", broken)
+
+
+def test_train_skips_a_step_that_is_not_finite_when_the_recipe_says_so(tmp_path, tiny, monkeypatch, capsys):
+    _not_finite_at(monkeypatch, 3, 4)
+    recipe = tiny({"training.if_not_finite": "skip"})
+    assert train(recipe, tmp_path / "run").finished
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 5, 6]
+    skipped = [line for line in lines if "error" in line]
+    assert [(line["step"], line["skipped"]) for line in skipped] == [(3, True), (4, True)]
+    assert len(skipped[0]["documents"]) == 4 and skipped[0]["documents"][0][0].endswith(".txt")
+    assert "the loss of step 3 (sequences 8 to 11 of the stream) is nan" in capsys.readouterr().out
+    # The steps were left out, not repeated: parameters as they were, schedule and data went on.
+    two, four = (checkpoint_folder(tmp_path / "run" / "checkpoints", step) for step in (2, 4))
+    assert (two / "model.safetensors").read_bytes() == (four / "model.safetensors").read_bytes()
+    assert json.loads((four / "state.json").read_text())["skipped"] == 2
+    _cut(tmp_path / "run", 4)
+    assert train(recipe, tmp_path / "run").finished
+    assert _losses(tmp_path / "run") == [
+        {key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines
+    ]
+
+
+def test_train_stops_when_too_many_steps_in_a_row_are_skipped_also_after_a_resume(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SKIPPED", 3)
+    _not_finite_at(monkeypatch, 2, 3, 4)
+    recipe = tiny({"training.if_not_finite": "skip"})
+    for _ in range(2):  # the second time, the count of those before the checkpoint comes from there
+        with pytest.raises(ValueError, match="the loss of step 4"):
+            train(recipe, tmp_path / "run")
+        assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (last["step"], last["skipped"]) == (4, False)
+
+
+def test_train_stops_at_a_damaged_checkpoint_when_the_recipe_says_so(tmp_path, tiny):
+    recipe, run = tiny({"checkpoint.if_damaged": "stop"}), tmp_path / "run"
+    train(recipe, run)
+    _cut(run, 4)
+    newest = checkpoint_folder(run / "checkpoints", 4)
+    (newest / "state.json").write_text("{}")
+    for _ in range(2):  # nothing was moved
+        with pytest.raises(ValueError, match="state.json has .*; checkpoint.if_damaged is stop, so move step-00000004"):
+            train(recipe, run)
+    newest.rename(tmp_path / "away")
+    assert train(recipe, run).finished
+
+
 def _wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
     end = time.monotonic() + 100
     while len(read_metrics(run / "metrics.jsonl")) < steps:

@@ -166,7 +166,17 @@ def processes(device: torch.device) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+@contextmanager
+def pretended(size: int) -> Iterator[Group]:
+    """The first of so many processes that are not there, to see how a model would be sharded."""
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=size)
+    try:
+        yield Group(0, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, group: Group, device: torch.device, dtype: torch.dtype) -> list[tuple[str, int]]:
     """Shard a model on the meta device over the processes, in place; the shards get storage, not values.
 
     Every block is a unit that is gathered before it is used, and what lies outside the blocks is another. Gradients
@@ -178,27 +188,35 @@ def shard(model: nn.Module, group: Group, device: torch.device, dtype: torch.dty
         group: the processes.
         device: where the shards go; `meta` leaves them without storage.
         dtype: of the matrix products.
+
+    Returns:
+        The units, the whole model as the last: name (as in `named_modules`) and bytes when gathered.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh("cpu" if device.type == "meta" else device.type, (group.size,))
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.model.stack.blocks:
-        for memory in block.memories() if dtype != torch.float32 else ():
-            if _is_linear(memory):
-                fully_shard(memory, mesh=mesh, mp_policy=rounded)
-        fully_shard(block, mesh=mesh, mp_policy=whole)
-    if dtype != torch.float32 and model.lm_head.weight is not model.model.embed_tokens.weight:
-        fully_shard(model.lm_head, mesh=mesh, mp_policy=rounded)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
+    rounded: set[nn.Module] = set()
+    if dtype != torch.float32:
+        rounded = {memory for memory in model.model.stack.memories() if _is_linear(memory)}
+        if model.lm_head.weight is not model.model.embed_tokens.weight:
+            rounded.add(model.lm_head)
+    units, seen = [], set()
+    for name, module in reversed(list(model.named_modules())):  # inner ones first
+        if module in rounded or module in set(model.model.stack.blocks) or module is model:
+            kind = dtype if module in rounded else torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            own = {f"{name}.{inner}".strip("."): p.numel() for inner, p in module.named_parameters()}
+            units.append((name, sum(own[inner] for inner in own.keys() - seen) * kind.itemsize))
+            seen |= own.keys()
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     if device.type != "meta":
         model.to_empty(device=device)
+    return units
 
 
 def _is_linear(memory: Memory) -> bool:

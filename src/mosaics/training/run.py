@@ -40,7 +40,15 @@ from mosaics.training.metrics import Metrics, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
 from mosaics.training.recipe import Recipe, differences, load_recipe
-from mosaics.training.setup import build_config, build_model, pick_device, pick_precision, place_model, prepare_data
+from mosaics.training.setup import (
+    build_config,
+    build_model,
+    check_sharing,
+    pick_device,
+    pick_precision,
+    place_model,
+    prepare_data,
+)
 from mosaics.training.validation import evaluate
 
 if TYPE_CHECKING:
@@ -86,7 +94,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
         data: dict[str, PackedDataset] = {}
 
         def begin() -> dict[str, Any]:
-            _check_sharing(recipe, group)
+            check_sharing(recipe, group.size)
             _check_folder(folder, recipe, resume)
             held.enter_context(_locked(folder))
             if not (folder / "recipe.yaml").exists():  # a run that has started needs its corpus no more
@@ -289,14 +297,6 @@ def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> "dict[str, Pack
         split: PackedDataset(data_of(folder, recipe), split, recipe.training.context_length, seed=seed, **options)
         for split, seed in (("train", recipe.seed), ("validation", 0))
     }
-
-
-def _check_sharing(recipe: Recipe, group: Group) -> None:
-    if recipe.training.batch_size % group.size:
-        raise ValueError(
-            f"training.batch_size is {recipe.training.batch_size}, which {group.size} processes can't share equally; "
-            "start as many as divide it"
-        )
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:

@@ -72,6 +72,19 @@ def build_model(config: "MosaicConfig", *, meta: bool = False) -> "MosaicForCaus
         raise ValueError(f"no tensor can be as large as the model's sizes say ({error}); lower them") from None
 
 
+def check_sharing(recipe: Recipe, processes: int) -> None:
+    """Refuse a number of processes that can't share a batch equally.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if recipe.training.batch_size % processes:
+        raise ValueError(
+            f"training.batch_size is {recipe.training.batch_size}, which {processes} processes can't share equally; "
+            "take as many as divide it"
+        )
+
+
 def place_model(
     config: "MosaicConfig", seed: int, device: torch.device, dtype: torch.dtype, group: Group, *, fresh: bool
 ) -> "MosaicForCausalLM":
