@@ -1,6 +1,5 @@
 """`mosaics generate`: continue a prompt."""
 
-import math
 import sys
 from typing import Annotated
 
@@ -20,8 +19,8 @@ def generate(
     """Continue a prompt and stream the text to standard output."""
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"--temperature is {temperature}; it must be a number from 0 up")
+    if temperature and not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"--temperature is {temperature}; it must be 0, or a number from 0.000001 to 1000000")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p is {top_p}; it must be above 0 and at most 1")
     if not 0 <= seed < 2**63:

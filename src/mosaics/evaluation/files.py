@@ -7,26 +7,30 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MAX_BYTES = 1 << 30  # of a file, unpacked
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     """The text of a file, unpacked if it ends in .gz or .xz.
 
     Raises:
-        ValueError: a damaged archive, or other bytes than the encoding's.
+        ValueError: a damaged archive, other bytes than the encoding's, or more than 1 GiB.
         OSError: it can't be read.
     """
-    data = Path(path).read_bytes()
+    with open(path, "rb") as raw:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix)
+        try:
+            data = (opener(raw) if opener else raw).read(MAX_BYTES + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{path} is a damaged archive ({error}); get it again") from None
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path} holds more than {MAX_BYTES} bytes; cut it into several files")
     try:
-        if Path(path).suffix == ".gz":
-            data = gzip.decompress(data)
-        elif Path(path).suffix == ".xz":
-            data = lzma.decompress(data)
         return data.decode(encoding)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path} is a damaged archive ({error}); get it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not {encoding} at byte {error.start}; convert it") from None
 
@@ -38,13 +42,35 @@ def read_json(path: str | Path) -> Any:
         if ".jsonl" in Path(path).name:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); get it again") from None
 
 
 def read_csv(path: str | Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV file with a header."""
     return csv.DictReader(io.StringIO(read_text(path)))
+
+
+@contextmanager
+def known_form(*paths: str | Path) -> Iterator[None]:
+    """Turns what a reader stumbles over in files of another form into one sentence.
+
+    Raises:
+        ValueError: the files are of another form.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise ValueError(
+            f"{' or '.join(map(str, paths))} is not of the known form ({error!r}); get the published file"
+        ) from error
+
+
+def texts(*values: Any) -> None:
+    """Raises `TypeError` unless all are text; for use within `known_form`."""
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r:.50} where text belongs")
 
 
 def fields(path: str | Path, record: Any, *names: str) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mosaics.evaluation.example import Example, Prompts, Record
-from mosaics.evaluation.files import fields, read_csv, read_json, read_text
+from mosaics.evaluation.files import fields, known_form, read_csv, read_json, read_text, texts
 from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped
 
 _FORMAT = "The predict answer must come from the demonstration examples with the exact format."
@@ -160,7 +160,11 @@ class InContextLearning(Suite):
         if task == "synthetic":
             train, test = synthetic(draw, self.classes, max(self.shots), self.samples, self.noise)
         else:
-            train, test = READERS[task][1](self.data, draw)
+            names, read = READERS[task]
+            with known_form(*(self.data[name] for name in names)):
+                train, test = read(self.data, draw)
+                for item in (*train, *test):
+                    texts(item.text, item.label)
         by_class: dict[str, list[Item]] = defaultdict(list)
         for item in train:
             by_class[item.label].append(item)

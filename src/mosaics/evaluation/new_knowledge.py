@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mosaics.evaluation.example import Example, Prompts, Record
-from mosaics.evaluation.files import fields, read_json
+from mosaics.evaluation.files import fields, known_form, read_json, texts
 from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped, mean
 
 _INSTRUCTION = (
@@ -153,7 +153,10 @@ class NewKnowledge(Suite):
                 kind, source = NEEDLES[task]
                 build = _Needles(scorer, task, kind, self._haystack(source), self.seed)
             else:
-                documents, questions = READERS[task](self.data[task])
+                with known_form(self.data[task]):
+                    documents, questions = READERS[task](self.data[task])
+                    for question in questions:
+                        texts(question.id, question.text, *question.answers)
                 maker = _Published if self.construction == "published" else _Drawn
                 build = maker(scorer, task, documents, questions, self.seed)
             for length in self.lengths:

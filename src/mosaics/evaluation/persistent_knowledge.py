@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from mosaics.evaluation.example import Example, Prompts, Record
-from mosaics.evaluation.files import fields, read_json
+from mosaics.evaluation.files import fields, known_form, read_json, texts
 from mosaics.evaluation.results import Row, Suite, grouped, mean, wilson
 
 STAYS, FALLS, OTHER = "first 13", "last 6", "not in the paper"
@@ -128,9 +128,11 @@ class PersistentKnowledge(Suite):
         """Solved questions as a prefix, and the questions to ask."""
         read = FORMATS[task]
         found = []
-        for number, record in enumerate(read_json(self.data[task])):
-            if (example := read(self.data[task], record, f"{task}/{number}")) is not None:
-                found.append(example)
+        with known_form(self.data[task]):
+            for number, record in enumerate(read_json(self.data[task])):
+                if (example := read(self.data[task], record, f"{task}/{number}")) is not None:
+                    texts(example.prompt, *example.references, *(example.choices or ()))
+                    found.append(example)
         order = random.Random(f"{task}/{self.seed}").sample(range(len(found)), len(found))
         if len(found) <= self.fewshot:
             raise ValueError(f"{self.data[task]} has {len(found)} questions; ask for fewer --fewshot")

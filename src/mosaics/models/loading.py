@@ -92,7 +92,20 @@ def load_model(source: str | Path) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} has a tensor that is not finite, {name}; train or get it again")
+    if own:
+        _check_special_tokens(source, model)
     return model.eval()
+
+
+def _check_special_tokens(source: str | Path, model: PreTrainedModel) -> None:
+    """Refuse special tokens that are none of the vocabulary; transformers would stumble over them while generating."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(model.generation_config, name)
+        for token in given if isinstance(given, list) else [] if given is None else [given]:
+            if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
+                raise ValueError(
+                    f"{source}: {name} is {given!r} in generation_config.json, which is no token; correct it"
+                )
 
 
 def write_manifest(folder: Path) -> None:
