@@ -53,3 +53,36 @@ def test_generate_refuses_what_is_no_model(refused, small_run, tmp_path):
     assert "damaged" in refused("generate", damaged, "--prompt", "x")
     (damaged / "config.json").write_text("{")
     refused("generate", damaged, "--prompt", "x")
+
+
+def test_generate_from_a_memory_answers_as_after_reading_the_document(mosaics, small_run, tmp_path):
+    document, memory = tmp_path / "doc.txt", tmp_path / "doc.memory"
+    document.write_text("import os\n\n\ndef path(name):\n    return os.path.join('a', name)\n" * 20, encoding="utf-8")
+    more = ["--max-new-tokens", 8, "--temperature", 0]
+    questions = ["--prompt", "def ", "--prompt", "import os, sys\nclass ", "--prompt", "x"]
+    code, read, error = mosaics("generate", small_run, "--context-file", document, *questions, *more)
+    assert code == 0 and "read " in error
+    code, output, error = mosaics("generate", small_run, "--context-file", document, "--save-memory", memory)
+    assert (code, output) == (0, "") and f"{memory.stat().st_size:,} bytes" in error
+    document.unlink()
+    code, asked, error = mosaics("generate", small_run, "--memory", memory, *questions, *more)
+    assert code == 0 and asked == read and "took up" in error
+    alone = [mosaics("generate", small_run, "--memory", memory, *questions[i : i + 2], *more)[1] for i in (0, 2, 4)]
+    assert "".join(alone) == asked
+    assert asked.startswith("def ") and mosaics("generate", small_run, *questions, *more)[1] != asked
+
+
+def test_generate_refuses_impossible_memories(refused, small_run, tmp_path):
+    document, memory = tmp_path / "doc.txt", tmp_path / "doc.memory"
+    document.write_bytes(b"caf\xe9")
+    words = ["generate", small_run]
+    assert "give a --prompt" in refused(*words)
+    assert "no UTF-8 text" in refused(*words, "--context-file", document, "--prompt", "x")
+    assert "no folder" in refused(*words, "--context-file", document, "--save-memory", tmp_path / "no" / "doc.memory")
+    assert "--context-file" in refused(*words, "--save-memory", memory, "--prompt", "x")
+    assert "leave one out" in refused(*words, "--memory", memory, "--context-file", document, "--prompt", "x")
+    assert "there is no memory" in refused(*words, "--memory", memory, "--prompt", "x")
+    memory.write_bytes(b"x" * 100)
+    assert "damaged" in refused(*words, "--memory", memory, "--prompt", "x")
+    assert "choose same" in refused(*words, "--memory", memory, "--memory-precision", "int4", "--prompt", "x")
+    refused(*words, "--context-file", tmp_path / "nothing.txt", "--prompt", "x")

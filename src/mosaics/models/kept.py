@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ CHUNK = 4096
 
 
 @torch.inference_mode()
-def read_context(model: MosaicForCausalLM, input_ids: Tensor, chunk: int = CHUNK) -> DynamicCache:
+def read_context(
+    model: MosaicForCausalLM, input_ids: Tensor, chunk: int = CHUNK, told: Callable[[int], None] | None = None
+) -> DynamicCache:
     """Read a context in chunks, so that the room it takes hardly grows with its length.
 
     Args:
         model: at evaluation.
         input_ids: `(batch, time)`, integers, no padding.
         chunk: positions in a pass.
+        told: called with the number of positions of each chunk when it has been read.
 
     Returns:
         The cache, to be continued by `model.generate` or `model`.
@@ -38,6 +42,8 @@ def read_context(model: MosaicForCausalLM, input_ids: Tensor, chunk: int = CHUNK
     cache = DynamicCache(config=model.config)
     for piece in input_ids.split(chunk, dim=1):
         model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if told is not None:
+            told(piece.shape[1])
     return cache
 
 
