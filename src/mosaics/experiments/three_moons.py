@@ -50,7 +50,7 @@ class Moons(Part):
     """
 
     steps: int = 500
-    batch_size: int = 16
+    batch_size: int = 4
     learning_rate: float = 1e-2
 
     @classmethod
