@@ -70,6 +70,8 @@ def random_weights(naming, seed=0, layers=2, heads=2, width=3, pairs=5, banks=2,
             scalars = {k: names[k] for k in ("decay", "scale", *(("mix",) if which == 0 else ()))}
             for kind, name in {**scalars, "length": names["length"][which]}.items():
                 found[f"{block}{memory}.{name}"] = SCALARS[kind] * (1 + 0.3 * normal(*scalar_shape))
+                if kind == "decay":  # of which only the size counts
+                    found[f"{block}{memory}.{name}"] *= normal(*scalar_shape).sign()
             if which == 1 and naming == "nano":
                 found |= {f"{block}mlp.P_{x}": normal(banks, 1, heads, pairs, width) for x in "kv"}
             elif which == 1:

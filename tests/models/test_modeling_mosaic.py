@@ -421,9 +421,10 @@ def test_importing_mosaics_registers_the_model_with_transformers(tmp_path):
     assert done.stdout.strip() == "MosaicForCausalLM", done.stderr
 
 
-def test_forward_under_autocast_and_in_bfloat16_stays_near_float32():
+@pytest.mark.parametrize("variant", [{}, {**V1, "max_log_bandwidth": 3.0}], ids=str)  # as sharp as v2
+def test_forward_under_autocast_and_in_bfloat16_stays_near_float32(variant):
     ids = tokens(2, 40)
-    exact = tiny_model(torch.float32, scale=1.0)
+    exact = tiny_model(torch.float32, scale=1.0, **variant)
     expected = plain(exact, ids)
     with torch.autocast("cpu", torch.bfloat16):
         assert difference(plain(exact, ids).float(), expected) < 0.05 * expected.abs().max()
@@ -431,13 +432,14 @@ def test_forward_under_autocast_and_in_bfloat16_stays_near_float32():
         loss = exact.train()(ids, labels=ids).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in exact.parameters())
-    low = tiny_model(torch.bfloat16, scale=1.0)
+    low = tiny_model(torch.bfloat16, scale=1.0, **variant)
     assert difference(plain(low, ids).float(), expected) < 0.1 * expected.abs().max()
     assert difference(cached(low, ids, [30, *[1] * 10]).float(), expected) < 0.1 * expected.abs().max()
 
 
-def test_training_on_a_zero_embedding_keeps_every_parameter_finite():
-    model = tiny_model(torch.float32, scale=1.0, num_hidden_layers=4).train()
+@pytest.mark.parametrize("variant", [{}, V1, dict(preset="memory-mosaics-v1-nano")], ids=str)
+def test_training_on_a_zero_embedding_keeps_every_parameter_finite(variant):
+    model = tiny_model(torch.float32, scale=1.0, num_hidden_layers=4, **variant).train()
     model.model.embed_tokens.weight.data[7] = 0
     ids = torch.tensor([[7, 7, 3, 4, 5, 6, 7, 8]])
     model(ids, labels=ids, draw=0.0).loss.backward()
