@@ -47,6 +47,7 @@ def _together(size: int, function, folder: Path) -> list[str]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"} | {
             k: str(numbers[k]) for k in numbers
         }
+        module.plot_curves = lambda metrics, picture: None
         with (folder / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
             try:
                 function()
@@ -151,10 +152,13 @@ def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone,
             loop.seed_step = lambda seed, step, row: seed_step(seed, step)
         else:
             Group.sum = lambda self, *values: list(values)
-        train(tiny(SHARED | {"training.steps": 2, "validation.every": 100}), tmp_path / "run")
+        module.evaluate = lambda *_, **__: {"validation_bits_per_byte": 0.0, "validation_nats_per_token": 0.0}
+        module.save_checkpoint = module._finish = lambda *_, **__: {}
+        train(tiny(SHARED | {"training.steps": 1}), tmp_path / "run")
 
     _together(2, start, tmp_path / "out")
-    assert _losses(tmp_path / "run")[:2] != pytest.approx(_losses(alone)[:2], rel=1e-4)
+    [loss] = _losses(tmp_path / "run")
+    assert loss != pytest.approx(_losses(alone)[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (1, 2)])

@@ -86,6 +86,8 @@ class Group:
         if self.rank == 0:
             answers = [self._read(name(rank)) for rank in range(self.size)]
             self._store.set(name("all"), json.dumps(answers))
+            for old in (*map(name, range(self.size)), f"{self._rounds - 1}/all"):  # which all have read by now
+                self._store.delete_key(old)
         else:
             answers = self._read(name("all"))
         for about in (answer["failure"] for answer in answers if "failure" in answer):
