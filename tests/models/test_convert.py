@@ -24,7 +24,7 @@ VARIANTS = {
     "grouped": dict(num_key_value_heads=2),
     "tied, biases": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "other base and eps": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3),
-    "wide heads": dict(head_dim=16, num_key_value_heads=1),
+    "wide heads, dropout": dict(head_dim=16, num_key_value_heads=1, attention_dropout=0.1),
 }
 
 
@@ -45,7 +45,9 @@ def test_from_llama_equals_llama(variant):
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_to_llama_gives_back_the_same_llama(variant):
     theirs = llama(**VARIANTS[variant])
-    back = to_llama(from_llama(theirs))
+    ours = from_llama(theirs)
+    back = to_llama(ours)
+    assert ours.config.attention_dropout == back.config.attention_dropout == theirs.config.attention_dropout
     for name, weight in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight)
     assert torch.equal(back(tokens(1, 9)).logits, theirs(tokens(1, 9)).logits)

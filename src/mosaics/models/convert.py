@@ -52,6 +52,7 @@ def from_llama(llama: LlamaForCausalLM) -> MosaicForCausalLM:
         max_position_embeddings=c.max_position_embeddings,
         norm_eps=c.rms_norm_eps,
         bias=c.attention_bias,
+        attention_dropout=c.attention_dropout,
         rotary_base=float(rotary.get("rope_theta", 10000.0)),
         tie_word_embeddings=c.tie_word_embeddings,
         **{name: getattr(c, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
@@ -91,6 +92,7 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": c.rotary_base},
         attention_bias=c.bias,
         mlp_bias=c.bias,
+        attention_dropout=c.attention_dropout,
         tie_word_embeddings=c.tie_word_embeddings,
         **{name: getattr(c, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
