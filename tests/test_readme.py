@@ -16,7 +16,15 @@ from mosaics.training.recipe import Recipe, recipe_keys
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/cli.md", "docs/memory-mosaics-v1.md"]
-PAGES = [*DOCUMENTS, "docs/index.md", "docs/reproduction.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = [
+    *DOCUMENTS,
+    "docs/index.md",
+    "docs/reproduction.md",
+    "docs/scaling.md",
+    "docs/performance.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 PAGES += [f"src/mosaics/ops/{op}/README.md" for op in ("kernel_regression", "leaky_average")]
 # Appended to the commands, so that what they start ends within seconds.
 SMALL = {
@@ -30,6 +38,10 @@ SMALL = {
 SMALL["quickstart"] = SMALL["train"]
 SMALL["reproduce"] = SMALL["train"].replace("--validation.sequences 2", "--seeds 0 --samples 2")
 SMALL["compare"] = SMALL["reproduce"] + " --worlds recall"
+SMALL["bench"] = (
+    "--contexts 16 --rounds 1 --no-memory --batch-sizes 1 --peers llama "
+    "--model.hidden_size 16 --model.num_hidden_layers 1 --model.num_attention_heads 2 --model.vocab_size 300"
+)
 NOT_RUN = {"convert"}  # it takes a Llama
 
 
@@ -77,7 +89,7 @@ def test_document_runs_from_top_to_bottom(document, workplace, capsys):
         assert "long_term at position 40 reads mostly from [8, 8]" in printed
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md"])
 def test_document_commands_have_their_options(document, capsys):
     for words in commands(document):
         if words[0] != "mosaics":

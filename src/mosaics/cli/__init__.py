@@ -17,7 +17,19 @@ import typer
 
 from mosaics._version import __version__
 
-VERBS = ("quickstart", "prepare", "train", "export", "convert", "generate", "evaluate", "compare", "reproduce", "info")
+VERBS = (
+    "quickstart",
+    "prepare",
+    "train",
+    "export",
+    "convert",
+    "generate",
+    "evaluate",
+    "compare",
+    "reproduce",
+    "bench",
+    "info",
+)
 
 app = typer.Typer(
     name="mosaics",

@@ -134,7 +134,7 @@ def run_each(function: Callable[..., str], tasks: list[tuple], jobs: int, what: 
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _use_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, use_threads, (threads,)) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             for number, future in enumerate(as_completed(futures), 1):
@@ -144,7 +144,8 @@ def run_each(function: Callable[..., str], tasks: list[tuple], jobs: int, what: 
             raise
 
 
-def _use_threads(count: int) -> None:
+def use_threads(count: int) -> None:
+    """Set up a process of a pool."""
     import torch
 
     torch.set_num_threads(count)
