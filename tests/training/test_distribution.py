@@ -161,14 +161,19 @@ def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone,
     assert loss != pytest.approx(_losses(alone)[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (1, 2)])
-def test_train_resumes_with_another_number_of_processes(alone, shared, tiny, tmp_path, before, after):
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (2, 4), (1, 2)])
+def test_train_resumes_with_any_number_of_processes(alone, shared, tiny, tmp_path, before, after):
     run = shutil.copytree(alone if before == 1 else shared[0], tmp_path / "run")
     _cut(run, 4)
     printed = _together(after, lambda: train(tiny(SHARED), run), tmp_path / "out")
     assert all(text.endswith("done\n") for text in printed), printed
     assert "after step 4 of 6" in printed[0]
     assert _close(alone, run)
+    if before == after:  # bit for bit
+        assert _figures(run) == _figures(shared[0])
+        ours, theirs = (checkpoint_folder(r / "checkpoints", 6).glob("*.safetensors") for r in (run, shared[0]))
+        for mine, yours in zip(map(load_file, sorted(ours)), map(load_file, sorted(theirs)), strict=True):
+            assert mine.keys() == yours.keys() and all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
 def test_train_with_two_processes_in_bfloat16_checkpointed_and_tied(tiny, tmp_path):
