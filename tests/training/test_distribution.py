@@ -215,6 +215,24 @@ def test_train_with_a_full_disk_on_one_process_keeps_what_was_there(tiny, tmp_pa
     verify_checkpoint(checkpoints / "step-00000002")
 
 
+def test_save_checkpoint_refuses_a_folder_that_not_all_processes_see(tiny, tmp_path):
+    def start():
+        write = checkpoint._write_shard
+
+        def elsewhere(folder, tensors):
+            write(folder, tensors)
+            if os.environ["RANK"] == "1":  # as if it were on a disk of its own
+                fingerprint = checkpoint._fingerprint
+                checkpoint._fingerprint = lambda path: [fingerprint(path), path.unlink()][0]
+
+        checkpoint._write_shard = elsewhere
+        train(tiny(SHARED | {"training.steps": 1}), tmp_path / "run")
+
+    first, _ = _together(2, start, tmp_path / "out")
+    assert "shard-00002-model-00001-of-00001.safetensors is not there: the processes do not share" in first
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("damage", ["missing", "flipped bit", "foreign"])
 def test_newest_checkpoint_passes_over_damaged_shards(shared, tmp_path, damage):
     run = shutil.copytree(shared[0], tmp_path / "run")

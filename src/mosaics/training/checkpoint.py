@@ -112,6 +112,8 @@ def save_checkpoint(
         return {path.name: _fingerprint(path) for path in paths}
 
     def finish(written: dict[str, Any]) -> None:
+        if hidden := [name for name in written if not (temporary / name).is_file()]:
+            raise OSError(f"{temporary / hidden[0]} is not there: the processes do not share the folder of the run")
         model.config.to_json_file(temporary / "config.json", use_diff=False)
         _write_json(temporary / "state.json", state)
         manifest = {

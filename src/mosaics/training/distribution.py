@@ -155,13 +155,15 @@ def processes(device: torch.device) -> Iterator[Group]:
             if rank:
                 quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
             yield group
+    except Told:
+        time.sleep(2)  # torchrun ends them all when one has ended: first comes the one that says why
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise group.lost() from error
         raise
     except (ValueError, OSError) as error:
-        if not isinstance(error, Told):
-            error.rank = rank
+        error.rank = rank
         raise
     finally:
         group.leave()
