@@ -50,7 +50,7 @@ def test_positions_come_back_after_the_period_of_the_whole_system():
 
 def test_forecasts_are_right_after_one_period_of_what_a_head_sees(monkeypatch):
     monkeypatch.setattr(three_moons, "EVERY", 25)
-    monkeypatch.setattr(three_moons, "STARTS", 2)
+    monkeypatch.setattr(three_moons, "FORECASTS", 2)
     slowest, together = periods_in_positions()
     one, three = (moment(errors(by_hand(heads), seed=0)) for heads in (1, 3))
     assert 0.75 * slowest < three <= slowest + 25
@@ -92,11 +92,13 @@ def test_moment_is_where_all_longer_contexts_are_right():
 
 def test_reproduce_three_moons_trains_once_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(three_moons, "EVERY", 250)
-    changes = {"training.steps": 10, "training.batch_size": 2}
+    changes = {"training.steps": 10, "training.batch_size": 2, "training.starts": 2}
     arguments = (CLAIMS["three-moons"], {}, (0,), tmp_path / "report", tmp_path / "cache", 1, changes)
     found = reproduce(*arguments)
     assert [m["arrangement"] for m in found["models"]] == ["one head", "three heads"]
-    assert all(m["curve"][-1][1] < m["curve"][0][1] for m in found["models"])
+    for model in found["models"]:
+        assert model["curve"][-1][1] < model["curve"][0][1]
+        assert len(set(model["losses"])) == 2 and model["loss"] == min(model["losses"])
     assert found["verdict"]["holds"] is False and len(found["verdict"]["checks"]) == 4
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2 and "does not hold" in page
@@ -109,7 +111,7 @@ def test_reproduce_three_moons_trains_once_and_reports(tmp_path, monkeypatch):
 
 def test_three_moons_refuses_what_it_can_not_change():
     assert Moons.changed({"training.steps": 3}).steps == 3
-    with pytest.raises(ValueError, match="it takes --training.steps, --training.batch_size, --training.learning_rate"):
+    with pytest.raises(ValueError, match="it takes --training.steps, --training.batch_size, --training.l"):
         Moons.changed({"model.hidden_size": 3})
     with pytest.raises(ValueError, match="give a number above 0"):
         Moons.changed({"training.steps": 0})
