@@ -90,8 +90,8 @@ def save_memory(
         "model": fingerprint(model),
         "plain": plain,
         "widths": widths,
-        "sha256": _digest(tensors),
     }
+    about["sha256"] = _digest(about, tensors)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -133,7 +133,7 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
             if about["model"] != fingerprint(model):
                 raise ValueError(f"{path} was written by another model; use that one, or read the document again")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if about["sha256"] != _digest(tensors):
+        if about.pop("sha256") != _digest(about, tensors):
             raise ValueError(f"{path} has changed since it was written (its SHA-256 differs); read the document again")
         for name, width in about["widths"].items():
             tensors[name] = tensors[name].to(getattr(torch, width))
@@ -143,11 +143,39 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
         state, _, _ = open_cache(cache, stack)
         for name, part in [("rows", rows), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
             _fill(name, part, tensors, about["plain"])
+        _check_shapes(model, input_ids, tensors)
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); read the document again") from None
     close_cache(cache, stack, state, rows, input_ids.shape[1])
     cache.batch_repeat_interleave(batch_size)
     return cache, input_ids.expand(batch_size, -1)
+
+
+def _check_shapes(model: MosaicForCausalLM, input_ids: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Hold what a file says against what the model remembers of the beginning of the same context.
+
+    Raises:
+        TypeError: the one can't be the other, whatever the length of the context.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
+        raise TypeError("input_ids")
+    if input_ids.min() < 0 or input_ids.max() >= model.config.vocab_size:
+        raise TypeError("tokens")
+    state, _, _ = open_cache(read_context(model, input_ids[:, :256]), model.model.stack)
+    known: dict[str, Tensor] = {}
+    for number, block in enumerate(state.blocks):
+        _flatten(f"blocks.{number}", block, known, {})
+    for name in known.keys() & tensors.keys():
+        shapes = [list(known[name].shape), list(tensors[name].shape)]
+        if ".pairs." in name and tensors[name].dim() == 4:  # (batch, heads, pairs, width)
+            stored = shapes[1][2]
+            if not min(shapes[0][2], input_ids.shape[1]) <= stored <= input_ids.shape[1]:
+                raise TypeError(name)
+            for shape in shapes:
+                shape[2] = 0
+        wrong = shapes[0] != shapes[1] or known[name].dtype != tensors[name].dtype
+        if wrong or (tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all()):
+            raise TypeError(name)
 
 
 def fingerprint(model: MosaicForCausalLM) -> str:
@@ -161,8 +189,8 @@ def fingerprint(model: MosaicForCausalLM) -> str:
     return found.hexdigest()
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         found.update(x.cpu().contiguous().view(torch.uint8).numpy())
