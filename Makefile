@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 # What the API reference shows: pdoc finds no modules below one that names its contents.
 PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
 
-.PHONY: help quickstart test lint docs wheel clean
+# Of `make soak`.
+MINUTES ?= 25
+
+.PHONY: help quickstart test soak lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,6 +32,9 @@ quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a samp
 test: $(VENV)/.installed-dev  ## all tests (under 10 minutes on two cores)
 	$(BIN)/ruff check src tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
+	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.installed-dev  ## the linter alone
 	$(BIN)/ruff check src tests benchmarks

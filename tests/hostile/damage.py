@@ -49,6 +49,7 @@ def _check_memory(folder: Path) -> None:
     load_memory(folder / "text.safetensors", load_model(made.exported()))
 
 
+_EDITABLE = {("README.md", how) for how in HOW} | {("manifest.json", "removed")}
 # What is damaged, what needs not be noticed, and who has to notice the rest. Of an exported model the card is there to be
 # edited, and who means to change another file takes the hashes away.
 KINDS: dict[str, tuple[Callable[[], Path], set[tuple[str, str]], Callable[[Path], None]]] = {
@@ -57,7 +58,7 @@ KINDS: dict[str, tuple[Callable[[], Path], set[tuple[str, str]], Callable[[Path]
     "memory of a context": (made.memory, set(), _check_memory),
     "exported model": (
         made.exported,
-        {("README.md", how) for how in HOW} | {("manifest.json", "removed")},
+        _EDITABLE,
         _check_exported,
     ),
 }
