@@ -148,7 +148,7 @@ def test_save_checkpoint_keeps_the_newest_and_every_nth(trained, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"step-0000000{step}" for step in (3, 6, 7)}
 
 
-@pytest.mark.parametrize("broken", ["_write_tensors", "_write_json", "_sync", "_fingerprint"])
+@pytest.mark.parametrize("broken", ["_write_tensors", "_write_json", "sync", "_fingerprint"])
 def test_save_checkpoint_on_a_full_disk_leaves_what_was_there(root, trained, monkeypatch, broken):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
@@ -181,5 +181,13 @@ def test_save_checkpoint_refuses_parameters_that_are_not_finite(trained, tmp_pat
     with torch.no_grad():
         trained[0].lm_head.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="lm_head.weight is not finite"):
+        save_checkpoint(tmp_path, 1, *trained, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_checkpoint_refuses_averages_that_are_not_finite(trained, tmp_path):
+    model, optimizer = trained
+    optimizer.state[model.lm_head.weight]["exp_avg_sq"][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="after step 1 tensor optimizer.exp_avg_sq.lm_head.weight is not finite"):
         save_checkpoint(tmp_path, 1, *trained, {})
     assert not list(tmp_path.iterdir())

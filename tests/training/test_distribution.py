@@ -198,14 +198,14 @@ def test_train_says_once_what_several_processes_cannot_do(tiny, tmp_path):
 
 def test_train_with_a_full_disk_on_one_process_keeps_what_was_there(tiny, tmp_path):
     def start():
-        sync = checkpoint._sync
+        sync = checkpoint.sync
 
         def full(path):
             if path.name.startswith("shard-00002") and "00000004" in str(path):
                 raise OSError(28, "No space left on device", str(path))
             sync(path)
 
-        checkpoint._sync = full
+        checkpoint.sync = full
         train(tiny(SHARED), tmp_path / "run")
 
     first, second = _together(2, start, tmp_path / "out")

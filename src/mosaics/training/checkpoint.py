@@ -93,7 +93,9 @@ def save_checkpoint(
     temporary, final = root / f".new-step-{step:08d}", checkpoint_folder(root, step)
 
     def begin() -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True)
+            sync(root.parent)
         for leftover in root.glob(".*-step-*"):  # of a process that was killed while writing or dropping
             shutil.rmtree(leftover)
         temporary.mkdir()
@@ -108,7 +110,7 @@ def save_checkpoint(
             _write_shard(temporary, tensors | moments)
             paths = sorted(temporary.glob(f"shard-{group.rank + 1:05d}-*.safetensors"))
         for path in paths:
-            _sync(path)
+            sync(path)
         return {path.name: _fingerprint(path) for path in paths}
 
     def finish(written: dict[str, Any]) -> None:
@@ -125,10 +127,10 @@ def save_checkpoint(
         }
         _write_json(temporary / MANIFEST, manifest | {"digest": _digest(manifest)})
         for name in (*_FILES, MANIFEST):
-            _sync(temporary / name)
-        _sync(temporary)
+            sync(temporary / name)
+        sync(temporary)
         temporary.rename(final)
-        _sync(root)
+        sync(root)
         for old in checkpoint_steps(root)[:-keep]:
             if not keep_every or old % keep_every:
                 doomed = root / f".old-step-{old:08d}"
@@ -369,7 +371,8 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to where they outlast a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,6 +31,7 @@ from mosaics.training.checkpoint import (
     newest_checkpoint,
     read_json,
     save_checkpoint,
+    sync,
     versions,
 )
 from mosaics.training.distribution import Group, Told, processes
@@ -321,7 +322,9 @@ def _write_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         temporary = folder / ".recipe.yaml.new"
         temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+        sync(temporary)
         os.replace(temporary, path)
+        sync(folder)
 
 
 def _recipe_digest(folder: Path) -> str:
