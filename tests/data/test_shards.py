@@ -3,14 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from mosaics.data import PreparedCorpus
+from mosaics.data import PreparedCorpus, shards
 
 
 def edit(folder, change):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
+    manifest.pop("digest")
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest | {"digest": shards._digest(manifest)}))
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 10, 100])
@@ -69,7 +70,7 @@ def test_prepared_corpus_link_to_another_file_is_refused(write_prepared, tmp_pat
     "change, message",
     [
         (lambda m: m.update(format="other"), "is not that of a prepared corpus"),
-        (lambda m: m.update(version=99), "format version 99 instead of 1"),
+        (lambda m: m.update(version=99), "format version 99 instead of 2"),
         (lambda m: m.pop("tokenizer"), "is damaged"),
         (lambda m: m.update(dtype="object"), "is damaged"),
         (lambda m: m["splits"]["train"].pop("shards"), "is damaged"),
@@ -84,6 +85,20 @@ def test_prepared_corpus_foreign_manifest_is_refused(write_prepared, change, mes
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
         PreparedCorpus(folder).split("train")
+
+
+def test_prepared_corpus_every_changed_value_of_the_manifest_is_found(write_prepared):
+    folder = write_prepared([5, 9], [6])
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError):
+            PreparedCorpus(folder)
+    manifest = json.loads(content)
+    manifest.pop("digest")
+    path.write_text(json.dumps(manifest | {"version": 1}))  # as older versions wrote it
+    PreparedCorpus(folder).verify()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, "null"])

@@ -50,8 +50,8 @@ def _check_memory(folder: Path) -> None:
 
 
 _EDITABLE = {("README.md", how) for how in HOW} | {("manifest.json", "removed")}
-# What is damaged, what needs not be noticed, and who has to notice the rest. Of an exported model the card is there to be
-# edited, and who means to change another file takes the hashes away.
+# What is damaged, what needs not be noticed, and who has to notice the rest. Of an exported model the card is there to
+# be edited, and who means to change another file takes the hashes away.
 KINDS: dict[str, tuple[Callable[[], Path], set[tuple[str, str]], Callable[[Path], None]]] = {
     "checkpoint": (_checkpoint, set(), _check_checkpoint),
     "prepared corpus": (made.prepared, set(), _check_prepared),

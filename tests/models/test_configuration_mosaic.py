@@ -3,6 +3,7 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from helpers import tiny_config
 from mosaics import MosaicConfig
 from mosaics.models import PRESETS
 
@@ -94,3 +95,13 @@ def test_config_of_another_kind_of_model_is_refused(tmp_path):
     LlamaConfig(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config of a llama"):
         MosaicConfig.from_pretrained(tmp_path)
+
+
+def test_config_refuses_an_unknown_setting_after_it_was_made_too():
+    config = tiny_config()
+    for name, near in (("widow", "'window'"), ("hidden_sise", "'hidden_size'"), ("some_typo", "choose one of")):
+        with pytest.raises(ValueError, match=f"no setting '{name}'.*{near}"):
+            setattr(config, name, 3)
+        assert not hasattr(config, name)
+    config.window, config.dropout, config.architectures, config._own = 9, 0.25, ["x"], 1
+    assert (config.window, config.dropout, config.blocks[0]["steps"][0][0]["options"]["window"]) == (9, 0.25, 9)

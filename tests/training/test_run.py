@@ -172,7 +172,7 @@ def test_train_refuses_data_other_than_it_began_with(run, tiny, prepared, tmp_pa
     _cut(run, 4)
     other = shutil.copytree(prepared, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"note": "changed"}))
+    (other / "manifest.json").write_text(json.dumps(manifest | {"version": 1, "note": "changed"}))
     recipe = tiny({"data.prepared": str(other)})
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     digest = module._recipe_digest(run)

@@ -1,6 +1,6 @@
 """A prepared corpus on disk: tokenised shards, an index of the documents, the tokenizer and a manifest.
 
-    FOLDER/manifest.json                    settings, counts, and size and SHA-256 of every other file
+    FOLDER/manifest.json                    settings, counts, size and SHA-256 of every other file, and its own
     FOLDER/tokenizer/                       as `save_pretrained` writes it
     FOLDER/token_bytes.npy                  UTF-8 bytes of each token id (byte-level tokenizers only)
     FOLDER/SPLIT/tokens-00000.bin, ...      token ids, uint16 or uint32, little-endian, document by document
@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 FORMAT = "mosaics-prepared-corpus"
-VERSION = 1
+VERSION = 2  # 1 has no digest of the manifest itself, and is read too
 MANIFEST = "manifest.json"
 
 
@@ -160,10 +160,16 @@ class PreparedCorpus:
             raise ValueError(f"{self.folder / MANIFEST} is damaged ({error}); prepare the corpus again") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError(f"{self.folder / MANIFEST} is not that of a prepared corpus; choose another folder")
-        if manifest.get("version") != VERSION:
+        if manifest.get("version") not in (1, VERSION):
             raise ValueError(
                 f"{self.folder} has format version {manifest.get('version')!r} instead of {VERSION}; "
                 "prepare the corpus again"
+            )
+        digest = manifest.pop("digest", None)
+        if manifest["version"] != 1 and digest != _digest(manifest):
+            raise ValueError(
+                f"{self.folder / MANIFEST} has changed since it was written; remove {self.folder} and prepare the "
+                "corpus again"
             )
         self.manifest = manifest
         try:
@@ -238,10 +244,15 @@ def write_manifest(folder: Path, content: dict) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}
     with open(folder / MANIFEST, "w", encoding="utf-8") as stream:
-        json.dump({"format": FORMAT, "version": VERSION, **content, "files": files}, stream, indent=1)
+        json.dump(manifest | {"digest": _digest(manifest)}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path, sync: bool = False) -> str:

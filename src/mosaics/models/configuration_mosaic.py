@@ -239,8 +239,13 @@ class MosaicConfig(PreTrainedConfig):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _FIELDS and _set_option(self.__dict__.get("blocks"), name, value):
+        blocks = self.__dict__.get("blocks")
+        if name not in _FIELDS and _set_option(blocks, name, value):
             return
+        known = name in _FIELDS | _TRANSFORMERS_KEYS or name.startswith("_") or hasattr(type(self), name)
+        if blocks and not known and name not in self.__dict__:
+            options = {option for memory in _memories(blocks) for option in option_names(memory["type"])}
+            raise ValueError(f"A mosaic has no setting {name!r}; {nearest(name, (_FIELDS - _INHERITED) | options)}")
         super().__setattr__(name, value)
 
 
