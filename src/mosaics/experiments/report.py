@@ -264,6 +264,8 @@ def draw(plot: dict[str, Any], png: Path) -> str:
             xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=colour, alpha=0.18, lw=0
         )
     for number, (label, xs, ys) in enumerate(plot.get("beside", []), len(labels)):
+        same = label.split(",")[0]  # "transformer, published" has the colour of "transformer"
+        number = labels.index(same) if same in labels else number
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(xs, ys, color=colour, marker=marker, markersize=3, linestyle="--", linewidth=1, label=label)
     for number, (label, x) in enumerate(plot.get("marks", [])):
