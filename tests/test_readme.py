@@ -22,6 +22,8 @@ PAGES = [
     "docs/reproduction.md",
     "docs/scaling.md",
     "docs/performance.md",
+    "docs/reliability.md",
+    "docs/security.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
@@ -112,7 +114,7 @@ def test_readme_shows_the_two_commands_first():
     assert "make quickstart" in first and "make test" in first and "](docs/images/quickstart.png)" in first
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "docs", "wheel"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "soak", "lint", "docs", "wheel"])
 def test_make_target_exists(target, tmp_path):
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
