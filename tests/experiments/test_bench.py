@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 import torch
-from helpers import tiny_config
 
+from helpers import tiny_config
 from mosaics import MosaicForCausalLM
 from mosaics.experiments import bench as module
 from mosaics.experiments.bench import PARTS, Bench, bench, decoding, paired

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from helpers import VOCABULARY, tiny_config, tiny_model, tokens
+from helpers import VOCABULARY, relative_error, tiny_config, tiny_model, tokens
 from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.memories import Context, Layout
-from mosaics.models import count_targets
+from mosaics.models import count_targets, modeling_mosaic
 
 BOUND = 1e-9
 VARIANTS = {
@@ -162,6 +162,39 @@ def test_forward_loss_of_packed_documents_is_the_mean_over_separate_ones():
 def test_forward_loss_without_targets_is_zero():
     model = tiny_model()
     assert model(tokens(1, 1), labels=tokens(1, 1)).loss == 0
+    assert model(tokens(1, 1), labels=tokens(1, 1), loss_only=True).loss == 0
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, BOUND), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("variant", ["v2", "layer norm, biases, tied, scaled", "v1"])
+def test_forward_loss_only_equals_the_loss_of_the_logits(variant, dtype, bound, monkeypatch):
+    monkeypatch.setattr(modeling_mosaic, "_PIECE", 7)
+    held = []
+    in_pieces = modeling_mosaic._loss_in_pieces
+    monkeypatch.setattr(modeling_mosaic, "_loss_in_pieces", lambda *a: held.append(len(a[2])) or in_pieces(*a))
+    model, ids = tiny_model(dtype, **VARIANTS[variant]), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, [0, 1, 6]] = 0
+    documents = torch.tensor([[0] * 5 + [1] * 15, [0] * 20])
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    found = []
+    for loss_only in (False, True):
+        output = model(ids, mask, documents, labels=labels, loss_only=loss_only, logits_to_keep=15)
+        (3 * output.loss).backward()
+        found.append((output.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        model.zero_grad()
+        assert (output.logits is None) == loss_only
+    (loss, gradient), (loss_in_pieces, gradient_in_pieces) = found
+    assert held and relative_error(loss_in_pieces, loss) < bound
+    assert relative_error(gradient_in_pieces, gradient) < bound
+
+
+def test_forward_loss_only_keeps_bfloat16_products_on_a_cpu_and_adapters():
+    model, ids = tiny_model(torch.float32), tokens(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids, labels=ids, loss_only=True).loss, model(ids, labels=ids).loss)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+    assert torch.equal(model(ids, labels=ids, loss_only=True).loss, model(ids, labels=ids).loss)
 
 
 def test_forward_logits_to_keep_are_the_last(model):
@@ -402,6 +435,7 @@ def test_training_lowers_the_loss_on_real_text():
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4)), "attention_mask"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), output_attentions=True), "read_weights"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), draw=1.0), "draw is 1.0"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), loss_only=True), "without labels"),
         (dict(input_ids=torch.zeros(4, dtype=torch.long)), "(batch, time)"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 3)), "one label a position"),
     ],

@@ -307,11 +307,11 @@ def training_step(settings: Bench, name: str, model, context: int, size: int) ->
     ids = _tokens(settings, context, size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     model.train()
-    call = _call(model, name)
+    call, own = _call(model, name), {"loss_only": True} if name.startswith("mosaic") else {}
 
     def step() -> None:
         with autocast(settings.torch_device, settings.torch_dtype):
-            loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = call(input_ids=ids, labels=ids, use_cache=False, **own).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -20,6 +20,8 @@ from mosaics.memories.base import init_clamped_normal, nearest
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
 
+_PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
+
 
 class MosaicPreTrainedModel(PreTrainedModel):
     """What every mosaic model shares with transformers: initialisation and what it can do."""
@@ -193,6 +195,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         draw: float | None = None,
+        loss_only: bool = False,
         context: Context | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each position, and the loss.
@@ -216,11 +219,13 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             draw: the step's random number in [0, 1), from which the long-term memory takes its delay in training. By
                 default a model in training mode draws one from torch's default generator for each pass. Without effect
                 at evaluation or with a cache.
+            loss_only: whether to leave the logits out. The loss then need not hold those of all positions at once,
+                which takes less memory and time.
             context: a sink for what the pass leaves beside its output; made when not given.
 
         Returns:
-            `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)`, `past_key_values`,
-            `hidden_states`.
+            `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)` or None,
+            `past_key_values`, `hidden_states`.
 
         Raises:
             ValueError: shapes do not fit, the cache is of another kind, or something unsupported is asked for.
@@ -229,6 +234,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             raise ValueError("A mosaic has no attentions; call read_weights for what its memories read.")
         if draw is not None and not 0 <= draw < 1:
             raise ValueError(f"draw is {draw}; give a number from 0 up to, not including, 1.")
+        if loss_only and labels is None:
+            raise ValueError("loss_only is given without labels; give labels, or leave it out for the logits.")
         context = context or Context()
         if draw is not None or not self.training:
             context.draw = draw if self.training else None
@@ -244,10 +251,13 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             context=context,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden)
-        if (scale := self.config.logit_scale) != 1:
-            logits = logits * (self.config.hidden_size**-0.5 if scale is None else scale)
-        loss = None
+        scale = self.config.hidden_size**-0.5 if self.config.logit_scale is None else self.config.logit_scale
+        pieces = loss_only and _pays_in_pieces(self.lm_head, hidden)
+        logits = loss = None
+        if not pieces:
+            logits = self.lm_head(hidden)
+            if scale != 1:
+                logits = logits * scale
         if labels is not None:
             if labels.shape != outputs.last_hidden_state.shape[:2]:
                 given = tuple(outputs.last_hidden_state.shape[:2])
@@ -257,13 +267,20 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             labels = labels.long()
             targets = shifted_targets(labels, attention_mask, document_ids)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
-            wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            if pieces:
+                total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
+            else:
+                wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+                total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
             # The sum over max(count, 1): a batch without a target has a loss of 0, not NaN.
-            loss = F.cross_entropy(wide, kept.flatten(), reduction="sum") / (kept != -100).sum().clamp(min=1)
+            loss = total / (kept != -100).sum().clamp(min=1)
         for auxiliary in context.auxiliary_losses:
             loss = auxiliary if loss is None else loss + auxiliary
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=None if loss_only else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )
 
     def prepare_inputs_for_generation(
@@ -379,6 +396,33 @@ def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, docume
 def count_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """How many targets the loss counts for a batch; the arguments are those of `MosaicForCausalLM.forward`."""
     return (shifted_targets(labels, attention_mask, document_ids) != -100).sum()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear map of `x` is computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _pays_in_pieces(classifier: nn.Module, hidden: Tensor) -> bool:
+    """Whether the loss is computed in pieces: with a plain linear map (no adapter, no shard), and not in bfloat16 on a
+    CPU, where torch would widen the products to float32."""
+    narrow = hidden.device.type == "cpu" and _product_dtype(hidden).itemsize < 4
+    return type(classifier) is nn.Linear and not narrow
+
+
+def _loss_in_pieces(classifier: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropy of `hidden` `(batch, time, d)`, and its gradient, `_PIECE` positions at a time."""
+    dtype = _product_dtype(hidden)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=_PIECE, chunking_method=None)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear_cross_entropy(
+            hidden.flatten(0, 1).to(dtype),
+            classifier.weight.to(dtype),
+            targets.flatten(),
+            reduction="sum",
+            options=options,
+        ).to(torch.promote_types(dtype, torch.float32))
 
 
 def _restored(x: Tensor, order: Tensor | None, layout: Layout) -> Tensor:

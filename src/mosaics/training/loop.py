@@ -79,7 +79,7 @@ def optimisation_step(
             continue
         seed_step(recipe.seed, step, begin)
         with autocast(model.device, dtype):
-            output = model(**rows, use_cache=False, draw=draw)
+            output = model(**rows, use_cache=False, draw=draw, loss_only=True)
         part = output.loss * (count / targets)
         part.backward()
         loss += float(part.detach())
