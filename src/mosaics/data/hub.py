@@ -14,7 +14,7 @@ def where_to_look() -> dict[str, Any]:
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname
-    if not host or urllib.request.getproxies():
+    if constants.HF_HUB_OFFLINE or not host or urllib.request.getproxies():
         return {}
     try:
         socket.getaddrinfo(host, None)
