@@ -24,11 +24,11 @@ REGBENCH_MODEL = {
     "dropout": 0.05,
 } | _NO_MORE
 REGBENCH_TRAINING = {
-    "steps": 250,
+    "steps": 360,
     "context_length": 1024,
-    "batch_size": 8,
+    "batch_size": 4,
     "learning_rate": 3e-3,
-    "warmup_steps": 25,
+    "warmup_steps": 36,
     "final_learning_rate_ratio": 0.1,
 }
 # As published: 3.5 times the width in pairs, and one embedding for words that come in and go out, for all arrangements.
