@@ -82,15 +82,15 @@ def _in_time(name: str):
 
     # Time of the processor, so that a busy machine fails nothing; and of the clock, for what waits for ever.
     timers = (signal.SIGPROF, signal.ITIMER_PROF, SLOWEST), (signal.SIGALRM, signal.ITIMER_REAL, 10 * SLOWEST)
-    before = [signal.signal(number, late) for number, _, _ in timers]
-    for _, timer, seconds in timers:
-        signal.setitimer(timer, seconds, 1)  # again, should the first be swallowed
+    # The first may be swallowed (in a callback of the collector), so it comes again.
+    before = [(signal.signal(number, late), signal.setitimer(timer, seconds, 1)) for number, timer, seconds in timers]
     try:
         yield
     finally:
-        for (number, timer, _), handler in zip(timers, before, strict=True):
+        for (number, timer, _), (handler, left) in zip(timers, before, strict=True):
             signal.setitimer(timer, 0)
             signal.signal(number, handler)
+            signal.setitimer(timer, *left)  # that of pytest-timeout
 
 
 def result_or_sentence(call: Callable, *names: object):
