@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -99,6 +100,9 @@ def test_paired_takes_turns():
 def test_bench_decodes_what_generate_does(name):
     here = settings()
     model = here.build(name).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that what is remembered decides
     ids = module._tokens(here, 16, 1)
     step = decoding(here, name, model, 16, 2)
     found = torch.cat([step() for _ in range(4)], dim=1)
@@ -109,12 +113,23 @@ def test_bench_decodes_what_generate_does(name):
 def test_peak_memory_counts_weights_gradients_moments_and_logits():
     config, contexts = tiny_config(vocab_size=100_000), (8, 64)
     here = Bench(config, parts=("training",), contexts=contexts, device="cpu", dtype="float32")
-    peaks = module._alone(module._peaks, here, "training", "mosaic")
+    peaks = module._alone(module._peaks, here, "training", "llama")
     if peaks == [None, None]:
         pytest.skip("the system does not tell")
     weights, logits = 4 * 2 * 16 * 100_000, 4 * 64 * 100_000
     assert peaks[0] == pytest.approx(4 * weights, rel=0.1)  # the short context's logits are less than the gradients
     assert 3 * weights + 2 * logits < peaks[1] < 4 * weights + 5 * logits
+
+
+def test_bench_goes_on_when_the_process_that_measures_memory_is_killed(monkeypatch, capsys):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(module, "_alone", killed)
+    monkeypatch.setitem(module.LIMITS, "cpu", (64, 2**16))
+    found = bench(settings(parts=("prefill",), contexts=(16,), rounds=1, memory=True))
+    assert "peak_bytes" not in found["cases"][0]["contestants"]["llama"]
+    assert "warning: the process that ran llama alone was killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -214,13 +215,18 @@ def bench(settings: Bench, results: dict[str, Any] | None = None) -> dict[str, A
             say(f"{part}, context {context}, batch {size} ({number} of {len(cases)})")
             results["cases"].append(_case(settings, part, models, context, size, figures, results["limits"]))
         del models
+        torch.cuda.empty_cache()  # for the processes that measure memory; without CUDA it does nothing
         results["exponents"] += _exponents(part, results["cases"])
         if settings.memory:
             for name in settings.contestants(part):
                 if name.endswith("-compiled"):
                     continue
                 say(f"{part}, peak memory of {name}")
-                peaks = _alone(_peaks, settings, part, name)
+                try:
+                    peaks = _alone(_peaks, settings, part, name)
+                except BrokenProcessPool:
+                    say(f"warning: the process that ran {name} alone was killed, probably for want of memory")
+                    continue
                 for case, peak in zip((c for c in results["cases"] if c["part"] == part), peaks, strict=True):
                     case["contestants"][name]["peak_bytes"] = peak
     return results
