@@ -72,16 +72,16 @@ def damage(kind: str, draw: random.Random, rounds: int = 1, more: Callable[[], b
         kind: of `KINDS`.
         draw: of the bit and of where a file is cut.
         rounds: how often.
-        more: whether to go on.
+        more: whether to go on after the first time.
     """
     source, without, check = KINDS[kind]
     result, folder = Damages(), made.folder() / "damaged"
     shutil.copytree(source(), folder)
     try:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        for name in (name for _ in range(rounds) for name in names):
+        for number, name in ((number, name) for number in range(rounds) for name in names):
             for how in HOW:
-                if not more():
+                if number and not more():
                     return result
                 if (name, how) in without:
                     continue

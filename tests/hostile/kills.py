@@ -78,7 +78,7 @@ def attempt(
             torch.set_num_threads(1)  # no pool of threads to be missing after the fork
             seen = _die_before(operation, under)
             work()
-            log.with_suffix(".count").write_text(str(len(seen)))
+            log.with_suffix(".count").write_text("\n".join(seen))
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -107,14 +107,14 @@ def _checkpoints(run: Path) -> Path:
 
 
 def _die_before(operation: int | None, under: Path) -> list[str]:
-    """Watches operations on files below a folder, and kills this process before one of them; those seen so far."""
+    """Watches operations on files below a folder, and kills this process before one of them; the paths so far."""
     seen, root = [], str(under)
 
     def watch(event: str, arguments: tuple) -> None:
         if event in _OPERATIONS and str(arguments[0]).startswith(root):
             if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
                 return
-            seen.append(event)
+            seen.append(str(arguments[0]))
             if len(seen) == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -122,23 +122,23 @@ def _die_before(operation: int | None, under: Path) -> list[str]:
     return seen
 
 
-def operations(work: Callable, under: Path) -> int:
-    """How many operations on files below a folder `work` takes when nobody kills it."""
+def operations(work: Callable, under: Path) -> list[str]:
+    """The paths of the operations on files below a folder that `work` takes when nobody kills it."""
     status, _ = attempt(work, under=under)
     assert status == "done", status
     shutil.rmtree(under)
     return _counted(under)
 
 
-def _counted(under: Path) -> int:
-    return int((under.parent / f"{under.name}.count").read_text())
+def _counted(under: Path) -> list[str]:
+    return (under.parent / f"{under.name}.count").read_text().splitlines()
 
 
 # Training
 
 
 @functools.cache
-def reference() -> tuple[Path, object, float, int]:
+def reference() -> tuple[Path, object, float, list[str]]:
     """A run that was never killed, its recipe, the seconds that it took and its operations on files."""
     from mosaics.training import train
 
@@ -180,24 +180,29 @@ def _saved(run: Path) -> int:
 def kill_training(kills: int, draw: random.Random, until: float = float("inf")) -> Kills:
     """Kills runs over and over until each is finished, and compares it with one that was never killed.
 
-    Half of the kills come after a drawn time, half right before a drawn operation on a file.
+    A third of the kills come after a drawn time, a third right before a drawn operation on a file, a third right before
+    one of a save.
 
     Args:
         kills: how many at least (the last run is brought to its end).
         draw: of the moments.
-        until: `time.monotonic()` after which no further run is begun.
+        until: `time.monotonic()` after which no further run is begun, if there have been three kills.
     """
     from mosaics.training import train
 
-    whole, recipe, lasts, count = reference()
+    whole, recipe, lasts, paths = reference()
     found, root = Kills(), made.folder() / "killed"
     root.mkdir(exist_ok=True)
-    while found.done < kills and time.monotonic() < until:
+    saves = [number for number, path in enumerate(paths, 1) if "step-" in path]
+    while found.done < kills and (found.done < 3 or time.monotonic() < until):
         run = root / f"run-{found.runs}"
         fruitless = 0
         while True:
             # A run that does not come further between kills is let go in the end.
-            moment = {"after": draw.uniform(0, lasts)} if draw.random() < 0.5 else {"operation": draw.randint(1, count)}
+            number = draw.randint(1, len(paths))
+            moment = draw.choice(
+                [{"after": draw.uniform(0, lasts)}, {"operation": number}, {"operation": draw.choice(saves)}]
+            )
             before = _steps(run)
             status, saving = attempt(partial(train, recipe, run), under=run, **({} if fruitless > 20 else moment))
             if status == "done":
@@ -219,7 +224,7 @@ def kill_training(kills: int, draw: random.Random, until: float = float("inf")) 
             found.bits += different_bits(whole, run)
             if _log(whole) != _log(run):
                 found.failures.append(f"the log of {run.name} differs")
-            left = [path.name for path in _checkpoints(run).iterdir() if path.name.startswith(".")]
+            left = [path.name for path in _checkpoints(run).glob(".*")] + [path.name for path in run.glob(".*.new")]
             if left:
                 found.failures.append(f"{run.name} is finished and has {left[0]}")
         shutil.rmtree(run, ignore_errors=True)
@@ -276,12 +281,12 @@ def kill_preparing(kills: int, draw: random.Random, until: float = float("inf"))
     def work() -> None:
         prepare(str(made.corpus()), place / "data", vocab_size=300, validation=0.2)
 
-    count = operations(work, place)
+    paths = operations(work, place)
     for _ in range(kills):
-        if time.monotonic() > until:
+        if found.done >= 3 and time.monotonic() > until:
             break
         place.mkdir()
-        status, _ = attempt(work, operation=draw.randint(1, count), under=place)
+        status, _ = attempt(work, operation=draw.randint(1, len(paths)), under=place)
         if status != "killed":
             found.failures.append(status)
             continue
@@ -309,12 +314,12 @@ def kill_evaluating(kills: int, draw: random.Random, until: float = float("inf")
 
     attempt(work, under=place)
     right = _contents(place)
-    count = _counted(place)
+    paths = _counted(place)
     for _ in range(kills):
-        if time.monotonic() > until:
+        if found.done >= 3 and time.monotonic() > until:
             break
         shutil.rmtree(place, ignore_errors=True)
-        status, _ = attempt(work, operation=draw.randint(1, count), under=place)
+        status, _ = attempt(work, operation=draw.randint(1, len(paths)), under=place)
         if status != "killed":
             found.failures.append(status)
             continue

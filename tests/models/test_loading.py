@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny_model
-from mosaics.models.loading import load_config, load_model, write_manifest
+from mosaics.models.loading import _check_manifest, load_config, load_model, write_manifest
 
 
 @pytest.fixture
@@ -41,6 +41,14 @@ def test_load_model_finds_every_changed_file(folder, file):
     (folder / file).write_bytes(data)
     with pytest.raises(ValueError, match=file):
         load_model(folder)
+
+
+def test_load_model_finds_every_changed_value_of_the_manifest(folder):
+    content = (folder / "manifest.json").read_bytes()
+    for place in range(0, len(content), 3):
+        (folder / "manifest.json").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=str(folder)):
+            _check_manifest(folder / "manifest.json")
 
 
 def test_load_model_finds_a_missing_file_and_names_outside_the_folder(folder):

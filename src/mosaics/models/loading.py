@@ -21,7 +21,7 @@ from transformers.utils import logging
 from mosaics.data.hub import where_to_look
 from mosaics.models.configuration_mosaic import MosaicConfig
 
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT = "manifest.json", "mosaics-exported-model"
 
 
 def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -117,7 +117,7 @@ def write_manifest(folder: Path) -> None:
             if path.name != "README.md":  # people add to it
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(stream)}
     with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump({"format": "mosaics-exported-model", "files": files}, stream, indent=1)
+        json.dump({"format": FORMAT, "files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -127,6 +127,12 @@ def _check_manifest(path: Path) -> None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        digest = manifest.pop("digest", None)
+        if digest is None and (manifest.keys() != {"format", "files"} or manifest["format"] != FORMAT):
+            raise ValueError("its format")
+        # That of a checkpoint has a digest of itself.
+        if digest is not None and digest != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+            raise ValueError("its digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); export the model again") from None
     for name, (size, digest) in files.items():

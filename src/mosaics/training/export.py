@@ -1,6 +1,5 @@
 """The exported model: a folder that transformers loads, with its tokenizer and a model card."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,8 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     model.eval()
     tokenizer = PreparedCorpus(data_of(run, recipe)).tokenizer()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
+    temporary = output.with_name(f".{output.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
