@@ -39,7 +39,7 @@ class Group:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
-        self.rank, self.size, self._store, self._rounds = rank, size, store, 0
+        self.rank, self.size, self._store, self._rounds, self._complete = rank, size, store, 0, True
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
@@ -108,12 +108,13 @@ class Group:
         end = time.monotonic() + 5
         with contextlib.suppress(RuntimeError):
             gone = self._store.add("gone", 1)
-            while self.rank == 0 and gone < self.size and time.monotonic() < end:
+            while self.rank == 0 and self._complete and gone < self.size and time.monotonic() < end:
                 time.sleep(0.01)
                 gone = self._store.add("gone", 0)
 
     def lost(self) -> BaseException:
         """The error to raise when another process has gone; the first process to notice says it."""
+        self._complete = False
         text = (
             "another process of this run has ended or can't be reached, so this one ends too; the same command goes "
             "on from the newest checkpoint"

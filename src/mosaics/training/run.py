@@ -367,8 +367,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _stopping(once: bool) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as usual if `once` (torchrun passes one on that the
-    process may have had from the terminal)."""
+    """An event that SIGINT and SIGTERM set.
+
+    Args:
+        once: a second signal acts as usual. Not so under torchrun, which passes on what the process may have had from
+            the terminal, and sends SIGTERM when another process ended, before this one has said what that means.
+    """
     stop = threading.Event()
     before: dict[int, Any] = {}
 
@@ -385,5 +389,8 @@ def _stopping(once: bool) -> Iterator[threading.Event]:
         before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    finally:
-        restore()
+    except BaseException:
+        if once:
+            restore()
+        raise
+    restore()
