@@ -75,7 +75,7 @@ def damage_all(soak: Soak, draw: random.Random, seconds: float) -> None:
     for kind in damage.KINDS:
         end = time.monotonic() + seconds / len(damage.KINDS)
         found = damage.damage(kind, draw, 10**6, lambda end=end: time.monotonic() < end)
-        soak.row(f"file of a {kind} damaged", found.done, f"{found.found} found")
+        soak.row(f"damaged files: {kind}", found.done, f"{found.found} found")
         for missed in found.missed:
             soak.fail("damage not found", missed)
 
@@ -89,7 +89,7 @@ def feed(soak: Soak, draw: random.Random, seconds: float) -> None:
             if time.monotonic() > end:
                 break
             try:
-                tried[name] += inputs.attempts(name, 50, draw.getrandbits(32))
+                tried[name] += inputs.attempts(name, 20, draw.getrandbits(32))
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise

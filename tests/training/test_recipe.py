@@ -175,3 +175,21 @@ def test_differences_names_every_key_that_differs():
         "model.window is 4 there and 'unset' here",
         "training.steps is 1000 there and 7 here",
     ]
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "2001-99-99", "[" * 5000])
+def test_load_recipe_names_the_file_of_a_value_that_cannot_be_read(tmp_path, value):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"training: {{steps: {value}}}")
+    with pytest.raises(ValueError, match=r"mine\.yaml.*not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(ValueError, match=r"training\.steps"):
+        load_recipe("quickstart", parse_overrides(["--training.steps", value])[0])
+
+
+def test_load_recipe_refuses_yaml_that_unfolds_without_end(tmp_path):
+    path = tmp_path / "mine.yaml"
+    lists = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    path.write_text("\n".join(["a0: &a0 [1]", *lists, "data: {corpus: *a11}"]))
+    with pytest.raises(ValueError, match=r"mine\.yaml holds more than 10000 values"):
+        load_recipe(path)

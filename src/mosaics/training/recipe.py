@@ -140,7 +140,7 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}), so it is no recipe") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: impossible dates, endless numbers
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
@@ -240,7 +240,7 @@ def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[
 def _read_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return text
     return value if value is None or isinstance(value, bool | int | float | list) else text
 
