@@ -72,18 +72,18 @@ def bench(
 
 def tables(results: dict[str, Any]) -> str:
     """What was measured, as Markdown."""
-    from mosaics.cli.tables import amount, size
+    from mosaics.cli.tables import size
 
     machine, settings, limits = results["machine"], results["settings"], results["limits"]
     ours, theirs = results["models"]["mosaic"], results["models"]["llama"]
     said = [
         f"commit {results['commit'] or 'unknown'}, mosaics {machine['mosaics']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, {settings['device']} ({machine['processor']}, {machine['threads']} of "
-        f"{machine['cores']} cores), {settings['dtype']}",
+        f"transformers {machine['transformers']}, {settings['device']} ({machine['processor']}, {machine['threads']} "
+        f"of {machine['cores']} cores), {settings['dtype']}",
         f"parameters: mosaic {ours['parameters']:,}, llama {theirs['parameters']:,}; decoding state per token of "
         f"context: {size(ours['state_bytes_per_token'])}, {size(theirs['state_bytes_per_token'])}",
-        f"the machine's limits, measured: matrix products {amount(limits['flops_per_second'])}FLOP/s, copies "
-        f"{amount(limits['bytes_per_second'])}B/s",
+        f"the machine's limits, measured: matrix products {limits['flops_per_second'] / 1e9:,.4g} GFLOP/s, copies "
+        f"{limits['bytes_per_second'] / 1e9:,.3g} GB/s",
     ]
     for part in dict.fromkeys(case["part"] for case in results["cases"]):
         said += ["", *_table(part, [case for case in results["cases"] if case["part"] == part], results["exponents"])]
