@@ -37,7 +37,7 @@ SMALL = {
     "--training.batch_size 2 --validation.sequences 2",
     "generate": "--max-new-tokens 4",
 }
-SMALL["quickstart"] = SMALL["train"]
+SMALL["quickstart"] = SMALL["train"] + " --jobs 1"
 SMALL["reproduce"] = SMALL["train"].replace("--validation.sequences 2", "--seeds 0 --samples 2")
 SMALL["compare"] = SMALL["reproduce"] + " --worlds recall"
 SMALL["bench"] = (
