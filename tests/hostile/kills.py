@@ -333,10 +333,10 @@ def kill_evaluating(kills: int, draw: random.Random, until: float = float("inf")
 
 
 def main() -> None:
-    """Prints what the given number of kills of training, preparing and evaluating left, as JSON."""
+    """Prints what a number of kills of training, and one each of preparing and evaluating, left, as JSON."""
     draw = random.Random(int(sys.argv[2]))
     parts = {"training": kill_training, "preparing": kill_preparing, "evaluating": kill_evaluating}
-    print(json.dumps({name: asdict(kill(int(sys.argv[1]), draw)) for name, kill in parts.items()}))
+    print(json.dumps({n: asdict(kill(int(sys.argv[1]) if n == "training" else 1, draw)) for n, kill in parts.items()}))
 
 
 if __name__ == "__main__":

@@ -456,7 +456,7 @@ def memory_by_stranger(folder, draw):
     elif how == "remove":
         del tensors[key]
     else:
-        about = mutated_tree(draw, about)
+        about = json.loads(json_text(mutated_tree(draw, about)))
     if isinstance(about, dict):
         about.pop("sha256", None)
         about["sha256"] = kept._digest(about, tensors)

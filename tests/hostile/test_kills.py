@@ -20,5 +20,5 @@ def test_train_prepare_and_evaluate_survive_kills_at_drawn_moments():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert found["done"] >= 2 and found["runs"] >= 1, name
+        assert found["done"] >= (2 if name == "training" else 1) and found["runs"] >= 1, name
         assert not found["failures"] and not found["bits"], (name, found)

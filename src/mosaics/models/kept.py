@@ -143,7 +143,7 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
         state, _, _ = open_cache(cache, stack)
         for name, part in [("rows", rows), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
             _fill(name, part, tensors, about["plain"])
-        _check_shapes(model, input_ids, tensors)
+        _check_content(model, input_ids, tensors, about["plain"])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); read the document again") from None
     close_cache(cache, stack, state, rows, input_ids.shape[1])
@@ -151,7 +151,9 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
     return cache, input_ids.expand(batch_size, -1)
 
 
-def _check_shapes(model: MosaicForCausalLM, input_ids: Tensor, tensors: dict[str, Tensor]) -> None:
+def _check_content(
+    model: MosaicForCausalLM, input_ids: Tensor, tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
     """Hold what a file says against what the model remembers of the beginning of the same context.
 
     Raises:
@@ -161,10 +163,17 @@ def _check_shapes(model: MosaicForCausalLM, input_ids: Tensor, tensors: dict[str
         raise TypeError("input_ids")
     if input_ids.min() < 0 or input_ids.max() >= model.config.vocab_size:
         raise TypeError("tokens")
-    state, _, _ = open_cache(read_context(model, input_ids[:, :256]), model.model.stack)
+    state, rows, _ = open_cache(read_context(model, input_ids[:, :256]), model.model.stack)
     known: dict[str, Tensor] = {}
-    for number, block in enumerate(state.blocks):
-        _flatten(f"blocks.{number}", block, known, {})
+    known_plain: dict[str, Any] = {}
+    for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+        _flatten(name, part, known, known_plain)
+    if plain.keys() != known_plain.keys():
+        raise TypeError("fields")
+    for name, value in known_plain.items():
+        longer = isinstance(value, int) and input_ids.shape[1] > 256 and 0 <= plain[name] <= input_ids.shape[1]
+        if type(plain[name]) is not type(value) or not (longer or plain[name] == value):
+            raise TypeError(name)
     for name in known.keys() & tensors.keys():
         shapes = [list(known[name].shape), list(tensors[name].shape)]
         if ".pairs." in name and tensors[name].dim() == 4:  # (batch, heads, pairs, width)
