@@ -69,3 +69,10 @@ def test_metrics_say_how_to_get_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"pip install 'mosaics\[tensorboard\]'"):
         Metrics(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "board")
+
+
+def test_metrics_that_were_edited_are_left_out(path, tmp_path):
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss": "low", "validation_bits_per_byte": null}\n{"step": 5, "loss": [1]}\n')
+    assert last_validation(path)["validation_bits_per_byte"] == 1.0
+    plot_curves(path, tmp_path / "curves.png")

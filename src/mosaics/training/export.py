@@ -14,9 +14,10 @@ from mosaics.training.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from mosaics.training.metrics import last_validation
+from mosaics.training.metrics import is_number, last_validation
 from mosaics.training.recipe import Recipe
 
+_FIGURES = ("bits_per_byte", "nats_per_token", "tokens", "bytes")
 _CARD = """\
 ---
 license: {license}
@@ -142,7 +143,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
 def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], name: str) -> str:
     """The model card: Markdown with YAML front matter."""
     config = model.config
-    if validation:
+    if all(is_number(validation.get(f"validation_{name}")) for name in _FIGURES):
         figures = (
             f"On held-out documents of the same corpus, at step {validation['step']:,}: "
             f"{validation['validation_bits_per_byte']:.4f} bits per byte, "

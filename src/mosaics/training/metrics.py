@@ -68,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             break
@@ -76,9 +76,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a line is one that can be drawn and printed; the file may have been edited."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def last_validation(path: Path, step: int | None = None) -> dict[str, Any]:
     """The newest validation figures in a `metrics.jsonl`, not after `step`; empty when there are none."""
-    found = [line for line in read_metrics(path) if "validation_bits_per_byte" in line]
+    found = [line for line in read_metrics(path) if is_number(line.get("validation_bits_per_byte"))]
     found = [line for line in found if step is None or line["step"] <= step]
     return found[-1] if found else {}
 
@@ -96,7 +101,7 @@ def plot_curves(metrics: Path, picture: Path) -> None:
         ("nats per token", "bits per byte"),
         strict=True,
     ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
         axes.plot(
             *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
         ) if points else None
