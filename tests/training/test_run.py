@@ -124,6 +124,12 @@ def test_train_says_that_a_finished_run_is_finished(run, tiny, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+def test_train_clears_what_a_process_killed_after_its_last_save_left(run, tiny):
+    (run / "checkpoints" / ".old-step-00000002").mkdir()
+    assert train(tiny(), run).finished
+    assert not list((run / "checkpoints").glob(".*"))
+
+
 def test_train_refuses_a_run_of_another_recipe(run, tiny):
     with pytest.raises(ValueError, match="training.steps is 6 there and 7 here; choose another --run"):
         train(tiny({"training.steps": 7}), run)

@@ -55,6 +55,12 @@ def checkpoint_steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)))
 
 
+def clear_leftovers(root: Path) -> None:
+    """Remove what a process left that was killed while writing or dropping a checkpoint."""
+    for leftover in root.glob(".*-step-*"):
+        shutil.rmtree(leftover)
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -96,8 +102,7 @@ def save_checkpoint(
         if not root.is_dir():
             root.mkdir(parents=True)
             sync(root.parent)
-        for leftover in root.glob(".*-step-*"):  # of a process that was killed while writing or dropping
-            shutil.rmtree(leftover)
+        clear_leftovers(root)
         temporary.mkdir()
 
     def write() -> dict[str, Any]:

@@ -27,6 +27,7 @@ import yaml
 
 from mosaics.training.checkpoint import (
     MANIFEST,
+    clear_leftovers,
     load_checkpoint,
     newest_checkpoint,
     read_json,
@@ -266,6 +267,7 @@ def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
 
 def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Whatever is still missing at the end of a run; its last validation."""
+    clear_leftovers(folder / "checkpoints")
     if not (folder / "curves.png").exists():
         plot_curves(folder / "metrics.jsonl", folder / "curves.png")
     if not (folder / "export").exists():
