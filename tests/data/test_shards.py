@@ -113,6 +113,17 @@ def test_prepared_corpus_missing_folder_says_how_to_make_one(tmp_path):
         PreparedCorpus(tmp_path / "missing")
 
 
+def test_prepared_corpus_array_with_a_damaged_header_is_named(write_prepared):
+    folder = write_prepared([5, 9], [6])
+    path = folder / "token_bytes.npy"
+    data = path.read_bytes()
+    for changed in (data.replace(b"{'descr", b"k'descr"), data.replace(b"}", b"("), b"", data[:20]):
+        path.write_bytes(changed)
+        edit(folder, lambda m: m["files"]["token_bytes.npy"].update(bytes=path.stat().st_size))
+        with pytest.raises(ValueError, match=r"token_bytes\.npy is damaged"):
+            PreparedCorpus(folder)
+
+
 def test_prepared_corpus_pickled_arrays_are_never_loaded(write_prepared):
     folder = write_prepared([5, 9], [6])
     path = folder / "train" / "offsets.npy"

@@ -266,7 +266,9 @@ def _load(path: Path) -> np.ndarray:
     """A list of whole numbers."""
     try:
         numbers = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OverflowError):  # numpy's words are about pickles, whatever the damage
+    except OSError:
+        raise
+    except Exception:  # numpy reads the header as Python source, and stumbles over it in any way
         numbers = None
     if numbers is None or numbers.ndim != 1 or numbers.dtype.kind != "i" or not len(numbers):
         raise ValueError(f"{path} is damaged; remove the folder and prepare the corpus again")
