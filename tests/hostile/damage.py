@@ -90,11 +90,11 @@ def damage(kind: str, draw: random.Random, rounds: int = 1, more: Callable[[], b
                 try:
                     check(folder)
                     result.missed.append(f"{kind}: {name}, {how}")
-                except (ValueError, OSError) as error:
-                    if str(folder) in str(error):
+                except Exception as error:
+                    if isinstance(error, ValueError | OSError) and str(folder) in str(error):
                         result.found += 1
                     else:
-                        result.missed.append(f"{kind}: {name}, {how}, unnamed: {error}")
+                        result.missed.append(f"{kind}: {name}, {how}, {error!r}")
                 finally:
                     shutil.copy(source() / name, folder / name)
         check(folder)
