@@ -96,9 +96,7 @@ def feed(soak: Soak, draw: random.Random, seconds: float) -> None:
                 failed += 1
                 soak.fail(name, "".join(traceback.format_exception_only(error))[-3000:])
     kinds = sum(count > 0 for count in tried.values())
-    text = (
-        f"{len(soak.failures)} neither right nor refused in one sentence" if soak.failures else "right, or one sentence"
-    )
+    text = f"{failed} neither right nor refused in a sentence" if failed else "all right, or refused in a sentence"
     soak.row(f"inputs of {kinds} kinds (of {len(tried)})", sum(tried.values()), text)
     for name, count in tried.items():
         print(f"    {name}: {count:,}", file=sys.stderr)
