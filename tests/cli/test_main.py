@@ -43,7 +43,7 @@ def test_help_of_every_verb_shows_an_example(mosaics, verb):
         (["info"], "missing argument"),
         (["info", "x", "y"], "unexpected extra argument"),
         (["info", "memory-mosaics-v2-tiny", "--context", "many"], "'--context'"),
-        (["generate", "x"], "missing option '--prompt'"),
+        (["generate", "x"], "give a --prompt"),
         (["train", "quickstart", "--dryrun"], "unknown option --dryrun (did you mean --dry-run?)"),
         (["quickstart", "--promt", "x"], "unknown option --promt (did you mean --prompt?)"),
     ],

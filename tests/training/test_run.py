@@ -241,13 +241,13 @@ def test_train_names_the_documents_of_a_loss_that_is_not_finite(tmp_path, tiny, 
 
 
 def _not_finite_at(monkeypatch, *steps):
-    """Make the loss of some steps infinite, as an overflow in the last layer would."""
+    """Make the loss of some steps infinite, as an overflow behind the last block would."""
     step = module.optimisation_step
 
     def broken(model, optimizer, data, recipe, number, *others):
         handle = None
         if number in steps:
-            handle = model.lm_head.register_forward_hook(lambda *call: call[-1] * float("inf"))
+            handle = model.model.norm.register_forward_hook(lambda *call: call[-1] * float("inf"))
         try:
             return step(model, optimizer, data, recipe, number, *others)
         finally:
