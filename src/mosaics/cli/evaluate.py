@@ -46,7 +46,9 @@ def evaluate(
     shots: Annotated[
         str | None, Option(help="in-context-learning: numbers of shots (one example of every class each), as 1,4,16.")
     ] = None,
-    labels: Annotated[str | None, Option(help="in-context-learning: semantic, anonymous or both.")] = None,
+    labels: Annotated[
+        str | None, Option(help="in-context-learning: semantic, anonymous, or semantic,anonymous for both.")
+    ] = None,
     strategies: Annotated[
         str | None, Option(help="in-context-learning: newline, newline-shuffled, space, space-shuffled.")
     ] = None,
