@@ -96,7 +96,7 @@ def test_load_memory_refuses_what_is_damaged_or_something_else(tmp_path):
         load_memory(path, model)
     keep(model, path)
     whole = bytearray(path.read_bytes())
-    for place in (5, 60, len(whole) - 9):
+    for place in (5, 60, len(whole) // 2, len(whole) - 9):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="damaged|changed|another model|no memory"):
             load_memory(path, model)
