@@ -8,6 +8,7 @@ from mosaics.data.regbench import LETTERS, SEPARATOR, SYMBOLS, open_regbench, re
 from mosaics.data.worlds import World, world_tokenizer
 from mosaics.evaluation import Scorer, evaluate
 from mosaics.experiments.questions import AttentionByDistance, RegBenchQuestions, WorldQuestions
+from mosaics.memories import Read
 
 
 class Known:
@@ -73,10 +74,9 @@ def test_attention_by_distance_of_even_weights_is_one(tmp_path):
         def read_weights(self, ids):
             time = ids.shape[1]
 
-            class Read:
-                weights = torch.full((1, 2, time, time), 1 / time)
-
-            return [Read, Read]
+            even = torch.full((1, 2, time, time), 1 / time)
+            learned = torch.rand(1, 2, time, 7)  # of pairs that are no positions: not looked at
+            return [Read("a", 0, even), Read("b", 0, learned, contextual=False), Read("a", 1, even)]
 
     class Looker:
         model, start_id, training_length = Even(), 0, 64

@@ -110,7 +110,7 @@ class AttentionByDistance(Perplexity):
         records = []
         for example in examples:
             ids = torch.tensor([[scorer.start_id, *example.prompt[: example.meta["length"] - 1]]])
-            reads = scorer.model.read_weights(ids.to(scorer.model.device))
+            reads = [read for read in scorer.model.read_weights(ids.to(scorer.model.device)) if read.contextual]
             weights = torch.stack([read.weights[0, :, -1].float().mean(0).cpu() for read in reads]).mean(0).flip(0)
             parts = np.array_split(weights[:-1].numpy(), self.bins)  # by distance; the last is the first token
             edges = np.cumsum([0, *map(len, parts)])

@@ -275,11 +275,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Read:
-    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs."""
+    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs.
+
+    `contextual` says whether the slots are positions of the context, and not pairs that training filled.
+    """
 
     memory: str
     layer_index: int
     weights: Tensor
+    contextual: bool = True
 
 
 @dataclass(frozen=True)
