@@ -8,15 +8,24 @@ from mosaics.experiments.quickstart import compare_run, in_words
 from mosaics.experiments.work import Training
 from mosaics.training import load_recipe, train
 
+OTHER = {"data.long_documents": "truncate", "model.vocab_size": 700, "model.max_position_embeddings": 80}
+
+
+def make(texts, changes):
+    more = {"data.corpus": str(texts), "logging.every": 1, "validation.every": 3}
+    return load_recipe("quickstart", MICRO | more | changes)
+
 
 @pytest.fixture(scope="module")
 def recipe(texts):
-    return load_recipe("quickstart", MICRO | {"data.corpus": str(texts), "logging.every": 1, "validation.every": 3})
+    return make(texts, {})
 
 
-def test_compare_run_takes_the_run_for_what_it_would_train(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [{}, OTHER], ids=["", "other"])
+def test_compare_run_takes_the_run_for_what_it_would_train(texts, asked, tmp_path, monkeypatch):
+    recipe = make(texts, asked)
     train(recipe, tmp_path / "run")
-    changes = {key: value for key, value in MICRO.items() if not key.startswith("data.")}
+    changes = {key: value for key, value in (MICRO | asked).items() if not key.startswith("data.")}
     results = compare_run(recipe, tmp_path / "run", changes)
     adopted = next(m for m in results["models"] if (m["setting"], m["arrangement"]) == ("text", "memory-mosaics-v2"))
 

@@ -32,7 +32,9 @@ def compare_run(recipe: Recipe, run: Path, changes: dict[str, Any] | None = None
     folder = run / "comparison"
     model = recipe.model.overrides()
     training = recipe.training.model_dump(mode="json")
-    text = text_setting(str(data_of(run, recipe)), samples=TEXTS)
+    text = text_setting(
+        str(data_of(run, recipe)), samples=TEXTS, changes={"data.long_documents": recipe.data.long_documents}
+    )
     text = text.model_copy(update={"model": model, "training": training})
     world = world_setting("new-knowledge", samples=QUESTIONS, changes={"training.steps": STEPS} | (changes or {}))
     study = Study(

@@ -52,6 +52,7 @@ class Data(Part):
         field: field of .jsonl records.
         vocabulary_size: of the tokenizer that is trained on the text.
         validation: share of documents that is held out.
+        long_documents: whether documents longer than the context are split or truncated.
         automata: of RegBench, a sequence each.
     """
 
@@ -63,6 +64,7 @@ class Data(Part):
     field: str = "text"
     vocabulary_size: int = 2048
     validation: float = 0.05
+    long_documents: Literal["split", "truncate"] = "split"
     automata: int | None = None
 
     @model_validator(mode="after")

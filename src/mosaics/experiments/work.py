@@ -89,9 +89,8 @@ def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
     if arrangement.fixed_delay:
         sizes["train_delay"] = [sizes.get("delay", plain.delay)] * 2
     context = setting.training.get("context_length", 512)
-    config = mosaics.MosaicConfig.from_preset(
-        arrangement.preset, vocab_size=vocabulary, max_position_embeddings=context, **sizes
-    )
+    known = {"vocab_size": vocabulary, "max_position_embeddings": context}
+    config = mosaics.MosaicConfig.from_preset(arrangement.preset, **known | sizes)
     return config, sizes
 
 
@@ -150,8 +149,9 @@ class Source:
         from mosaics.data import PackedDataset, PreparedCorpus
 
         folder = prepared(data, cache)
-        self.train = PackedDataset(folder, "train", context_length, seed=seed, verify=False)
-        self.held_out = PackedDataset(folder, "validation", context_length, verify=False)
+        options = {"long_documents": data.long_documents, "verify": False}
+        self.train = PackedDataset(folder, "train", context_length, seed=seed, **options)
+        self.held_out = PackedDataset(folder, "validation", context_length, **options)
         self.tokenizer = PreparedCorpus(folder).tokenizer()
 
 
