@@ -135,9 +135,8 @@ def train(moons: Moons, arrangement: str, seed: int, cache: Path) -> str:
     if path.is_file():
         return name
     began = time.monotonic()
-    torch.set_flush_denormal(
-        True
-    )  # weights of far pairs are as good as 0, and slow by a factor of five if they are not
+    # Weights of far pairs are as good as 0, and slow by a factor of five if they are not quite.
+    torch.set_flush_denormal(True)
     found = []
     for start in range(moons.starts):
         found.append(_train(moons, arrangement, seed, start))
