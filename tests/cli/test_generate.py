@@ -84,5 +84,6 @@ def test_generate_refuses_impossible_memories(refused, small_run, tmp_path):
     assert "there is no memory" in refused(*words, "--memory", memory, "--prompt", "x")
     memory.write_bytes(b"x" * 100)
     assert "damaged" in refused(*words, "--memory", memory, "--prompt", "x")
-    assert "choose same" in refused(*words, "--memory", memory, "--memory-precision", "int4", "--prompt", "x")
+    assert "--context-file again" in refused(*words, "--memory", memory, "--state-dtype", "int8", "--prompt", "x")
+    assert "choose bfloat16 or int8" in refused(*words, "--state-dtype", "int4", "--prompt", "x")
     refused(*words, "--context-file", tmp_path / "nothing.txt", "--prompt", "x")

@@ -99,7 +99,7 @@ def test_config_of_another_kind_of_model_is_refused(tmp_path):
 
 def test_config_refuses_an_unknown_setting_after_it_was_made_too():
     config = tiny_config()
-    for name, near in (("widow", "'window'"), ("hidden_sise", "'hidden_size'"), ("some_typo", "choose one of")):
+    for name, near in (("widow", "'window'"), ("hidden_sise", "'hidden_size'"), ("xyz", "choose one of")):
         with pytest.raises(ValueError, match=f"no setting '{name}'.*{near}"):
             setattr(config, name, 3)
         assert not hasattr(config, name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import relative_error, tiny_model, tokens
+from mosaics.memories.base import Pairs
 from mosaics.models.kept import fingerprint, load_memory, read_context, save_memory
 
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
@@ -63,17 +64,46 @@ def test_save_memory_leaves_the_cache_usable(model, tmp_path):
 
 
 @torch.no_grad()
-def test_save_memory_in_bfloat16_takes_less_and_stays_near(tmp_path):
-    model = tiny_model(torch.float32, scale=1.0)
-    context, size = keep(model, tmp_path / "doc.memory", time=400)
-    _, less = keep(model, tmp_path / "half.memory", time=400, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("chunk", [7, 100])
+def test_load_memory_goes_on_in_the_dtype_of_the_file(tmp_path, dtype, preset, chunk):
+    model, plain = tiny_model(preset=preset, state_dtype=dtype), tiny_model(preset=preset)
+    context, _ = keep(model, tmp_path / "doc.memory", chunk=chunk)
     question = tokens(1, 9, seed=5)
-    exact, near = (
-        model(question, past_key_values=load_memory(tmp_path / f"{name}.memory", model)[0]).logits
-        for name in ("doc", "half")
-    )
-    assert less < 0.7 * size
-    assert 0 < relative_error(near, exact) < 2 * 1e-2  # the bound of a bfloat16 read, in each of two blocks
+    whole = model(torch.cat([context, question], dim=1)).logits[:, 75:]
+    for loaded in (model, plain):  # whatever the config of the model says
+        cache, _ = load_memory(tmp_path / "doc.memory", loaded)
+        assert relative_error(loaded(question, past_key_values=cache).logits, whole) < 1e-9
+        parts = [part for layer in cache.layers for part in layer.state.parts() if isinstance(part, Pairs)]
+        assert len(parts) >= 2 and all(str(part.keys.dtype) == f"torch.{dtype}" for part in parts)
+    keep(plain, tmp_path / "plain.memory")
+    cache, _ = load_memory(tmp_path / "plain.memory", model)
+    expected = plain(torch.cat([context, question], dim=1)).logits[:, 75:]
+    assert relative_error(model(question, past_key_values=cache).logits, expected) < 1e-9
+    assert relative_error(whole, expected) > 1e-6
+
+
+@torch.no_grad()
+def test_save_memory_of_narrow_pairs_takes_less_and_stays_near(tmp_path):
+    exact, size = None, {}
+    for dtype in (None, "bfloat16", "int8"):
+        model = tiny_model(torch.float32, scale=1.0, state_dtype=dtype)
+        context, size[dtype] = keep(model, tmp_path / "doc.memory", time=400)
+        logits = model(tokens(1, 9, seed=5), past_key_values=load_memory(tmp_path / "doc.memory", model)[0]).logits
+        exact = logits if exact is None else exact
+        # More than a read in bfloat16 may be off: rounded keys move logits by up to beta / 256.
+        assert dtype is None or 0 < relative_error(logits, exact) < 4e-2
+    assert size["int8"] < size["bfloat16"] < 0.7 * size[None]
+
+
+def test_load_memory_refuses_a_dtype_that_is_none(tmp_path, monkeypatch):
+    model = tiny_model()
+    cache = read_context(model, context := tokens(1, 20))
+    next(part for part in cache.layers[0].state.parts() if isinstance(part, Pairs)).dtype = "int4"
+    save_memory(tmp_path / "doc.memory", model, cache, context)
+    with pytest.raises(ValueError, match="doc.memory is damaged"):
+        load_memory(tmp_path / "doc.memory", model)
 
 
 def test_load_memory_refuses_another_model(tmp_path):

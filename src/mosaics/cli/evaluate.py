@@ -33,6 +33,9 @@ def evaluate(
     batch_size: Annotated[int, Option(help="Rows in a pass at most; changes no score.")] = 16,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    state_dtype: Annotated[
+        str | None, Option(help="How a mosaic keeps the pairs of the context: bfloat16 or int8; else as --dtype.")
+    ] = None,
     construction: Annotated[
         str | None, Option(help="new-knowledge: per-sample (gold at a drawn place) or published (as RULER does).")
     ] = None,
@@ -92,7 +95,7 @@ def evaluate(
     from mosaics.evaluation.scorer import check_memories, place
     from mosaics.models.loading import load_exported
 
-    loaded, tokenizer = load_exported(model)
+    loaded, tokenizer = load_exported(model, state_dtype)
     check_memories(loaded, without or ())
     variants = {"whole": ()} | ({f"without {' and '.join(without)}": tuple(without)} if without else {})
     results = {}
@@ -100,7 +103,8 @@ def evaluate(
         loaded = place(loaded, device, dtype, removed)
         scorer = Scorer(loaded, tokenizer, batch_size=batch_size, limit=max_length)
         folder = output / variant.replace(" ", "-") if output is not None and without else output
-        more = {"dtype": dtype} | ({"without": list(removed)} if removed else {})
+        more = {"dtype": dtype} | ({"state_dtype": state_dtype} if state_dtype else {})
+        more |= {"without": list(removed)} if removed else {}
         results[variant] = run(asked, scorer, folder, model=model, show_progress=True, more_settings=more)
     result = results["whole"]
     if without:

@@ -27,14 +27,16 @@ def generate(
     memory: Annotated[
         Path | None, Option(metavar="FILE", help="A memory kept by --save-memory, in the place of --context-file.")
     ] = None,
-    memory_precision: Annotated[
-        str, Option(help="Of the kept pairs: same, or bfloat16, which takes half of float32.")
-    ] = "same",
+    state_dtype: Annotated[
+        str | None,
+        Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),
+    ] = None,
 ) -> None:
     """Continue a prompt and stream the text to standard output.
 
     With --context-file, prompts are asked after that text. --save-memory keeps what the model remembers of it, so
-    that --memory answers the next prompts without reading it again; the answers are the same.
+    that --memory answers the next prompts without reading it again; the answers are the same. --state-dtype makes both
+    the memory in use and the file smaller, at a small loss.
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
@@ -48,17 +50,19 @@ def generate(
         raise ValueError("--context-file and --memory both give what comes before the prompt; leave one out")
     if save_memory is not None and context_file is None:
         raise ValueError("--save-memory keeps what is remembered of a --context-file; name that too")
-    if memory_precision not in ("same", "bfloat16"):
-        raise ValueError(f"--memory-precision is {memory_precision!r}; choose same or bfloat16")
+    if memory is not None and state_dtype is not None:
+        raise ValueError(
+            "--memory has the dtype that it was saved with; leave out --state-dtype, or read the --context-file again"
+        )
     if not prompt and save_memory is None:
         raise ValueError("there is nothing to go on from; give a --prompt")
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
     from mosaics.models.loading import load_exported
 
-    loaded, tokenizer = load_exported(model)
+    loaded, tokenizer = load_exported(model, state_dtype)
     before = None
     if context_file is not None:
-        before = _read(loaded, tokenizer, context_file, save_memory, memory_precision)
+        before = _read(loaded, tokenizer, context_file, save_memory)
     elif memory is not None:
         before = _load(loaded, memory)
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -68,9 +72,8 @@ def generate(
         answer(loaded, tokenizer, prompts, before, **how)
 
 
-def _read(model, tokenizer, file: Path, keep: Path | None, precision: str) -> tuple[Any, Any]:
+def _read(model, tokenizer, file: Path, keep: Path | None) -> tuple[Any, Any]:
     """Reads a file; returns the cache and the tokens."""
-    import torch
     from rich.progress import Progress
 
     from mosaics.models.kept import read_context, save_memory
@@ -88,10 +91,10 @@ def _read(model, tokenizer, file: Path, keep: Path | None, precision: str) -> tu
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("reading", total=ids.shape[1])
         cache = read_context(model, ids.to(model.device), told=lambda count: progress.advance(bar, count))
-    _say(f"read {ids.shape[1]:,} tokens of {file}", begin)
+    _say(f"read {ids.shape[1]:,} tokens of {file}, {file.stat().st_size:,} bytes", begin)
     if keep is not None:
         begin = time.monotonic()
-        size = save_memory(keep, model, cache, ids, None if precision == "same" else getattr(torch, precision))
+        size = save_memory(keep, model, cache, ids)
         _say(f"kept them in {keep}, {size:,} bytes", begin)
     return cache, ids
 

@@ -13,6 +13,9 @@ def info(
     source: Annotated[str, Argument(metavar="PRESET|CHECKPOINT|RUN|RECIPE", help="What to look at.")],
     context: Annotated[int | None, Option(help="Context in tokens; the training context if not given.")] = None,
     without: Annotated[list[str] | None, Option(metavar="MEMORY", help="Leave out, as long_term.")] = None,
+    state_dtype: Annotated[
+        str | None, Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed.")
+    ] = None,
     tensors: Annotated[bool, Option("--tensors", help="List every tensor and its shape.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -23,6 +26,7 @@ def info(
     length = context if context is not None else config.max_position_embeddings
     if length < 1:
         raise ValueError(f"--context is {length}; it must be at least 1")
+    config.state_dtype = state_dtype or config.state_dtype
     model = build_model(config, meta=True)
     for kind in without or ():
         model.remove_memories(kind)

@@ -66,6 +66,8 @@ class Scorer:
         self._cached = own or ("past_key_values" in known and not getattr(model, "_is_stateful", False))
         ids = tokenizer("a").input_ids
         begin = tokenizer.bos_token_id
+        # What is kept narrower than it is computed is asked for as it is kept, also where one pass would do.
+        self._always_keeps = own and model.config.state_dtype is not None
         self._begin = [begin] if begin is not None and ids[:1] == [begin] else []
         self._text: tuple[str, list[int]] = ("", [])  # the last prefix
         self._prefix: tuple[tuple[int, ...], object] = ((), None)
@@ -325,7 +327,7 @@ class Scorer:
         """Logits of all positions from `first` on, chunk by chunk: (position of the first, logits)."""
         ids = ids.to(self.model.device)
         chunk = self.chunk if self._cached else ids.shape[1]
-        if cache is None and self._cached and ids.shape[1] > chunk:
+        if cache is None and self._cached and (ids.shape[1] > chunk or self._always_keeps):
             cache = self._new_cache()
         for start in range(0, ids.shape[1], chunk):
             part = ids[:, start : start + chunk]

@@ -89,7 +89,8 @@ class AttentionMemory(Memory):
         self.o_proj = nn.Linear(heads * self.width, d, bias=common.bias)
 
     def initial_state(self) -> AttentionState:
-        return AttentionState(Pairs(limit=None if self.options.window is None else self.options.window - 1))
+        window = self.options.window
+        return AttentionState(Pairs(limit=None if window is None else window - 1, dtype=self.common.state_dtype))
 
     def forward(
         self, x: Tensor, layout: Layout, state: AttentionState | None, context: Context
@@ -137,7 +138,7 @@ class AttentionMemory(Memory):
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.options.window is None else min(context_length, self.options.window - 1)
-        return 2 * pairs * self.pair_heads * self.width * element_size
+        return pairs * self.pair_bytes(self.pair_heads * self.width, self.pair_heads, element_size)
 
 
 def _half_turned(x: Tensor) -> Tensor:

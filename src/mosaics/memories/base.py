@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+
+from mosaics.ops.kernel_regression import Narrow, widened
+
+STATE_DTYPES = ("bfloat16", "int8")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -26,6 +30,15 @@ class State:
         """Replace every tensor in the state, however deep, by `function` of it."""
         for f in dataclasses.fields(self):
             setattr(self, f.name, _mapped(getattr(self, f.name), function))
+
+    def parts(self) -> Iterator[State]:
+        """This state and all that are in it, however deep."""
+        yield self
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, State):
+                    yield from part.parts()
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order; a row may be kept more than once."""
@@ -182,69 +195,89 @@ class Layout:
 class Pairs(State):
     """Key-value pairs in buffers that grow by half, so that storing one more costs the same however many there are.
 
-    The rows are aligned on the right: the newest pair of every row lies in the last slot.
+    The rows are aligned on the right: the newest pair of every row lies in the last slot. With a `dtype` the pairs are
+    rounded when they come, and what is read are the rounded ones, also within the call that brings them: so the answer
+    does not depend on how a sequence is cut.
 
     Attributes:
         keys: `(batch, heads, capacity, width)`.
         values: `(batch, heads, capacity, value width)`; the newest pair's value is not known yet.
+        key_scales: `(batch, heads, capacity, 1)` in float32, what 8 bits are multiples of; else None.
+        value_scales: the same for the values.
         used: slots written.
         limit: how many of the newest slots are kept; None keeps all.
+        dtype: in which pairs are kept, one of `STATE_DTYPES`; None: as they come.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
     used: int = 0
     limit: int | None = None
+    dtype: str | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
         """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
 
         `values` may have more entries at the front: they replace those of the newest pairs stored before.
         """
         kept = self.used if self.limit is None else min(self.used, self.limit)
-        time = keys.shape[2]
+        time, computed = keys.shape[2], keys.dtype
         total = kept + time
+        if self.dtype is None or getattr(torch, self.dtype) == computed:
+            new = {"keys": keys, "values": values}
+        else:
+            keys, values = (Narrow.of(x, getattr(torch, self.dtype)) for x in (keys, values))
+            new = {"keys": keys.data, "values": values.data}
+            if keys.scale is not None:
+                new |= {"key_scales": keys.scale, "value_scales": values.scale}
         if kept == 0:
-            self.keys, self.values, self.used = keys, values, time
-            return keys, values
+            for name, x in new.items():
+                setattr(self, name, x)
+            self.used = time
+            return widened(keys), widened(values)  # nothing older: they are all at hand
         begin = self.used - kept
-        needs_graph = any(x.requires_grad for x in (keys, values, self.keys, self.values))
+        needs_graph = any(x.requires_grad for x in (*new.values(), self.keys, self.values))
         if torch.is_grad_enabled() and needs_graph:
-            self.keys = torch.cat([self.keys[:, :, begin : self.used], keys], dim=2)
-            older = self.values[:, :, begin : begin + total - values.shape[2]]
-            self.values = torch.cat([older, values], dim=2)
-            self.used = total
-            return self.keys, self.values
-        foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
-        if foreign or self.used + time > self.keys.shape[2]:
-            capacity = total + max(total // 2, 64)
-            self.keys = _grown(self.keys[:, :, begin : self.used], capacity)
-            self.values = _grown(self.values[:, :, begin : self.used], capacity)
-            self.used, begin = kept, 0
-        end = self.used + time
-        self.keys[:, :, self.used : end] = keys
-        self.values[:, :, end - values.shape[2] : end] = values
-        self.used = end
-        return self.keys[:, :, begin:end], self.values[:, :, begin:end]
+            for name, x in new.items():
+                older = getattr(self, name)[:, :, begin : begin + total - x.shape[2]]
+                setattr(self, name, torch.cat([older, x], dim=2))
+            self.used, begin = total, 0
+        else:
+            foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
+            if foreign or self.used + time > self.keys.shape[2]:
+                capacity = total + max(total // 2, 64)
+                for name in new:
+                    setattr(self, name, _grown(getattr(self, name)[:, :, begin : self.used], capacity))
+                self.used, begin = kept, 0
+            self.used += time
+            for name, x in new.items():
+                getattr(self, name)[:, :, self.used - x.shape[2] : self.used] = x
+        stored = {name: getattr(self, name)[:, :, begin : self.used] for name in new}
+        if stored["keys"].dtype == computed:
+            return stored["keys"], stored["values"]
+        return (
+            Narrow(stored["keys"], stored.get("key_scales"), computed),
+            Narrow(stored["values"], stored.get("value_scales"), computed),
+        )
 
     def settle(self, layout: Layout) -> None:
         """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""
         if layout.length is not None:
-            self.keys = layout.align(self.keys[:, :, : self.used])
-            self.values = layout.align(self.values[:, :, : self.used])
+            self.map(lambda x: layout.align(x[:, :, : self.used]))
         if self.limit is not None and self.used > 4 * self.limit + 64:
             self.release()
 
     def release(self) -> None:
         kept = self.used if self.limit is None else min(self.used, self.limit)
         if kept and self.keys.shape[2] > kept:
-            self.keys = self.keys[:, :, self.used - kept : self.used].clone()
-            self.values = self.values[:, :, self.used - kept : self.used].clone()
+            self.map(lambda x: x[:, :, self.used - kept : self.used].clone())
             self.used = kept
 
 
 def _grown(x: Tensor, capacity: int) -> Tensor:
-    buffer = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+    buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])  # what is not used takes no room until it is
     buffer[:, :, : x.shape[2]] = x
     return buffer
 
@@ -298,6 +331,7 @@ class Common:
         rotary_base: of memories that use rotary positions.
         attention_dropout: probability, in training, on the weights of what a memory reads.
         num_layers: blocks of the model.
+        state_dtype: in which memories keep pairs between calls, one of `STATE_DTYPES`; None: as they are computed.
     """
 
     hidden_size: int
@@ -307,6 +341,16 @@ class Common:
     rotary_base: float = 500000.0
     attention_dropout: float = 0.0
     num_layers: int = 1
+    state_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_state_dtype(self.state_dtype)
+
+
+def check_state_dtype(name: Any) -> None:
+    """Raises `ValueError` if `name` is neither one of `STATE_DTYPES` nor None."""
+    if name is not None and name not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {name!r}; choose {' or '.join(STATE_DTYPES)}, or leave it out.")
 
 
 class Memory(nn.Module):
@@ -360,6 +404,13 @@ class Memory(nn.Module):
     def state_bytes(self, context_length: int, element_size: int) -> int:
         """Bytes of decoding state for one sequence of `context_length` tokens with elements of `element_size` bytes."""
         return 0
+
+    def pair_bytes(self, width: int, heads: int, element_size: int) -> int:
+        """Bytes of one stored pair whose key and value are `width` wide each in all `heads` together."""
+        narrow = self.common.state_dtype
+        if narrow is not None:
+            element_size = min(element_size, getattr(torch, narrow).itemsize)
+        return 2 * (width * element_size + (4 * heads if narrow == "int8" else 0))
 
     def read_dropout(self) -> float:
         """The dropout of the weights of this pass."""

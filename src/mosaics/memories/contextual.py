@@ -108,7 +108,9 @@ class ContextualMemory(Memory):
         raise NotImplementedError
 
     def initial_state(self) -> ContextualState:
-        return ContextualState(pairs=Pairs(limit=None if self.window is None else self.window - 1))
+        return ContextualState(
+            pairs=Pairs(limit=None if self.window is None else self.window - 1, dtype=self.common.state_dtype)
+        )
 
     def bandwidth(self) -> Bandwidth:
         """beta as a function of the number of pairs."""
@@ -166,7 +168,7 @@ class ContextualMemory(Memory):
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.window is None else min(context_length, self.window - 1)
         d = self.common.hidden_size
-        return 2 * pairs * d * element_size + d * element_size + key_state_bytes(d, self.heads)
+        return pairs * self.pair_bytes(d, self.heads, element_size) + d * element_size + key_state_bytes(d, self.heads)
 
 
 class GatedContextualMemory(ContextualMemory):

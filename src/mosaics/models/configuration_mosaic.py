@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mosaics.memories.base import LARGEST, Common, check_options, nearest, option_names
+from mosaics.memories.base import LARGEST, Common, check_options, check_state_dtype, nearest, option_names
 
 _MOST_BLOCKS = 10_000  # building more would seem to hang
 _DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
@@ -58,6 +58,9 @@ class MosaicConfig(PreTrainedConfig):
             three deviations.
         rotary_base: base of memories that use rotary positions.
         tie_word_embeddings: whether the classifier is the embedding.
+        state_dtype: in which the pairs of the context are kept between calls: `"bfloat16"`, or `"int8"` with one scale
+            for each key and value of a head; None: as they are computed. They are rounded when they come, and what is
+            read are the rounded ones; no gradient passes through them.
         use_cache: whether a forward pass at evaluation keeps the decoding state.
         bos_token_id: begin of text.
         eos_token_id: end of text.
@@ -84,6 +87,7 @@ class MosaicConfig(PreTrainedConfig):
     embedding_scale: float = 0.5**0.5
     rotary_base: float = 500000.0
     tie_word_embeddings: bool = False
+    state_dtype: str | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -152,6 +156,7 @@ class MosaicConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
             if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1 to {LARGEST}.")
+        check_state_dtype(self.state_dtype)
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm is {self.norm!r}; choose 'rms' or 'layer'.")
         for name in ("bias", "tie_word_embeddings", "use_cache"):
@@ -215,6 +220,7 @@ class MosaicConfig(PreTrainedConfig):
             self.rotary_base,
             self.attention_dropout,
             self.num_hidden_layers,
+            self.state_dtype,
         )
 
     def remove_memories(self, memory_type: str) -> None:

@@ -16,17 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from mosaics.memories import Rows, State
+from mosaics.memories import Rows, StackState, State
+from mosaics.memories.base import STATE_DTYPES, Pairs
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
-FORMAT = "mosaics-memory-1"
+FORMAT = "mosaics-memory-2"
 CHUNK = 4096
 
 
 @torch.inference_mode()
 def read_context(
-    model: MosaicForCausalLM, input_ids: Tensor, chunk: int = CHUNK, told: Callable[[int], None] | None = None
+    model: MosaicForCausalLM,
+    input_ids: Tensor,
+    chunk: int = CHUNK,
+    told: Callable[[int], None] | None = None,
+    cache: DynamicCache | None = None,
 ) -> DynamicCache:
     """Read a context in chunks, so that the room it takes hardly grows with its length.
 
@@ -35,11 +40,12 @@ def read_context(
         input_ids: `(batch, time)`, integers, no padding.
         chunk: positions in a pass.
         told: called with the number of positions of each chunk when it has been read.
+        cache: of what comes before the context; None: nothing does.
 
     Returns:
         The cache, to be continued by `model.generate` or `model`.
     """
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     for piece in input_ids.split(chunk, dim=1):
         model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if told is not None:
@@ -47,21 +53,16 @@ def read_context(
     return cache
 
 
-def save_memory(
-    path: str | Path,
-    model: MosaicForCausalLM,
-    cache: DynamicCache,
-    input_ids: Tensor,
-    dtype: torch.dtype | None = None,
-) -> int:
+def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache, input_ids: Tensor) -> int:
     """Write what the model remembers of a context, as safetensors, whole or not at all.
+
+    Pairs are written as the cache holds them: `config.state_dtype` says in which dtype, and so how large the file is.
 
     Args:
         path: the file.
         model: which filled the cache.
         cache: after the model read `input_ids`; it can be used further.
         input_ids: `(1, time)`, the context; it is kept too, since `generate` wants it.
-        dtype: of the stored pairs, by far the most of it; None keeps theirs.
 
     Returns:
         The size of the file in bytes.
@@ -79,17 +80,11 @@ def save_memory(
     plain: dict[str, Any] = {}
     for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
         _flatten(name, part, tensors, plain)
-    widths = {}
-    for name, x in tensors.items():
-        if dtype is not None and name.endswith((".pairs.keys", ".pairs.values")):
-            widths[name] = str(x.dtype).removeprefix("torch.")
-            tensors[name] = x.to(dtype)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     about = {
         "format": FORMAT,
         "model": fingerprint(model),
         "plain": plain,
-        "widths": widths,
     }
     about["sha256"] = _digest(about, tensors)
     path = Path(path)
@@ -107,7 +102,8 @@ def save_memory(
 def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1) -> tuple[DynamicCache, Tensor]:
     """Take up what was remembered of a context.
 
-    Answers equal those after the whole prompt (but for what a narrower dtype of the pairs loses).
+    Answers equal those after the whole prompt. What follows is kept in the dtype that the file's pairs have, whatever
+    the model's `config.state_dtype` says.
 
     Args:
         path: a file that `save_memory` wrote.
@@ -135,15 +131,13 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if about.pop("sha256") != _digest(about, tensors):
             raise ValueError(f"{path} has changed since it was written (its SHA-256 differs); read the document again")
-        for name, width in about["widths"].items():
-            tensors[name] = tensors[name].to(getattr(torch, width))
         input_ids = tensors["input_ids"].long()
         stack, rows = model.model.stack, Rows()
         cache = DynamicCache(config=model.config)
         state, _, _ = open_cache(cache, stack)
         for name, part in [("rows", rows), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
             _fill(name, part, tensors, about["plain"])
-        _check_content(model, input_ids, tensors, about["plain"])
+        _check_content(model, input_ids, state, tensors, about["plain"])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); read the document again") from None
     close_cache(cache, stack, state, rows, input_ids.shape[1])
@@ -152,9 +146,10 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
 
 
 def _check_content(
-    model: MosaicForCausalLM, input_ids: Tensor, tensors: dict[str, Tensor], plain: dict[str, Any]
+    model: MosaicForCausalLM, input_ids: Tensor, stored: StackState, tensors: dict[str, Tensor], plain: dict[str, Any]
 ) -> None:
-    """Hold what a file says against what the model remembers of the beginning of the same context.
+    """Hold what a file says against what the model remembers of the beginning of the same context, pairs in the same
+    dtypes.
 
     Raises:
         TypeError: the one can't be the other, whatever the length of the context.
@@ -163,7 +158,15 @@ def _check_content(
         raise TypeError("input_ids")
     if input_ids.min() < 0 or input_ids.max() >= model.config.vocab_size:
         raise TypeError("tokens")
-    state, rows, _ = open_cache(read_context(model, input_ids[:, :256]), model.model.stack)
+    cache = DynamicCache(config=model.config)
+    state, _, _ = open_cache(cache, model.model.stack)
+    for own, part in zip(state.parts(), stored.parts(), strict=True):
+        if isinstance(own, Pairs):
+            if part.dtype not in (None, *STATE_DTYPES):
+                raise TypeError("dtype")
+            own.dtype = part.dtype
+    close_cache(cache, model.model.stack, state, Rows(), 0)
+    state, rows, _ = open_cache(read_context(model, input_ids[:, :256], cache=cache), model.model.stack)
     known: dict[str, Tensor] = {}
     known_plain: dict[str, Any] = {}
     for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
@@ -189,7 +192,8 @@ def _check_content(
 
 def fingerprint(model: MosaicForCausalLM) -> str:
     """Tells models apart: SHA-256 of the config, and of 64 values of every parameter."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    other = ("_name_or_path", "transformers_version", "state_dtype")
+    config = {k: v for k, v in model.config.to_dict().items() if k not in other}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()

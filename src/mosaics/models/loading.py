@@ -19,17 +19,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from mosaics.data.hub import where_to_look
+from mosaics.memories.base import check_state_dtype
 from mosaics.models.configuration_mosaic import MosaicConfig
 
 MANIFEST, FORMAT = "manifest.json", "mosaics-exported-model"
 
 
-def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_exported(
+    source: str | Path, state_dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, the way anyone would load them: through transformers' Auto classes.
+
+    Args:
+        source: an exported model, a run's folder (its export), or a name on the Hugging Face hub.
+        state_dtype: in the place of that of a mosaic's config.
 
     Raises:
         ValueError: it has no tokenizer, is a run that has not been exported, or is damaged: tensors are missing, of
-            another shape, left over, or not finite.
+            another shape, left over, or not finite; or there is no such state dtype, or the model is no mosaic.
         OSError: there is no such model.
     """
     folder = Path(source)
@@ -39,7 +46,7 @@ def load_exported(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
             raise ValueError(f"{source} has no export yet; mosaics export {source} --output FOLDER makes one")
     if folder.exists() and (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{source} has no tokenizer; export the run that it came from")
-    model = load_model(folder if folder.exists() else source)
+    model = load_model(folder if folder.exists() else source, state_dtype)
     tokenizer = load_tokenizer(folder if folder.exists() else source)
     if isinstance(model.config, MosaicConfig) and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -67,15 +74,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: str | Path) -> PreTrainedModel:
-    """A causal language model, at evaluation, from a folder or the hub.
+def load_model(source: str | Path, state_dtype: str | None = None) -> PreTrainedModel:
+    """A causal language model, at evaluation, from a folder or the hub; arguments and errors as `load_exported`.
 
     Raises:
         ValueError: it is damaged: a file has changed since it was exported, tensors are missing, of another shape,
             left over, or not finite.
         OSError: there is none.
     """
-    options = {} if Path(source).is_dir() else {"adapter_kwargs": where_to_look()}
+    check_state_dtype(state_dtype)
+    options: dict[str, Any] = {} if Path(source).is_dir() else {"adapter_kwargs": where_to_look()}
+    if state_dtype is not None:
+        config = load_config(source)
+        if not isinstance(config, MosaicConfig):
+            raise ValueError(f"{source} is a {config.model_type}; only a mosaic has a state_dtype, so leave it out")
+        options["state_dtype"] = state_dtype
     for path in Path(source).glob("*.json") if Path(source).is_dir() else ():
         if path.name == "adapter_config.json":
             raise ValueError(f"{source} holds an adapter; merge it into its model first and save that")

@@ -357,7 +357,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
 
         Returns:
             `parameters` (`total`, `by_kind`), `context_length`, `flops_per_token` (forward, averaged over the context),
-            `state_bytes` (of one sequence of that length, in the model's dtype).
+            `state_bytes` (of one sequence of that length, in the model's dtype,
+            its pairs in that of `config.state_dtype`).
         """
         context_length = context_length or self.config.max_position_embeddings
         kinds: dict[str, int] = {}

@@ -5,23 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.kernel_regression import blockwise, naive, shifted
+from mosaics.ops.kernel_regression import blockwise, compiled, naive, shifted, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
+from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 FORMS = {
     "naive": naive.kernel_regression,
     "blockwise": blockwise.kernel_regression,
     "shifted": shifted.kernel_regression,
+    "compiled": compiled.kernel_regression,
+    "sliced": sliced.kernel_regression,
 }
 
-__all__ = ["FORMS", "Bandwidth", "kernel_regression", "readable", "weights"]
+__all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
 
 def kernel_regression(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow,
     bandwidth: Bandwidth,
     *,
     delay: int | None,
@@ -64,16 +67,22 @@ def kernel_regression(
         )
     if form is None:
         form = _fastest(queries, keys, delay, window, start, dropout)
+    if form != "sliced":
+        keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
     return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
 
 
 def _fastest(
-    queries: Tensor, keys: Tensor, delay: int | None, window: int | None, start: Tensor | None, dropout: float
+    queries: Tensor, keys: Tensor | Narrow, delay: int | None, window: int | None, start: Tensor | None, dropout: float
 ) -> str:
     time = queries.shape[2]
+    if isinstance(keys, Narrow):
+        return "sliced"  # the others would widen all of them at once
     if time == 1:
         return "naive"  # one query needs no tiles
+    if not dropout and compiled.pays(queries):
+        return "compiled"
     if dropout and queries.device.type == "cpu":
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:

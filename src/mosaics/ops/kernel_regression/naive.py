@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 
 def weights(
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | Narrow,
     bandwidth: Bandwidth,
     *,
     delay: int | None,
@@ -19,6 +20,7 @@ def weights(
     start: Tensor | None = None,
 ) -> Tensor:
     """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs."""
+    keys = widened(keys)
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time, start, delay, window, keys.device)
     slot = torch.arange(slots, device=keys.device)

@@ -1,0 +1,76 @@
+"""Kernel regression in slices of slots, with a running maximum: what it holds does not depend on how much is stored.
+
+Narrow pairs are widened slice by slice; the scales of 8 bits go into logits and weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.narrow import Narrow
+
+BLOCK = 128  # queries
+SLICE = 4096  # slots
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    *,
+    delay: int | None,
+    window: int | None = None,
+    start: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Equation 4, a slice of slots after the other; see `mosaics.ops.kernel_regression.kernel_regression`.
+
+    The softmax of what was read so far is kept as its maximum, its sum and its sum of values (Milakov and Gimelshein,
+    "Online normalizer calculation for softmax", arXiv 1805.02867).
+    """
+    time, slots = queries.shape[2], keys.shape[2]
+    first, end = readable(time, slots - time, start, delay, window, queries.device)
+    beta = bandwidth.at((end - first).clamp(min=0))
+    scaled = beta[..., None].to(torch.promote_types(queries.dtype, torch.float32)) * queries
+    blocks = (slice(begin, begin + BLOCK) for begin in range(0, time, BLOCK))
+    read = [_read(scaled[:, :, b], keys, values, first[..., b], end[..., b], dropout) for b in blocks]
+    return torch.cat(read, dim=2).to(values.dtype)
+
+
+def _read(
+    queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, first: Tensor, end: Tensor, dropout: float
+) -> Tensor:
+    low, high = int(first.min()), int(end.max())
+    free = range(int(first.max()), int(end.min()) + 1)  # borders between which all queries read all slots
+    total = 0 * queries[..., :1]
+    top = torch.full_like(total, torch.finfo(total.dtype).min)
+    read = total.expand(*queries.shape[:-1], values.shape[-1])
+    for begin in range(low, high, SLICE):
+        stop = min(begin + SLICE, high)
+        key, key_scale = _part(keys, begin, stop, queries.dtype)
+        value, value_scale = _part(values, begin, stop, queries.dtype)
+        logits = queries @ key.mT
+        if key_scale is not None:
+            logits = logits * key_scale.mT
+        if begin not in free or stop not in free:
+            slot = torch.arange(begin, stop, device=queries.device)
+            outside = (slot < first[..., None]) | (slot >= end[..., None])
+            logits = logits.masked_fill(outside if outside.dim() == 2 else outside[:, None], -torch.inf)
+        higher = torch.maximum(top, logits.detach().amax(-1, keepdim=True))
+        weights, fade = (logits - higher).exp(), (top - higher).exp()
+        total, top = total * fade + weights.sum(-1, keepdim=True), higher
+        weights = F.dropout(weights, dropout)
+        if value_scale is not None:
+            weights = weights * value_scale.mT
+        read = read * fade + weights @ value
+    return read / total.masked_fill(total == 0, 1)
+
+
+def _part(x: Tensor | Narrow, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    if isinstance(x, Narrow):
+        return x.part(begin, end, dtype)
+    return x[:, :, begin:end].to(dtype), None
