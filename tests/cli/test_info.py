@@ -38,6 +38,17 @@ def test_info_state_grows_with_the_context(mosaics):
     assert sizes[0] < sizes[1] < sizes[2] < 2.1 * sizes[1]
 
 
+def test_info_state_follows_its_dtype(mosaics, refused):
+    words = ["info", "memory-mosaics-v2-tiny", "--json", "--context", 4096]
+    plain, half, eighth = (
+        json.loads(mosaics(*words, *more)[1])["state_bytes"]
+        for more in ([], ["--state-dtype", "bfloat16"], ["--state-dtype", "int8"])
+    )
+    assert plain / 2 < half < 0.51 * plain
+    assert plain / 4 < eighth < 0.27 * plain
+    assert "choose bfloat16 or int8" in refused(*words, "--state-dtype", "int4")
+
+
 def test_info_reads_runs_checkpoints_exports_and_recipes(mosaics, small_run):
     sources = [small_run, small_run / "export", small_run / "checkpoints" / "step-00000002"]
     found = [json.loads(mosaics("info", source, "--json")[1]) for source in sources]

@@ -26,9 +26,9 @@ def scorer(tokenizer) -> Scorer:
     return Scorer(tiny(tokenizer), tokenizer)
 
 
-def tiny(tokenizer):
+def tiny(tokenizer, **options):
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return tiny_model(torch.float32, vocab_size=len(tokenizer), max_position_embeddings=32, **ids)
+    return tiny_model(torch.float32, vocab_size=len(tokenizer), max_position_embeddings=32, **ids, **options)
 
 
 class Known(Scorer):

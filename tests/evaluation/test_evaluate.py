@@ -61,6 +61,21 @@ def test_evaluate_without_a_memory_is_shown_side_by_side(model, tmp_path, capfd)
     assert len(both["examples"]) == 4 and (tmp_path / "out" / "plot.png").exists()
 
 
+def test_evaluate_with_a_state_dtype_scores_what_is_kept(model, tmp_path, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text(stdlib_text("bisect"))
+    words = ["evaluate", model, "--suite", "perplexity", "--data", text, "--multiples", "2", "--samples", "1"]
+    found = {}
+    for name in ("none", "int8"):
+        more = [] if name == "none" else ["--state-dtype", name]
+        assert main([*map(str, words), *more, "--output", str(tmp_path / name)]) == 0
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert found["int8"]["settings"]["state_dtype"] == "int8" and "state_dtype" not in found["none"]["settings"]
+    a, b = (found[name]["examples"][0]["score"] for name in found)
+    assert a != b and abs(a - b) < 0.01 * a
+    assert main([*map(str, words), "--state-dtype", "int8", "--output", str(tmp_path / "none")]) == 2
+
+
 def test_evaluate_refuses_impossible_options(refused, model, tmp_path):
     assert "did you mean recall?" in refused(model, "--suite", "recal")
     assert "--pairs is not for the suite perplexity; it is for recall" in refused(

@@ -99,6 +99,17 @@ def test_scorer_token_nats_and_next_logprobs_equal_a_plain_pass(model, tokenizer
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_scorer_asks_a_model_with_a_state_dtype_as_it_keeps_its_pairs(tokenizer):
+    model, row = tiny(tokenizer, state_dtype="int8"), tokenizer(PREFIX).input_ids
+    logits = model(torch.tensor([row]), use_cache=True).logits[0, :-1]
+    expected = -logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+    for chunk in (4, 1000):
+        (nats,) = Scorer(model, tokenizer, chunk=chunk).token_nats([row])
+        torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-4)
+    assert (expected + torch.tensor(plain(model, row[:1], row[1:]))).abs().max() > 1e-3
+
+
 def test_scorer_refuses_what_is_longer_than_the_limit_and_never_cuts(model, tokenizer):
     scorer = Scorer(model, tokenizer, limit=20)
     long = Example("too-long", "a = 1\n" * 30, [], choices=[" x"])

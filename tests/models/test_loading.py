@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import tiny_model
 from mosaics.models.loading import _check_manifest, load_config, load_model, write_manifest
@@ -32,6 +33,19 @@ def test_load_model_gives_what_was_saved(folder):
     assert not model.training
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+def test_load_model_takes_a_state_dtype_of_mosaics_alone(folder, tmp_path):
+    assert load_model(folder).config.state_dtype is None
+    model = load_model(folder, "int8")
+    assert {memory.common.state_dtype for memory in model.model.stack.memories()} == {"int8"}
+    with pytest.raises(ValueError, match="state_dtype is 'int4'; choose bfloat16 or int8"):
+        load_model(folder, "int4")
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    ).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="is a llama; only a mosaic has a state_dtype"):
+        load_model(tmp_path / "llama", "int8")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json", "manifest.json"])
