@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import relative_error
+from helpers import gradients, relative_error
 from mosaics.memories import REGISTRY, Common, Context, Layout, Stack
 from mosaics.memories.base import build
+from mosaics.memories.contextual import mapped
 
 OPTIONS = {
     "attention": dict(num_attention_heads=4, num_key_value_heads=2, window=5, delay=1),
@@ -243,7 +244,7 @@ def test_contextual_memory_clamps_every_scalar_of_table_6():
         made.key_proj.weight.copy_(torch.eye(8))
     assert made.bandwidth().slope.tolist() == made.bandwidth().base.tolist() == [math.exp(10)] * 2
     x = torch.randn(1, 3, 8, dtype=torch.float64)
-    norms = made.values(x, Layout(1, 3), None).norm(dim=-1)
+    norms = made.values(made.value_proj(x), Layout(1, 3), None).norm(dim=-1)
     assert (norms / math.exp(15) - 1).abs().max() < 1e-9
 
 
@@ -308,10 +309,93 @@ def test_leaky_memories_add_eps_to_their_norms_and_clamp_the_bandwidth(name):
     keys = [made.key_extractor(x, Layout(1, 6), None).norm(dim=-1) for made in (exact, short)]
     assert (keys[0] - 1).abs().max() < 1e-9 and keys[1].max() < 1e-2
     if name == "leaky_contextual":
-        values = [made.values(x, Layout(1, 6), None).norm(dim=-1) for made in (exact, short)]
+        values = [made.values(made.value_proj(x), Layout(1, 6), None).norm(dim=-1) for made in (exact, short)]
         assert (values[0] - math.exp(-0.5)).abs().max() < 1e-9 and values[1].max() < 1e-2
     with torch.no_grad():
         exact.key_extractor.scale.fill_(9.0)
         short.key_extractor.scale.fill_(9.0)
     assert exact.key_extractor.bandwidth().base.tolist() == pytest.approx([math.exp(10)] * 2)
     assert short.key_extractor.bandwidth().base.tolist() == pytest.approx([math.exp(3)] * 2)
+
+
+def plain_maps(bias=False):
+    torch.manual_seed(2)
+    return [nn.Linear(6, outputs, bias=bias).double() for outputs in (5, 1, 4)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("time, products", [(2, 3), (20, 1)])
+def test_mapped_equals_the_maps_in_one_product_where_it_pays(bias, time, products, monkeypatch):
+    maps, x = plain_maps(bias), torch.randn(2, time, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *(p for linear in maps for p in linear.parameters())]
+    expected = torch.cat([linear(x) for linear in maps], dim=-1)
+    calls, linear = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(args) or linear(*args))
+    found = mapped(x, *maps)
+    assert len(calls) == products and [part.shape[-1] for part in found] == [5, 1, 4]
+    found = torch.cat(list(found), dim=-1)
+    assert relative_error(found, expected) < 1e-12
+    for g, e in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+        assert relative_error(g, e) < 1e-12
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def subclassed(linear):
+    linear.__class__ = Doubled
+
+
+def parametrised(linear):
+    nn.utils.parametrize.register_parametrization(linear, "weight", Twice())
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hooked_before(linear):
+    linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def patched(linear):
+    forward = linear.forward
+    linear.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [subclassed, parametrised, hooked, hooked_before, patched])
+def test_mapped_asks_maps_that_are_not_plain_themselves(change):
+    maps, x = plain_maps(), torch.randn(2, 20, 6, dtype=torch.float64)
+    expected = [linear(x) for linear in maps]
+    change(maps[1])
+    found = mapped(x, *maps)
+    for scale, value, e in zip((1, 2, 1), found, expected, strict=True):
+        assert relative_error(value, scale * e) < 1e-12
+
+
+def test_mapped_calls_backward_hooks():
+    maps, x, seen = plain_maps(), torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True), []
+    maps[2].register_full_backward_hook(lambda *args: seen.append("after"))
+    maps[0].register_full_backward_pre_hook(lambda *args: seen.append("before"))
+    torch.cat(list(mapped(x, *maps)), dim=-1).sum().backward()
+    assert sorted(seen) == ["after", "before"]
+
+
+def test_mapped_takes_biases_where_only_some_have_one():
+    maps, x = plain_maps(), torch.randn(2, 20, 6, dtype=torch.float64)
+    maps[1] = nn.Linear(6, 1).double()
+    for value, linear in zip(mapped(x, *maps), maps, strict=True):
+        assert relative_error(value, linear(x)) < 1e-12
+
+
+def test_contextual_memory_state_lets_go_of_the_prompt():
+    made = memory("short_term")
+    _, state = made(torch.randn(2, 40, 8, dtype=torch.float64), Layout(2, 40), made.initial_state(), Context())
+    assert state.raw_value.untyped_storage().nbytes() == 2 * 8 * 8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from mosaics.memories.base import (
 )
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
+from mosaics.ops.unit_values import unit_values
 
 
 @dataclass
@@ -64,6 +67,29 @@ def leaky_keys(
     if state is not None:
         state.direction, state.log_scale = after
     return keys
+
+
+def mapped(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """What linear maps make of the same `x` `(batch, time, inputs)`: by one product, so that there is one gradient of
+    `x`, where they are plain and `x` has so many positions that this is worth a copy of the weights."""
+    weights = [linear.weight for linear in linears if is_plain(linear)]
+    alike = len(weights) == len(linears) and len({(w.dtype, w.device) for w in weights}) == 1
+    biases = [linear.bias for linear in linears if alike and linear.bias is not None]
+    if not alike or x.numel() < x.shape[-1] ** 2 or len(biases) not in (0, len(linears)):
+        return [linear(x) for linear in linears]
+    bias = torch.cat(biases) if biases else None
+    return F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], dim=-1)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear map is what its weight and bias say: no adapter, quantised or sharded weight, no hook."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and not any(hooks)
+        and "forward" not in vars(linear)
+    )
 
 
 def head_width(hidden_size: int, heads: int) -> int:
@@ -116,38 +142,37 @@ class ContextualMemory(Memory):
         """beta as a function of the number of pairs."""
         raise NotImplementedError
 
-    def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
-        """Unit keys `(batch, heads, time, width)`."""
+    def maps(self, x: Tensor) -> tuple[Any, Tensor]:
+        """What `keys` is made from, and the raw values `(batch, time, d)`."""
+        return x, self.value_proj(x)
+
+    def keys(self, source: Any, layout: Layout, state: ContextualState | None) -> Tensor:
+        """Unit keys `(batch, heads, time, width)` from what `maps` gave."""
         raise NotImplementedError
 
     def value_length(self) -> Tensor:
         """The norm of the values, `(heads,)`, in float32 or wider."""
         raise NotImplementedError
 
-    def values(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
+    def values(self, raw: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
         """Values `(batch, heads, time, width)` (equation 9), one more at the front when an earlier call left its last
         one open.
 
         The last is made without its successor: nothing may read it before a later call completes it.
         """
-        raw = self._split(self.value_proj(x))
+        raw = self._split(raw)
         if state is not None:
             if state.raw_value is not None:
                 raw = torch.cat([state.raw_value, raw], dim=2)
-            state.raw_value = layout.align(raw)[:, :, -1:]
-        following = F.pad(raw[:, :, 1:], (0, 0, 0, 1))
-        mixed = torch.lerp(following, raw, self.value_mix.to(raw.dtype)[:, None, None])
-        smallest = max(1e-12, torch.finfo(mixed.dtype).tiny)
-        norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)
-        norm = norm.clamp(min=smallest)
-        inverse = (norm + self.unit_norm_eps).reciprocal().masked_fill(norm <= smallest, 0.0)  # no gradient from 0
-        return mixed * (self.value_length().to(raw.dtype)[:, None, None] * inverse)
+            state.raw_value = layout.align(raw)[:, :, -1:].clone()  # lets go of the others
+        return unit_values(raw, self.value_mix, self.value_length(), eps=self.unit_norm_eps)
 
     def forward(
         self, x: Tensor, layout: Layout, state: ContextualState | None, context: Context
     ) -> tuple[Tensor, ContextualState | None]:
-        queries = keys = self.keys(x, layout, state)
-        values = self.values(x, layout, state)
+        source, raw_values = self.maps(x)
+        queries = keys = self.keys(source, layout, state)
+        values = self.values(raw_values, layout, state)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
         access = dict(delay=self.delay(context), window=self.window, start=layout.start)
@@ -194,9 +219,13 @@ class GatedContextualMemory(ContextualMemory):
             widened(self.bandwidth_exponent).abs().clamp(max=1),
         )
 
-    def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
-        raw, log_gate, log_decay = self._split(self.key_proj(x)), self.key_gate(x).mT, -self.key_decay(x).mT.abs()
-        return leaky_keys(raw, log_gate, log_decay, layout, state)
+    def maps(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        *source, raw_values = mapped(x, self.key_proj, self.key_gate, self.key_decay, self.value_proj)
+        return tuple(source), raw_values
+
+    def keys(self, source: tuple[Tensor, Tensor, Tensor], layout: Layout, state: ContextualState | None) -> Tensor:
+        raw, gate, decay = source
+        return leaky_keys(self._split(raw), gate.mT, -decay.mT.abs(), layout, state)
 
     def value_length(self) -> Tensor:
         return widened(self.value_scale).clamp(max=15).exp()

@@ -112,8 +112,8 @@ class LeakyContextualMemory(ContextualMemory):
     def bandwidth(self) -> Bandwidth:
         return self.key_extractor.bandwidth()
 
-    def keys(self, x: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
-        return self.key_extractor(x, layout, state)
+    def keys(self, source: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
+        return self.key_extractor(source, layout, state)
 
     def value_length(self) -> Tensor:
         return (SPEED * widened(self.value_scale)).exp()

@@ -1,0 +1,35 @@
+r"""What contextual memories store as values: `unit_values`. The mathematics is in this folder's README."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mosaics.ops import run
+from mosaics.ops.unit_values import in_place, naive
+
+FORMS = {"naive": naive.unit_values, "in_place": in_place.unit_values}
+
+__all__ = ["FORMS", "unit_values"]
+
+
+def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0, form: str | None = None) -> Tensor:
+    r"""Values that look one position ahead: \( \bar v_t = c\, \tilde v_t + (1 - c)\, \tilde v_{t+1},\ v_t = \ell\, \bar
+    v_t / (\|\bar v_t\| + \epsilon) \).
+
+    Source: Memory Mosaics v2, equation 9. What follows the last position counts as 0. Computed in float32 or wider
+    whatever the dtype of `raw`.
+
+    Args:
+        raw: \( \tilde v \), `(batch, heads, time, width)`.
+        mix: c, the share of the own position, `(heads,)`.
+        length: \( \ell > 0 \), the norm of the values, `(heads,)`.
+        eps: added to the norm.
+        form: force one of `FORMS`; by default the fastest for this input.
+
+    Returns:
+        The values, contiguous, in the shape and dtype of `raw`; 0 without a gradient where the norm is 1e-12 or less.
+
+    Raises:
+        ValueError: the form is unknown.
+    """
+    return run(FORMS, form or "in_place", "unit_values", raw, mix, length, eps=eps)
