@@ -40,10 +40,9 @@ def accuracy(model: MosaicForCausalLM, length: int, pairs: int, generator: torch
     return (predicted == labels[:, 1:])[counted].double().mean().item()
 
 
-def main(seed: int) -> None:
-    """Train and print."""
+def train(seed: int, generator: torch.Generator, steps: int = STEPS) -> MosaicForCausalLM:
+    """A model after `steps` steps, on rows that `generator` draws."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     config = MosaicConfig.from_preset(
         "memory-mosaics-v2-tiny",
         vocab_size=1 + KEYS + VALUES,
@@ -62,13 +61,20 @@ def main(seed: int) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
-    for _ in range(STEPS):
+    for _ in range(steps):
         ids, labels = rows(ROWS, LENGTH, PAIRS, generator)
         model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         warmup.step()
+    return model
+
+
+def main(seed: int) -> None:
+    """Train and print."""
+    generator = torch.Generator().manual_seed(seed)
+    model = train(seed, generator)
     print(f"{model.num_parameters():,} parameters, {STEPS} steps, seed {seed}")
     for length, pairs in ((LENGTH, PAIRS), (8 * LENGTH, PAIRS), (8 * LENGTH, 90)):
         print(f"{length:>5} tokens, {pairs} pairs: {accuracy(model, length, pairs, generator):.1%}")
