@@ -3,9 +3,9 @@
 python benchmarks/state.py [MODEL --text FILE]      # about two minutes on one core, and two more with a MODEL
 
 Recall is that of `benchmarks/recall.py` (its model, trained here), with the first half of a row read in chunks into the
-cache and the second half asked. MODEL is an exported model, whose bits per byte are those of `mosaics evaluate --suite perplexity` on the text, within
-and beyond its training length: all rows are about the same tokens. `+-` is the standard error of the difference from
-float32, over rows of questions and over stretches of text.
+cache and the second half asked. MODEL is an exported model, whose bits per byte are those of `mosaics evaluate --suite
+perplexity` on the text, within and beyond its training length: all columns are about the same tokens. In brackets the
+difference from float32, with its standard error over rows of questions or stretches of text.
 """
 
 import argparse
