@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import gradients, relative_error
-from mosaics.ops.kernel_regression import FORMS, Bandwidth, blockwise, kernel_regression, weights
+from mosaics.ops.kernel_regression import FORMS, Bandwidth, blockwise, compiled, kernel_regression, weights
 
-FAST = [form for form in FORMS if form != "naive"]
+HERE = [form for form in FORMS if form != "compiled" or compiled.available()]
+FAST = [form for form in HERE if form != "naive"]
+DROPPING = [form for form in HERE if form != "compiled"]
 
 
 def inputs(time, stored=0, batch=2, heads=2, width=4, dtype=torch.float64, seed=0):
@@ -117,7 +119,7 @@ def test_kernel_regression_form_equals_naive_in_float32(form):
         assert relative_error(g, e) < 1e-5
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", HERE)
 def test_kernel_regression_bfloat16_is_near_the_float32_twin(form):
     keys, values, bandwidth = inputs(2000, batch=1, heads=1, width=64)
     low_keys, low_values = keys.detach().bfloat16(), values.detach().bfloat16()
@@ -128,7 +130,7 @@ def test_kernel_regression_bfloat16_is_near_the_float32_twin(form):
     assert relative_error(value, expected) < 1e-2
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", HERE)
 @pytest.mark.parametrize("time, delay", [(5, 5), (5, 9), (4, 3)])
 def test_kernel_regression_without_pairs_is_exactly_zero(form, time, delay):
     keys, values, bandwidth = inputs(time)
@@ -139,7 +141,7 @@ def test_kernel_regression_without_pairs_is_exactly_zero(form, time, delay):
         assert all(g.isfinite().all() for g in gradients(out, (keys, values, *bandwidth)))
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", HERE)
 def test_kernel_regression_does_not_depend_on_unreadable_pairs(form):
     keys, values, bandwidth = inputs(40)
     start = torch.where(torch.arange(40) >= 20, 20, 0).expand(2, 40)
@@ -156,7 +158,7 @@ def test_kernel_regression_weights_sum_to_one_or_zero():
     assert (sums[:, :, :4] == 0).all() and (sums[:, :, 4:] - 1).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", HERE)
 @pytest.mark.parametrize("window", [None, 5])
 def test_kernel_regression_gradcheck(form, window):
     if not serves(form, 0, dict(window=window)):
@@ -177,7 +179,7 @@ def test_kernel_regression_refuses_impossible_access(access):
         kernel_regression(keys, keys, values, bandwidth, **access)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", HERE)
 def test_kernel_regression_keeps_its_precision_under_autocast(form):
     keys, values, bandwidth = inputs(150, dtype=torch.float32, width=16)
     expected = read(keys, values, bandwidth, 150, form, delay=5)
@@ -212,7 +214,7 @@ def test_kernel_regression_of_a_fixed_set_reads_every_pair(time, pairs, seed):
     logits = bandwidth.at(torch.tensor([pairs]))[..., None] * (queries @ keys.mT)
     expected = logits.softmax(-1) @ values
     wanted = gradients(expected, leaves)
-    for form in (*FORMS, None):
+    for form in (*HERE, None):
         found = kernel_regression(queries, keys, values, bandwidth, delay=None, form=form)
         assert relative_error(found, expected) < 1e-9
         for g, e in zip(gradients(found, leaves), wanted, strict=True):
@@ -226,7 +228,7 @@ def test_kernel_regression_of_a_fixed_set_refuses_positions(access):
         kernel_regression(keys, keys, values, bandwidth, delay=None, **access)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", DROPPING)
 @pytest.mark.parametrize("delay", [1, None])
 def test_kernel_regression_dropout_keeps_the_mean_and_drops_the_share(form, delay):
     keys, _, bandwidth = inputs(200, batch=1, heads=2)
@@ -247,7 +249,7 @@ def test_kernel_regression_dropout_keeps_the_mean_and_drops_the_share(form, dela
     assert not torch.equal(*tiles)  # one tile's draws are not the next one's
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", DROPPING)
 def test_kernel_regression_gradient_is_that_of_what_was_not_dropped(form):
     keys, values, bandwidth = inputs(9, batch=1, heads=2, width=3)
     start = torch.tensor([[0] * 5 + [5] * 4])
@@ -276,3 +278,101 @@ def test_kernel_regression_with_dropout_keeps_no_weights():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             kernel_regression(keys, keys, values, bandwidth, delay=delay, dropout=0.1)
     assert largest <= keys.numel()
+
+
+needs_compiler = pytest.mark.skipif(not compiled.available(), reason="there is no C++ compiler")
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=15)
+@given(
+    st.integers(2, 900), st.integers(0, 300), st.integers(1, 130), st.integers(1, 70), st.none() | st.integers(1, 500)
+)
+def test_kernel_regression_compiled_equals_naive_at_any_width(time, stored, width, value_width, window):
+    torch.manual_seed(time)
+    double = dict(dtype=torch.float64)
+    queries, keys = (F.normalize(torch.randn(1, n, 3, width, **double), dim=-1) for n in (time, stored + time))
+    values = torch.randn(1, stored + time, 3, value_width, **double)
+    leaves = [x.transpose(1, 2).requires_grad_() for x in (queries, keys, values)]
+    beta = torch.tensor([1.0, 30.0, 100.0], **double, requires_grad=True)
+    found, expected = (
+        kernel_regression(*leaves, Bandwidth(beta), delay=1, window=window, form=form) for form in ("compiled", "naive")
+    )
+    assert relative_error(found, expected) < 1e-9
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (*leaves, beta), weight)
+    for g, e in zip(torch.autograd.grad(found, (*leaves, beta), weight), wanted, strict=True):
+        assert (g - e).norm() < 1e-9 * max(1.0, e.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("beta", [0.0, 59.0, 61.0, 150.0, 800.0])
+@pytest.mark.parametrize("near", [True, False])
+def test_kernel_regression_compiled_needs_no_maximum(beta, near, dtype, bound, monkeypatch):
+    calls = []
+    call = compiled._call
+    monkeypatch.setattr(compiled, "_call", lambda name, *given: (calls.append((name, given[-1])), call(name, *given)))
+    # Keys within a cone, asked with keys of the cone or of the opposite one: then every logit is far below the bound.
+    around = torch.full((16,), 0.25, dtype=torch.float64)
+    keys, values, _ = inputs(260, width=16)
+    keys = F.normalize(around + keys.detach() / max(beta, 4.0), dim=-1).to(dtype).requires_grad_()
+    queries = (keys.detach() * (1 if near else -1)).requires_grad_()
+    leaves = (queries, keys, values.detach().to(dtype).requires_grad_())
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    outputs = []
+    for form, of in (("compiled", leaves), ("naive", leaves), ("naive", exact)):
+        out = kernel_regression(*of, Bandwidth(torch.full((2,), beta, dtype=of[0].dtype)), delay=1, form=form)
+        outputs.append([out, *gradients(out, of)])
+    for found, twin, expected in zip(*outputs, strict=True):
+        # Logits near beta differ by about 1 here, so float32 costs the twin itself up to 1e-4 at a beta of 800.
+        assert relative_error(found, expected) < max(bound, 1.5 * relative_error(twin, expected))
+    again = ("forward", True) in calls  # the largest logits were looked for
+    assert again == (not near and beta > 50)
+
+
+@needs_compiler
+@pytest.mark.parametrize("start", [None, torch.tensor([[0] * 200 + [200] * 100])])
+def test_kernel_regression_compiled_does_not_depend_on_threads(start):
+    keys, values, bandwidth = inputs(300, dtype=torch.float32, batch=1, heads=3, width=16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = read(keys, values, bandwidth, 300, "compiled", delay=1, window=100, start=start)
+            found.append([out, *torch.autograd.grad(out.square().sum(), (keys, values, *bandwidth))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_compiler
+def test_kernel_regression_compiled_passes_on_what_is_no_number():
+    keys, values, bandwidth = inputs(200, dtype=torch.float32, width=16)
+    values.data[0, 0, 50, 1] = torch.nan
+    out = read(keys, values, bandwidth, 200, "compiled", delay=1)
+    assert out[0, 0, 51:, 1].isnan().all() and not out[1].isnan().any()
+    keys.data[0, 0, 50] = torch.nan
+    assert read(keys, values, bandwidth, 200, "compiled", delay=1)[0, 0, 50:].isnan().all()
+
+
+@needs_compiler
+def test_kernel_regression_compiled_keeps_no_weights():
+    keys, values, bandwidth = inputs(3000, batch=1, heads=1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.numel() <= 4 * 3000 else 1 / 0, lambda x: x):
+        read(keys, values, bandwidth, 3000, "compiled", delay=1)
+
+
+def test_kernel_regression_compiled_refuses_dropout():
+    keys, values, bandwidth = inputs(4)
+    with pytest.raises(ValueError, match="without dropout"):
+        read(keys, values, bandwidth, 4, "compiled", delay=1, dropout=0.5)
+
+
+def test_kernel_regression_without_a_compiler_takes_another_form(monkeypatch):
+    keys, values, bandwidth = inputs(200)
+    expected = read(keys, values, bandwidth, 200, None, delay=1, window=30)
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    assert relative_error(read(keys, values, bandwidth, 200, None, delay=1, window=30), expected) < 1e-12
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        read(keys, values, bandwidth, 200, "compiled", delay=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.kernel_regression import blockwise, naive, shifted, sliced
+from mosaics.ops.kernel_regression import blockwise, compiled, naive, shifted, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
@@ -14,6 +14,7 @@ FORMS = {
     "naive": naive.kernel_regression,
     "blockwise": blockwise.kernel_regression,
     "shifted": shifted.kernel_regression,
+    "compiled": compiled.kernel_regression,
     "sliced": sliced.kernel_regression,
 }
 
@@ -80,6 +81,8 @@ def _fastest(
         return "sliced"  # the others would widen all of them at once
     if time == 1:
         return "naive"  # one query needs no tiles
+    if not dropout and compiled.pays(queries):
+        return "compiled"
     if dropout and queries.device.type == "cpu":
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:

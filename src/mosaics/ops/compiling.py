@@ -1,0 +1,71 @@
+"""C++ that is compiled for this processor when it is first wanted, and kept for later."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
+LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL | None:
+    """The shared library of a C++ file; None, with the reason in the log, where it can't be made.
+
+    The compiler is `$CXX`, or else `c++`; `MOSAICS_COMPILE=0` forbids it. Libraries are kept in `$MOSAICS_CACHE`, or
+    else in `mosaics` under the user's cache folder, a file for each source, compiler and processor. OpenMP is not
+    linked: the one that torch has loaded is used, so that both share their threads.
+    """
+    if os.environ.get("MOSAICS_COMPILE") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        logger.info("%s is not compiled: there is no C++ compiler; slower forms are used", source.name)
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        about = [source.read_bytes(), version, " ".join(FLAGS + LIBRARIES).encode(), _processor()]
+        name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
+        folder = _folder()
+        if not (folder / name).exists():
+            logger.info("compiling %s for this processor, once", source.name)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may do the same
+                made = Path(scratch) / name
+                subprocess.run(
+                    [compiler, *FLAGS, str(source), "-o", str(made), *LIBRARIES], capture_output=True, check=True
+                )
+                os.replace(made, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error).encode()
+        logger.info(
+            "%s is not compiled; slower forms are used: %s", source.name, reason.decode(errors="replace")[-500:]
+        )
+        return None
+
+
+def _folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("MOSAICS_CACHE") or Path(cache) / "mosaics")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _processor() -> bytes:
+    """What tells processors apart that need different code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {features}".encode()

@@ -1,0 +1,396 @@
+// Kernel regression in tiles, for processors: the mathematics is in README.md, the calls are in compiled.py.
+//
+// A tile is a block of queries of one head against a span of its slots. Keys and values of a span are packed once and
+// met by all blocks that read any of them. Logits are moved by a number for each query that is known beforehand, so
+// that sums of exponentials need no maximum and are added in any order. All products are C += A B with rows of C and B
+// in vector registers and scalars of A broadcast.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, ROWS = 6;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, ROWS = 3;
+#else
+constexpr int BYTES = 16, ROWS = 6;
+#endif
+constexpr int64_t QUERIES = 48, SLOTS = 128, PANEL = 4;  // of a tile; vectors of a panel
+constexpr int64_t TOGETHER = 16;                         // blocks of queries that share the packing of a span
+
+template <typename T>
+struct Vector {
+    static constexpr int64_t width = BYTES / sizeof(T);
+    typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <typename T>
+T total(const T* x) {  // of one vector, in the order that takes the fewest steps
+    T part[Vector<T>::width];
+    std::memcpy(part, x, BYTES);
+    for (int64_t n = Vector<T>::width / 2; n > 0; n /= 2)
+        for (int64_t i = 0; i < n; i++) part[i] += part[i + n];
+    return part[0];
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t count) {
+    using V = typename Vector<T>::type;
+    constexpr int64_t w = Vector<T>::width;
+    V sums{};
+    int64_t i = 0;
+    for (; i + w <= count; i += w) sums += *(const V*)(a + i) * *(const V*)(b + i);
+    T sum = total<T>((const T*)&sums);
+    for (; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+template <typename T>
+int64_t padded(int64_t width) {
+    constexpr int64_t w = Vector<T>::width;
+    return (width + w - 1) / w * w;
+}
+
+// Up to PANEL vectors wide and ROWS rows high: C[i][:] (+)= sum over k of a[i * row + k * step] * b[k * ldb + :].
+template <typename T, int R, int N>
+inline void kernel(int64_t depth, const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, T* c, int64_t ldc,
+                   bool add) {
+    using V = typename Vector<T>::type;
+    constexpr int64_t w = Vector<T>::width;
+    V total[R][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) total[i][j] = add ? *(const V*)(c + i * ldc + j * w) : V{};
+    for (int64_t k = 0; k < depth; k++) {
+        V right[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) right[j] = *(const V*)(b + k * ldb + j * w);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            const T left = a[i * row + k * step];
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) total[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) *(V*)(c + i * ldc + j * w) = total[i][j];
+}
+
+template <typename T, int N>
+void strip(int64_t rows, int64_t depth, const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, T* c,
+           int64_t ldc, bool add) {
+    int64_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS) kernel<T, ROWS, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 2 <= rows; i += 2) kernel<T, 2, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
+    for (; i < rows; i++) kernel<T, 1, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
+}
+
+// Columns `from` to `to`, multiples of the vector's width, of C (rows x ...) (+)= A (rows x depth) B (depth x ...). The
+// panels of B, PANEL vectors wide, lie `panel` entries apart.
+template <typename T>
+void product(int64_t rows, int64_t from, int64_t to, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
+             int64_t ldb, int64_t panel, T* c, int64_t ldc, bool add) {
+    constexpr int64_t w = Vector<T>::width, p = PANEL * w;
+    for (int64_t next; from < to; from = next) {
+        next = std::min(from / p * p + p, to);
+        const T* right = b + from / p * panel + from % p;
+        switch ((next - from) / w) {
+            case 4: strip<T, 4>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
+            case 3: strip<T, 3>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
+            case 2: strip<T, 2>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
+            default: strip<T, 1>(rows, depth, a, row, step, right, ldb, c + from, ldc, add);
+        }
+    }
+}
+
+// exp of `count` numbers between LOWEST and HIGHEST, others moved there: what lies below is no normal float32.
+constexpr double LOWEST = -80, HIGHEST = 64;
+
+inline void exponentials(double* x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] = std::exp(std::min(std::max(x[i], LOWEST), HIGHEST));
+}
+
+inline void exponentials(float* x, int64_t count) {
+    using V = Vector<float>::type;
+    constexpr int64_t w = Vector<float>::width;
+    for (int64_t i = 0; i < count; i += w) {
+        V v = *(V*)(x + i);
+        v = v < (float)LOWEST ? V{} + (float)LOWEST : v;
+        v = v > (float)HIGHEST ? V{} + (float)HIGHEST : v;
+        // v = n log 2 + r with |r| <= log(2) / 2; adding 1.5 * 2^23 rounds to an integer.
+        const V magic = V{} + 12582912.0f, shifted = v * 1.44269504f + magic, n = shifted - magic;
+        const V r = (v - n * 0.693145752f) - n * 1.42860677e-6f;
+        V p = r * (1.0f / 720) + 1.0f / 120;
+        p = p * r + 1.0f / 24;
+        p = p * r + 1.0f / 6;
+        p = p * r + 0.5f;
+        p = p * r + 1.0f;
+        p = p * r + 1.0f;
+#ifdef __AVX512F__
+        *(V*)(x + i) = (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+        typedef int32_t I __attribute__((vector_size(BYTES)));
+        const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+        V scale;
+        std::memcpy(&scale, &exponent, BYTES);
+        *(V*)(x + i) = p * scale;
+#endif
+    }
+}
+
+struct FlushDenormals {  // in this thread, while it lives
+#ifdef __SSE__
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+// A tensor (batch, heads, time, width) whose last dimension is contiguous.
+template <typename T>
+struct Array {
+    T* data;
+    const int64_t* stride;
+    T* at(int64_t b, int64_t h) const { return data + b * stride[0] + h * stride[1]; }
+};
+
+struct Sizes {
+    int64_t batch, heads, time, slots, width, value_width, lines, threads;
+};
+
+// Rows of `x` from `begin`, `count` of them (then zeros), side by side: out[row][column].
+template <typename T>
+void rows_of(const T* x, int64_t stride, int64_t begin, int64_t count, int64_t room, int64_t width, T* out) {
+    const int64_t wide = padded<T>(width);
+    for (int64_t i = 0; i < room; i++) {
+        if (i < count) std::memcpy(out + i * wide, x + (begin + i) * stride, width * sizeof(T));
+        std::fill(out + i * wide + (i < count ? width : 0), out + (i + 1) * wide, T(0));
+    }
+}
+
+// The same transposed, in panels: out[row / p][column][row % p].
+template <typename T>
+void columns_of(const T* x, int64_t stride, int64_t begin, int64_t count, int64_t width, T* out) {
+    constexpr int64_t p = PANEL * Vector<T>::width;
+    static_assert(SLOTS % p == 0, "a span is a whole number of panels");
+    for (int64_t i = 0; i < SLOTS; i++) {
+        T* to = out + i / p * p * width + i % p;
+        for (int64_t d = 0; d < width; d++) to[d * p] = i < count ? x[(begin + i) * stride + d] : T(0);
+    }
+}
+
+// A block of queries and a span of slots from `left`, and the columns of their tile that hold all that may be read.
+template <typename T>
+struct Tile {
+    int64_t rows, left, from, to;
+    const int64_t *first, *end;
+
+    Tile(int64_t rows, int64_t left, const int64_t* first, const int64_t* end)
+        : rows(rows), left(left), first(first), end(end) {
+        from = std::max(first[0] - left, int64_t(0)) / Vector<T>::width * Vector<T>::width;
+        to = std::min(padded<T>(std::max(end[rows - 1] - left, int64_t(0))), SLOTS);
+    }
+
+    bool empty() const { return to <= from; }
+
+    // The columns of row i that it may read.
+    int64_t begin(int64_t i) const { return std::min(std::max(first[i] - left, from), to); }
+    int64_t stop(int64_t i) const { return std::max(std::min(end[i] - left, to), begin(i)); }
+
+    void logits(int64_t width, const T* queries, const T* keys, T* out) const {
+        constexpr int64_t p = PANEL * Vector<T>::width;
+        product<T>(rows, from, to, width, queries, padded<T>(width), 1, keys, p, p * width, out, SLOTS, false);
+    }
+
+    // exp(logit - shift), 0 where a query may not read.
+    void weights(int64_t width, const T* queries, const T* keys, const T* shift, T* out) const {
+        logits(width, queries, keys, out);
+        for (int64_t i = 0; i < rows; i++) {
+            T* row = out + i * SLOTS;
+            for (int64_t j = from; j < to; j++) row[j] -= shift[i];
+            exponentials(row + from, to - from);
+            std::fill(row + from, row + begin(i), T(0));
+            std::fill(row + stop(i), row + to, T(0));
+        }
+    }
+};
+
+// Rows `begin` ... of the queries times beta.
+template <typename T>
+void scaled(const Array<T>& queries, int64_t b, int64_t h, const T* beta, int64_t begin, int64_t count, int64_t width,
+            T* out) {
+    const int64_t wide = padded<T>(width);
+    rows_of<T>(queries.at(b, h), queries.stride[2], begin, count, count, width, out);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < width; d++) out[i * wide + d] *= beta[begin + i];
+}
+
+// beta, shift and total are (batch, heads, time); first and end (lines, time), of all rows or of each.
+template <typename T>
+void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
+             const int64_t* first, const int64_t* end, Array<T> out, T* totals, bool only_largest) {
+    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width), span = TOGETHER * QUERIES;
+    const int64_t parts = (s.time + span - 1) / span;
+    constexpr int64_t w = Vector<T>::width;
+    using V = typename Vector<T>::type;
+#pragma omp parallel num_threads(s.threads)
+    {
+        FlushDenormals flush;
+        std::vector<T> asked(span * wide), answer(span * value_wide), sums(span * w), packed_keys(SLOTS * s.width),
+            packed_values(SLOTS * value_wide), tile(QUERIES * SLOTS);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < s.batch * s.heads * parts; unit++) {
+            // The last queries have the most to read: they come first.
+            const int64_t line = unit % (s.batch * s.heads), begin = (parts - 1 - unit / (s.batch * s.heads)) * span;
+            const int64_t b = line / s.heads, h = line % s.heads, count = std::min(span, s.time - begin);
+            const int64_t* from = first + (s.lines > 1 ? b : 0) * s.time + begin;
+            const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time + begin;
+            const T* move = shift + line * s.time + begin;
+            scaled(queries, b, h, beta + line * s.time, begin, count, s.width, asked.data());
+            std::fill(answer.begin(), answer.end(), T(0));
+            std::fill(sums.begin(), sums.end(), only_largest ? T(-INFINITY) : T(0));
+            for (int64_t left = std::max(from[0], int64_t(0)); left < to[count - 1]; left += SLOTS) {
+                const int64_t filled = std::min(SLOTS, s.slots - left);
+                columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, packed_keys.data());
+                if (!only_largest)
+                    rows_of<T>(values.at(b, h), values.stride[2], left, filled, SLOTS, s.value_width,
+                               packed_values.data());
+                for (int64_t i = 0; i < count; i += QUERIES) {
+                    const int64_t rows = std::min(QUERIES, count - i);
+                    const Tile<T> t(rows, left, from + i, to + i);
+                    if (t.empty()) continue;
+                    if (only_largest) {
+                        t.logits(s.width, asked.data() + i * wide, packed_keys.data(), tile.data());
+                        for (int64_t r = 0; r < rows; r++)
+                            for (int64_t j = t.begin(r); j < t.stop(r); j++)
+                                sums[(i + r) * w] = std::max(sums[(i + r) * w], tile[r * SLOTS + j]);
+                        continue;
+                    }
+                    t.weights(s.width, asked.data() + i * wide, packed_keys.data(), move + i, tile.data());
+                    for (int64_t r = 0; r < rows; r++) {
+                        V& sum = *(V*)&sums[(i + r) * w];
+                        for (int64_t j = t.from; j < t.to; j += w) sum += *(V*)&tile[r * SLOTS + j];
+                    }
+                    product<T>(rows, 0, value_wide, t.to - t.from, tile.data() + t.from, SLOTS, 1,
+                               packed_values.data() + t.from * value_wide, value_wide, PANEL * Vector<T>::width,
+                               answer.data() + i * value_wide, value_wide, true);
+                }
+            }
+            for (int64_t i = 0; i < count; i++) {
+                if (only_largest) {
+                    totals[line * s.time + begin + i] = sums[i * w] == T(-INFINITY) ? T(0) : sums[i * w];
+                    continue;
+                }
+                T sum = total<T>(&sums[i * w]);
+                if (sum == 0) sum = 1;  // who reads nothing is answered 0
+                totals[line * s.time + begin + i] = sum;
+                T* row = out.at(b, h) + (begin + i) * out.stride[2];
+                const T inverse = 1 / sum;
+                for (int64_t d = 0; d < s.value_width; d++) row[d] = answer[i * value_wide + d] * inverse;
+            }
+        }
+    }
+}
+
+template <typename T>
+void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
+              const int64_t* first, const int64_t* end, Array<T> out, const T* totals, Array<T> grad,
+              Array<T> grad_queries, Array<T> grad_keys, Array<T> grad_values, T* grad_beta) {
+    constexpr int64_t p = PANEL * Vector<T>::width;
+    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width);
+#pragma omp parallel num_threads(s.threads)
+    {
+        FlushDenormals flush;
+        std::vector<T> asked(s.time * wide), asked_grad(s.time * wide), answer_grad(s.time * value_wide), along(s.time);
+        std::vector<T> key_columns(SLOTS * s.width), key_rows(SLOTS * wide), value_columns(SLOTS * s.value_width);
+        std::vector<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
+        std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS);
+#pragma omp for schedule(dynamic)
+        for (int64_t line = 0; line < s.batch * s.heads; line++) {
+            const int64_t b = line / s.heads, h = line % s.heads;
+            const int64_t* from = first + (s.lines > 1 ? b : 0) * s.time;
+            const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time;
+            scaled(queries, b, h, beta + line * s.time, 0, s.time, s.width, asked.data());
+            std::fill(asked_grad.begin(), asked_grad.end(), T(0));
+            // The weights below are not divided by their sum; this is.
+            rows_of<T>(grad.at(b, h), grad.stride[2], 0, s.time, s.time, s.value_width, answer_grad.data());
+            for (int64_t i = 0; i < s.time; i++) {
+                const T inverse = 1 / totals[line * s.time + i];
+                T* row = &answer_grad[i * value_wide];
+                for (int64_t d = 0; d < s.value_width; d++) row[d] *= inverse;
+                along[i] = dot<T>(row, out.at(b, h) + i * out.stride[2], s.value_width);
+            }
+            for (int64_t left = 0; left < s.slots; left += SLOTS) {
+                const int64_t filled = std::min(SLOTS, s.slots - left);
+                columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, key_columns.data());
+                rows_of<T>(keys.at(b, h), keys.stride[2], left, filled, SLOTS, s.width, key_rows.data());
+                columns_of<T>(values.at(b, h), values.stride[2], left, filled, s.value_width, value_columns.data());
+                std::fill(key_grad.begin(), key_grad.end(), T(0));
+                std::fill(value_grad.begin(), value_grad.end(), T(0));
+                for (int64_t i = 0; i < s.time; i += QUERIES) {
+                    const int64_t rows = std::min(QUERIES, s.time - i);
+                    const Tile<T> t(rows, left, from + i, to + i);
+                    if (t.empty()) continue;
+                    const int64_t read = t.to - t.from;
+                    const T* query = asked.data() + i * wide;
+                    const T* answer = answer_grad.data() + i * value_wide;
+                    t.weights(s.width, query, key_columns.data(), shift + line * s.time + i, tile.data());
+                    product<T>(read, 0, value_wide, rows, tile.data() + t.from, 1, SLOTS, answer, value_wide, p,
+                               value_grad.data() + t.from * value_wide, value_wide, true);
+                    product<T>(rows, t.from, t.to, s.value_width, answer, value_wide, 1, value_columns.data(), p,
+                               p * s.value_width, tile_grad.data(), SLOTS, false);
+                    for (int64_t r = 0; r < rows; r++)
+                        for (int64_t j = r * SLOTS + t.from; j < r * SLOTS + t.to; j++)
+                            tile_grad[j] = (tile_grad[j] - along[i + r]) * tile[j];
+                    product<T>(rows, 0, wide, read, tile_grad.data() + t.from, SLOTS, 1,
+                               key_rows.data() + t.from * wide, wide, p, asked_grad.data() + i * wide, wide, true);
+                    product<T>(read, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
+                               key_grad.data() + t.from * wide, wide, true);
+                }
+                for (int64_t i = 0; i < filled; i++) {
+                    std::memcpy(grad_keys.at(b, h) + (left + i) * grad_keys.stride[2], &key_grad[i * wide],
+                                s.width * sizeof(T));
+                    std::memcpy(grad_values.at(b, h) + (left + i) * grad_values.stride[2], &value_grad[i * value_wide],
+                                s.value_width * sizeof(T));
+                }
+            }
+            for (int64_t i = 0; i < s.time; i++) {
+                const T* query = queries.at(b, h) + i * queries.stride[2];
+                T* row = grad_queries.at(b, h) + i * grad_queries.stride[2];
+                grad_beta[line * s.time + i] = dot<T>(&asked_grad[i * wide], query, s.width);
+                for (int64_t d = 0; d < s.width; d++) row[d] = asked_grad[i * wide + d] * beta[line * s.time + i];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T, suffix)                                                                                              \
+    extern "C" void forward_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, T* v,           \
+                                     const int64_t* vs, const T* beta, const T* shift, const int64_t* first,           \
+                                     const int64_t* end, T* out, const int64_t* os, T* total, int only_largest) {      \
+        forward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, only_largest);            \
+    }                                                                                                                  \
+    extern "C" void backward_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, T* v,          \
+                                      const int64_t* vs, const T* beta, const T* shift, const int64_t* first,          \
+                                      const int64_t* end, T* out, const int64_t* os, const T* total, T* g,             \
+                                      const int64_t* gs, T* gq, const int64_t* gqs, T* gk, const int64_t* gks, T* gv,  \
+                                      const int64_t* gvs, T* gb) {                                                     \
+        backward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, {g, gs}, {gq, gqs},      \
+                    {gk, gks}, {gv, gvs}, gb);                                                                         \
+    }
+
+EXPORT(float, float)
+EXPORT(double, double)

@@ -1,0 +1,125 @@
+"""Kernel regression on processors as one C++ kernel, compiled when it is first wanted."""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mosaics.ops.compiling import library
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+# Logits are beta times at most the product of two norms, so their exponentials need no maximum (the README has more).
+PLAIN = 60.0  # up to here a sum of very many exponentials is a float32
+SHIFTED = 40.0  # what the largest possible logit is moved to if it is larger
+ENOUGH = math.exp(-40.0)  # a sum of exponentials from here on does not notice that none is taken below e^-80
+
+
+def available() -> bool:
+    """Whether this machine can compile and load the kernel; the first call does so."""
+    return library(SOURCE) is not None
+
+
+def pays(queries: Tensor) -> bool:
+    """Whether the kernel can be used and keeps the cores busy: its backward pass works on whole heads."""
+    if queries.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    lines = queries.shape[0] * queries.shape[1]
+    return (lines >= torch.get_num_threads() or not torch.is_grad_enabled()) and available()
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    *,
+    delay: int | None,
+    window: int | None = None,
+    start: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Equation 4 in tiles that stay in the cache of a core; see `mosaics.ops.kernel_regression.kernel_regression`.
+
+    Raises:
+        ValueError: the tensors are not on a processor, there is dropout, or the kernel can't be compiled here.
+    """
+    if queries.device.type != "cpu" or dropout:
+        raise ValueError("The compiled form works on a processor and without dropout; use the blockwise form.")
+    if not available():
+        raise ValueError("The compiled form needs a C++ compiler (the log says more); use the blockwise form.")
+    batch, heads, time = queries.shape[:3]
+    first, end = readable(time, keys.shape[2] - time, start, delay, window, keys.device)
+    # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so all is float32 at least.
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)
+    wide = (x.to(dtype) for x in (queries, keys, values))
+    return _Compiled.apply(*wide, beta, first, end.clamp(max=keys.shape[2])).to(values.dtype)
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        queries, keys, values = (_dense(x) for x in (queries, keys, values))
+        beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
+        shift = _shift(queries, keys, beta, end)
+        batch, heads, time = queries.shape[:3]
+        # The heads of a position side by side, as the map that follows wants them.
+        out = values.new_empty(batch, time, heads, values.shape[3]).transpose(1, 2)
+        total = torch.empty_like(beta)
+        given = (queries, keys, values, beta, shift, first, end, out, total)
+        _call("forward", *given, False)
+        if not bool((total >= ENOUGH).all()):
+            # Nothing that is stored is near some query: its logits are all far below what they might be.
+            far = total < ENOUGH
+            _call("forward", *given[:4], torch.zeros_like(shift), *given[5:], True)
+            shift.copy_(torch.where(far, total, shift))
+            _call("forward", *given, False)
+        ctx.save_for_backward(*given)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, beta, *rest = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (queries, keys, values, beta)]
+        _call("backward", queries, keys, values, beta, *rest, _dense(grad), *grads)
+        return *grads, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With the entries of a vector side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:
+    """`(batch, heads, time)`: what to take from a query's logits, so that no exponential overflows. It follows from the
+    norms of the query and of the keys before it, so that no answer depends on what comes later."""
+    norms = torch.linalg.vector_norm(keys, dim=-1)
+    asked = norms if queries is keys else torch.linalg.vector_norm(queries, dim=-1)
+    last = (end - 1).clamp(min=0).expand(queries.shape[0], queries.shape[2])
+    longest = norms.cummax(-1).values.gather(-1, last[:, None].expand_as(beta))
+    bound = beta * asked * longest
+    return torch.where(bound <= PLAIN, 0.0, bound - SHIFTED)
+
+
+def _call(name: str, queries: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | bool) -> None:
+    """Call the C++ function: after the sizes every tensor's address, and of those with a width the strides too."""
+    first = rest[2]
+    lines = first.shape[0] if first.dim() == 2 else 1
+    width, value_width, threads = queries.shape[3], values.shape[3], torch.get_num_threads()
+    given = [(c_int64 * 8)(*queries.shape[:3], keys.shape[2], width, value_width, lines, threads)]
+    for x in (queries, keys, values, *rest):
+        if not isinstance(x, Tensor):
+            given.append(int(x))
+            continue
+        given.append(c_void_p(x.data_ptr()))
+        if x.dim() == 4:
+            given.append((c_int64 * 4)(*x.stride()))
+    kind = str(queries.dtype).removeprefix("torch.").replace("32", "").replace("float64", "double")
+    getattr(library(SOURCE), f"{name}_{kind}")(*given)
