@@ -2,13 +2,28 @@ r"""The gated recurrence that makes keys: `leaky_average`. The mathematics is in
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mosaics.ops import run
 from mosaics.ops.leaky_average import chunked, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
-FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average}
+HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton(*args: Any, **options: Any) -> tuple[Tensor, LeakyAverageState]:
+    if not HAS_TRITON:
+        raise ValueError("The triton form needs Triton, which is not installed; install it or use the chunked form.")
+    from mosaics.ops.leaky_average import triton_form
+
+    return triton_form.leaky_average(*args, **options)
+
+
+FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average, "triton": _triton}
 
 __all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
 
@@ -40,8 +55,16 @@ def leaky_average(
         The keys in the shape and dtype of `inputs` (0 where the average is 0), and the state after the last position.
 
     Raises:
-        ValueError: the form is unknown.
+        ValueError: the form is unknown or cannot run here.
     """
     if form is None:
-        form = "naive" if inputs.shape[2] == 1 else "chunked"  # one position is one step of the recurrence
+        form = _fastest(inputs)
     return run(FORMS, form, "leaky_average", inputs, log_gate, log_decay, state, eps=eps)
+
+
+def _fastest(inputs: Tensor) -> str:
+    if inputs.shape[2] == 1:
+        return "naive"  # one position is one step of the recurrence
+    # A tile of the kernel holds all of a head's width in registers.
+    fits = inputs.is_cuda and inputs.dtype != torch.float64 and inputs.shape[3] <= 128
+    return "triton" if fits and HAS_TRITON else "chunked"
