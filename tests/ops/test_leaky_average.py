@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from helpers import gradients, relative_error
 from mosaics.ops import leaky_average as op
-from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
+from mosaics.ops.leaky_average import LeakyAverageState, compiled, leaky_average
 
 # Without a GPU Triton interprets, if told so before it is imported: test_leaky_average_triton.py runs this file so.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FORMS = [form for form in op.FORMS if form != "triton" or INTERPRETED]
+HERE = {"triton": INTERPRETED, "compiled": compiled.available()}
+FORMS = [form for form in op.FORMS if HERE.get(form, True)]
 FAST = [form for form in FORMS if form != "naive"]
 
 
@@ -239,3 +240,33 @@ def test_leaky_average_eps_leaves_an_empty_average_at_zero(form):
     keys, _ = leaky_average(x, gate, decay, form=form, eps=1e-3)
     assert (keys[:, :, :5] == 0).all() and (keys[:, :, 5:] != 0).all()
     assert all(g.isfinite().all() for g in gradients(keys, (x, gate, decay)))
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_leaky_average_gives_the_gradient_of_a_state_alone(form):
+    """A later call may read nothing but the state."""
+    tensors, state = inputs(40, continued=True)
+    for i in (0, 1):
+        found, expected = (gradients(leaky_average(*tensors, state, form=f)[1][i], tensors) for f in (form, "naive"))
+        assert all(relative_error(g, e) < 1e-9 for g, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_leaky_average_compiled_is_the_same_with_any_number_of_threads(threads, monkeypatch):
+    if not compiled.available():
+        pytest.skip("no C++ compiler")
+    tensors, state = inputs(50, continued=True, borders=True)
+    expected = leaky_average(*tensors, state, form="compiled")[0]
+    monkeypatch.setattr(compiled, "WORTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = leaky_average(*tensors, state, form="compiled")[0]
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, tensors), gradients(expected, tensors)))
+
+
+def test_leaky_average_compiled_needs_a_compiler(monkeypatch):
+    tensors = [x.detach() for x in inputs(3)[0]]
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        leaky_average(*tensors, form="compiled")
+    assert leaky_average(*tensors)[0].isfinite().all()  # another form

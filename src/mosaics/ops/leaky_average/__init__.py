@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.leaky_average import chunked, naive
+from mosaics.ops.leaky_average import chunked, compiled, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
 HAS_TRITON = find_spec("triton") is not None
@@ -23,7 +23,12 @@ def _triton(*args: Any, **options: Any) -> tuple[Tensor, LeakyAverageState]:
     return triton_form.leaky_average(*args, **options)
 
 
-FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average, "triton": _triton}
+FORMS = {
+    "naive": naive.leaky_average,
+    "chunked": chunked.leaky_average,
+    "compiled": compiled.leaky_average,
+    "triton": _triton,
+}
 
 __all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
 
@@ -63,6 +68,8 @@ def leaky_average(
 
 
 def _fastest(inputs: Tensor) -> str:
+    if compiled.pays(inputs):
+        return "compiled"
     if inputs.shape[2] == 1:
         return "naive"  # one position is one step of the recurrence
     # A tile of the kernel holds all of a head's width in registers.
