@@ -11,7 +11,6 @@ difference from float32, with its standard error over rows of questions or stret
 import argparse
 import math
 import statistics
-from pathlib import Path
 
 import torch
 from recall import LENGTH, PAIRS, STEPS, rows, train
@@ -21,6 +20,7 @@ from mosaics.experiments.bench import _commit, _processor
 from mosaics.models.kept import read_context
 
 DTYPES = (None, "bfloat16", "int8")
+Columns = dict[str, dict[str | None, list[float]]]  # of each dtype, a value for each row or stretch
 
 
 def with_state(model: MosaicForCausalLM, dtype: str | None) -> MosaicForCausalLM:
@@ -45,14 +45,14 @@ def recalled(model: MosaicForCausalLM, length: int, pairs: int, count: int) -> l
     return (right.sum(1) / (asked != -100).sum(1)).tolist()
 
 
-def bits_per_byte(folder: str, dtype: str | None, text: Path, multiples: tuple[int, ...]) -> dict[int, list[float]]:
+def bits_per_byte(folder: str, dtype: str | None, **settings) -> dict[int, list[float]]:
     """Bits per byte of every stretch of the text, by context."""
     from mosaics.evaluation import Scorer
     from mosaics.evaluation.perplexity import Perplexity
     from mosaics.models.loading import load_exported
 
     scorer = Scorer(*load_exported(folder, dtype))
-    suite = Perplexity(data=str(text), multiples=multiples, samples=4)
+    suite = Perplexity(**settings)
     found: dict[int, list[float]] = {}
     for record in suite.answer(scorer, suite.examples(scorer)):
         bits = record.meta["nats"] / math.log(2) / record.meta["text_bytes"]
@@ -73,8 +73,9 @@ def shown(values: list[float], plain: list[float], scale: float, digits: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="an exported model")
-    parser.add_argument("--text", type=Path, help="a text file, or whatever --data of mosaics evaluate takes")
-    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 64], help="of the training length")
+    parser.add_argument("--text", help="a text file, or whatever --data of mosaics evaluate takes")
+    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 32], help="of the training length")
+    parser.add_argument("--samples", type=int, default=4, help="stretches of text")
     parser.add_argument("--rows", type=int, default=32, help="rows of questions")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training, fewer for a trial")
     given = parser.parse_args()
@@ -82,22 +83,26 @@ def main() -> None:
         parser.error("give MODEL and --text together")
     print(f"commit {_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}\n")
     trained = train(0, torch.Generator().manual_seed(0), given.steps).eval()
-    columns: dict[str, dict[str | None, list[float]]] = {}
+    columns: Columns = {}
     for length, pairs in ((LENGTH, PAIRS), (8 * LENGTH, PAIRS), (8 * LENGTH, 90)):
         columns[f"recall of {pairs} pairs at {length} (%)"] = {
             dtype: recalled(with_state(trained, dtype), length, pairs, given.rows) for dtype in DTYPES
         }
+    show(columns, 100, 2)
     if given.model is not None:
-        found = {dtype: bits_per_byte(given.model, dtype, given.text, tuple(given.multiples)) for dtype in DTYPES}
-        for length in found[None]:
-            columns[f"bits per byte at {length}"] = {dtype: found[dtype][length] for dtype in DTYPES}
+        settings = {"data": given.text, "multiples": tuple(given.multiples), "samples": given.samples}
+        found = {dtype: bits_per_byte(given.model, dtype, **settings) for dtype in DTYPES}
+        names = {length: f"bits per byte at {length}" for length in found[None]}
+        show({name: {dtype: found[dtype][length] for dtype in DTYPES} for length, name in names.items()}, 1, 5)
+
+
+def show(columns: Columns, scale: float, digits: int) -> None:
+    """Print a table."""
     print("| state | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for dtype in DTYPES:
-        cells = [
-            shown(values[dtype], values[None], *((100, 2) if name.startswith("recall") else (1, 5)))
-            for name, values in columns.items()
-        ]
+        cells = [shown(values[dtype], values[None], scale, digits) for values in columns.values()]
         print(f"| {dtype or 'float32'} | " + " | ".join(cells) + " |")
+    print(flush=True)
 
 
 if __name__ == "__main__":
