@@ -151,18 +151,19 @@ class Bench:
         sizes = self.batch_sizes if part == "decoding" else (1,)
         return [(context, size) for context in sorted(set(self.contexts or CONTEXTS[part])) for size in sizes]
 
-    def build(self, name: str) -> PreTrainedModel:
+    def build(self, name: str, seed: int = 0) -> PreTrainedModel:
         """A contestant with random weights.
 
         Args:
             name: as `contestants` gives it.
+            seed: of the weights.
         """
         import torch
 
         import mosaics
         from mosaics.models.convert import to_llama
 
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if name.startswith("mosaic"):
             return mosaics.MosaicForCausalLM(self.config).to(self.torch_device)
         llama = to_llama(mosaics.MosaicForCausalLM(self.peer))
