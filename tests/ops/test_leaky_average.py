@@ -270,3 +270,9 @@ def test_leaky_average_compiled_needs_a_compiler(monkeypatch):
     with pytest.raises(ValueError, match="C\\+\\+ compiler"):
         leaky_average(*tensors, form="compiled")
     assert leaky_average(*tensors)[0].isfinite().all()  # another form
+
+
+def test_leaky_average_state_shares_no_memory_with_the_keys():
+    (x, gate, decay), _ = inputs(1)
+    keys, state = leaky_average(x, gate, decay)
+    assert state.direction.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr()

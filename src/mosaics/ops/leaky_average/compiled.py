@@ -45,7 +45,7 @@ def leaky_average(
     else:
         directions, log_scales = _forward(*given, None)
     keys = shortened(directions, log_scales, eps).to(dtype)
-    return keys, LeakyAverageState(directions[..., -1, :], log_scales[..., -1])
+    return keys, LeakyAverageState(directions[..., -1, :].clone(), log_scales[..., -1].clone())  # lets go of the others
 
 
 def _forward(
