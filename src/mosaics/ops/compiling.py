@@ -46,7 +46,7 @@ def library(source: Path) -> ctypes.CDLL | None:
                 )
                 os.replace(made, folder / name)
         return ctypes.CDLL(str(folder / name))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         reason = getattr(error, "stderr", None) or str(error).encode()
         logger.info(
             "%s is not compiled; slower forms are used: %s", source.name, reason.decode(errors="replace")[-500:]

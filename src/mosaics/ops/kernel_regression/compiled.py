@@ -59,7 +59,7 @@ def kernel_regression(
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)
     wide = (x.to(dtype) for x in (queries, keys, values))
-    return _Compiled.apply(*wide, beta, first, end.clamp(max=keys.shape[2])).to(values.dtype)
+    return _Compiled.apply(*wide, beta, first, end).to(values.dtype)
 
 
 class _Compiled(torch.autograd.Function):
