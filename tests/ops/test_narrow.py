@@ -5,7 +5,7 @@ import torch
 from test_kernel_regression import inputs, read, starts
 
 from helpers import relative_error
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression, sliced, weights
+from mosaics.ops.kernel_regression import FORMS, Bandwidth, Narrow, kernel_regression, sliced, weights
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.int8, 1 / 127)])
@@ -86,3 +86,22 @@ def test_kernel_regression_sliced_meets_logits_that_grow_and_shrink(monkeypatch)
         form: kernel_regression(queries, keys, values, bandwidth, delay=1, form=form) for form in ("naive", "sliced")
     }
     assert found["sliced"].item() == found["naive"].item() == 1
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernel_regression_slices_what_is_long_for_few_queries_or_without_a_compiler(monkeypatch, narrow):
+    monkeypatch.setattr("mosaics.ops.kernel_regression.compiled.available", lambda: False)
+    monkeypatch.setattr("mosaics.ops.kernel_regression.LONG", 99)
+    called = []
+    for form, function in FORMS.items():
+        spy = lambda *a, f=form, g=function, **k: called.append(f) or g(*a, **k)  # noqa: E731
+        monkeypatch.setitem(FORMS, form, spy)
+    keys, values, bandwidth = inputs(70, 40)
+    if narrow:
+        keys, values = Narrow.of(keys, torch.int8), Narrow.of(values, torch.int8)
+    with torch.no_grad():
+        for time in (8, 70):
+            queries = inputs(time)[0]
+            kernel_regression(queries, keys, values, bandwidth, delay=1)
+            kernel_regression(queries, keys, values, bandwidth, delay=1, window=20)
+    assert called == (["sliced", "sliced"] if narrow else ["sliced", "blockwise"]) + ["sliced", "blockwise"]
