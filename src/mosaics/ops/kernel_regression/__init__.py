@@ -2,11 +2,10 @@ r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.kernel_regression import blockwise, compiled, naive, shifted, sliced
+from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
@@ -17,10 +16,8 @@ FORMS = {
     "shifted": shifted.kernel_regression,
     "compiled": compiled.kernel_regression,
     "sliced": sliced.kernel_regression,
+    "flex": flex.kernel_regression,
 }
-
-FEW = 64  # queries that do not make up for widening all that is stored
-LONG = 1 << 14  # slots
 
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
@@ -70,7 +67,7 @@ def kernel_regression(
             f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
         )
     if form is None:
-        form = _fastest(queries, keys, delay, window, start, dropout)
+        form = _fastest(queries, keys, values, delay, window, start, dropout)
     if form != "sliced":
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
@@ -78,11 +75,17 @@ def kernel_regression(
 
 
 def _fastest(
-    queries: Tensor, keys: Tensor | Narrow, delay: int | None, window: int | None, start: Tensor | None, dropout: float
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow,
+    delay: int | None,
+    window: int | None,
+    start: Tensor | None,
+    dropout: float,
 ) -> str:
     time = queries.shape[2]
-    if isinstance(keys, Narrow) and time < FEW:
-        return "sliced"  # the others would widen all that is stored
+    if isinstance(keys, Narrow):
+        return "sliced"  # the others would widen all of them at once
     if time == 1:
         return "naive"  # one query needs no tiles
     if not dropout and compiled.pays(queries):
@@ -91,9 +94,11 @@ def _fastest(
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:
         return "shifted"
+    cut = window is not None or start is not None
+    if cut and keys.shape[2] == time and not dropout and flex.pays(queries, values):
+        return "flex"
     if window is not None or keys.shape[2] != time:
-        # Without a gradient, a tile need not be as wide as all that is stored.
-        return "sliced" if window is None and keys.shape[2] > LONG and not torch.is_grad_enabled() else "blockwise"
+        return "blockwise"
     # A call for each document pays as long as the documents are not shorter than a tile.
     few = start is None or len(shifted.documents(start)) * blockwise.BLOCK <= start.numel()
     return "shifted" if few else "blockwise"
