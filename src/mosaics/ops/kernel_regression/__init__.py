@@ -2,6 +2,7 @@ r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mosaics.ops import run
@@ -18,6 +19,9 @@ FORMS = {
     "sliced": sliced.kernel_regression,
     "flex": flex.kernel_regression,
 }
+
+FEW = 64  # queries that do not make up for widening all that is stored
+LONG = 1 << 14  # slots
 
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
@@ -84,8 +88,8 @@ def _fastest(
     dropout: float,
 ) -> str:
     time = queries.shape[2]
-    if isinstance(keys, Narrow):
-        return "sliced"  # the others would widen all of them at once
+    if isinstance(keys, Narrow) and time < FEW:
+        return "sliced"  # the others would widen all that is stored
     if time == 1:
         return "naive"  # one query needs no tiles
     if not dropout and compiled.pays(queries):
@@ -98,7 +102,8 @@ def _fastest(
     if cut and keys.shape[2] == time and not dropout and flex.pays(queries, values):
         return "flex"
     if window is not None or keys.shape[2] != time:
-        return "blockwise"
+        # Without a gradient, a tile need not be as wide as all that is stored.
+        return "sliced" if window is None and keys.shape[2] > LONG and not torch.is_grad_enabled() else "blockwise"
     # A call for each document pays as long as the documents are not shorter than a tile.
     few = start is None or len(shifted.documents(start)) * blockwise.BLOCK <= start.numel()
     return "shifted" if few else "blockwise"
