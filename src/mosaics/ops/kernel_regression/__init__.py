@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, sliced
+from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, single, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
@@ -16,6 +16,7 @@ FORMS = {
     "blockwise": blockwise.kernel_regression,
     "shifted": shifted.kernel_regression,
     "compiled": compiled.kernel_regression,
+    "single": single.kernel_regression,
     "sliced": sliced.kernel_regression,
     "flex": flex.kernel_regression,
 }
@@ -70,9 +71,11 @@ def kernel_regression(
         raise ValueError(
             f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
         )
+    if form is None and single.pays(queries, keys, values, bandwidth, dropout):
+        form = "single"
     if form is None:
         form = _fastest(queries, keys, values, delay, window, start, dropout)
-    if form != "sliced":
+    if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
     return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)

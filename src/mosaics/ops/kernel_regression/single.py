@@ -1,0 +1,98 @@
+"""Kernel regression of one query on processors: what is stored is read once, as it is stored, by C++ that is compiled
+when it is first wanted."""
+
+from __future__ import annotations
+
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mosaics.ops.compiling import library
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
+from mosaics.ops.kernel_regression.narrow import Narrow
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+STORED = (torch.float32, torch.bfloat16, torch.int8)  # what a float32 query may be asked of
+WORTH = 2**16  # stored numbers; fewer are not worth a second thread
+
+
+def available() -> bool:
+    """Whether this machine can compile and load the loop; the first call does so."""
+    return library(SOURCE) is not None
+
+
+def pays(
+    queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, bandwidth: Bandwidth, dropout: float = 0.0
+) -> bool:
+    """Whether there is one query a row and head, and nothing asked that the loop does not do: gradients, dropout."""
+    return _why_not(queries, keys, values, bandwidth, dropout) is None and available()
+
+
+def _why_not(
+    queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, bandwidth: Bandwidth, dropout: float
+) -> str | None:
+    stored = [x.data if isinstance(x, Narrow) else x for x in (keys, values)]
+    if queries.shape[2] != 1:
+        return f"there are {queries.shape[2]} queries, not one"
+    if queries.device.type != "cpu" or torch.compiler.is_compiling():
+        return "it runs on a processor and is compiled by itself"
+    if dropout:
+        return "there is dropout"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (queries, *stored, *bandwidth)):
+        return "it has no backward pass"
+    wide, (key, value) = _computed(queries), (x.dtype for x in stored)
+    if key != value or key not in (STORED if wide == torch.float32 else (wide,)):
+        return f"it does not read {key} and {value} in {wide}"
+    return None
+
+
+def _computed(queries: Tensor) -> torch.dtype:
+    return torch.promote_types(queries.dtype, torch.float32)
+
+
+def kernel_regression(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    *,
+    delay: int | None,
+    window: int | None = None,
+    start: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Equation 4 for one query; see `mosaics.ops.kernel_regression.kernel_regression`.
+
+    Raises:
+        ValueError: there is more than one query, something that the loop does not do, or no compiler.
+    """
+    reason = _why_not(queries, keys, values, bandwidth, dropout)
+    if reason or not available():
+        raise ValueError(
+            f"The single form can't be used: {reason or 'there is no C++ compiler'}; leave out the form for another."
+        )
+    wide = _computed(queries)
+    batch, heads, _, width = queries.shape
+    out = torch.empty(batch, heads, 1, values.shape[3], dtype=wide)
+    kept = [queries.to(wide).contiguous()]
+    given = [c_void_p(kept[0].data_ptr())]
+    for x in (keys, values):
+        data, scale = (x.data, x.scale) if isinstance(x, Narrow) else (x, None)
+        data = data if data.stride(3) == 1 else data.contiguous()
+        kept += [data, scale]
+        for part in (data, scale):
+            given += [None, None] if part is None else [c_void_p(part.data_ptr()), (c_int64 * 3)(*part.stride()[:3])]
+    for x, dtype in (*((x, wide) for x in bandwidth), (start, torch.int64)):
+        x = None if x is None else x.to(dtype).contiguous()
+        kept.append(x)
+        given.append(None if x is None else c_void_p(x.data_ptr()))
+    slots = keys.shape[2]
+    read = slots if window is None else min(slots, window)
+    threads = torch.get_num_threads() if batch * heads * read * width >= WORTH else 1
+    limits = (-1 if x is None else x for x in (delay, window))
+    sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
+    kind = str(kept[1].dtype).removeprefix("torch.")
+    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, c_void_p(out.data_ptr()))
+    return out.to(values.dtype)
