@@ -80,6 +80,16 @@ def test_flex_in_bfloat16_rounds_no_query():
     assert relative_error(found, expected) < 3e-3 < relative_error(rounded, expected)
 
 
+@torch.no_grad()
+def test_flex_reads_values_of_another_dtype_than_the_keys():
+    keys = F.normalize(torch.randn(1, 2, 100, 16), dim=-1)
+    values = torch.randn(1, 2, 100, 16).bfloat16()
+    found, expected = (
+        kernel_regression(keys, keys, values, bandwidth(), delay=2, window=40, form=f) for f in ("flex", "naive")
+    )
+    assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 1e-3
+
+
 def test_flex_refuses_dropout():
     keys = torch.randn(1, 2, 20, 16)
     with pytest.raises(ValueError, match="no dropout"):

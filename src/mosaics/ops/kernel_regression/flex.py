@@ -54,7 +54,9 @@ def kernel_regression(
     blocks = _block_mask(first, end, batch, slots)
     scale = lambda score, b, h, q, kv: score * fixed[b, h, q]  # noqa: E731
     attend = _compiled() if queries.is_cuda else flex_attention
-    return attend(queries, keys, values, score_mod=scale, block_mask=blocks, scale=1.0)
+    common = torch.promote_types(queries.dtype, values.dtype)
+    alike = (x.to(common) for x in (queries, keys, values))
+    return attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0).to(values.dtype)
 
 
 @cache
