@@ -23,10 +23,10 @@ def bandwidth(heads=2, device="cpu"):
     return Bandwidth(*(torch.full((heads,), x, device=device, requires_grad=True) for x in (4.5, 4.5, 0.35)))
 
 
-@pytest.mark.parametrize("share", [None, 0.002, 0.01, 0.2])
-@pytest.mark.parametrize("stored", [0, 1, 200])
+@pytest.mark.parametrize("share", [None, 0.01, 0.2])
+@pytest.mark.parametrize("stored", [0, 200])
 @pytest.mark.parametrize("delay, window", [(1, None), (64, None), (1, 256), (1, 2), (3, 300), (0, None), (None, None)])
-@pytest.mark.parametrize("time", [40, 128, 1000])
+@pytest.mark.parametrize("time", [40, 700])
 def test_flex_blocks_are_those_of_the_mask(time, delay, window, stored, share):
     start = None if share is None or delay is None else documents(3, time, share)
     mask = flex._block_mask(*readable(time, stored, start, delay, window, torch.device("cpu")), 3, stored + time)
