@@ -2,10 +2,12 @@
 against the blockwise form in float64, one head: a T x T array would not fit).
 
 `python benchmarks/precision.py` prints two tables of relative root mean square errors: `rounded` against the twin fed
-the same rounded inputs (what the form adds), `exact` against the twin fed the inputs before they were rounded.
+the same rounded inputs (what the form adds), `exact` against the twin fed the inputs before they were rounded. With
+TRITON_INTERPRET=1 the kernel of the leaky average is among the forms; `flex` is unfused here.
 """
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mosaics.ops import leaky_average as average
 HEADS, WIDTH, DELAY = 4, 128, 64
 FORMS = ("naive", "blockwise", "shifted")
 LARGEST_SQUARE = 8192
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def error(value: Tensor, expected: Tensor) -> str:
@@ -46,7 +49,7 @@ def reads(time: int, repeated: bool) -> None:
     """Random keys, or keys of which the second half repeats the first, so that one pair stands out for each query."""
     small = time <= LARGEST_SQUARE
     heads, twin = (HEADS, read.FORMS["naive"]) if small else (1, read.FORMS["blockwise"])
-    forms = FORMS if small else FORMS[1:]
+    forms = (*FORMS, "flex") if small else FORMS[1:]
     inputs = torch.randn(1, heads, time, WIDTH, dtype=torch.float64)
     if repeated:
         inputs[:, :, time // 2 :] = inputs[:, :, : time - time // 2]
@@ -75,7 +78,7 @@ def averages(time: int, spread: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = [x.to(dtype) for x in (inputs, log_gate, log_decay)]
         expected, _ = average.leaky_average(*(x.double() for x in arguments), form="naive")
-        for form in ("naive", "chunked"):
+        for form in ("naive", "chunked", "triton") if INTERPRETED else ("naive", "chunked"):
             out, _ = average.leaky_average(*arguments, form=form)
             print(f"  {time:6d} {spread:<9g} {str(dtype)[6:]:9s} {form:21s} {error(out, expected)} {error(out, exact)}")
 
