@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from helpers import gradients, relative_error
-from mosaics.ops.unit_values import FORMS, unit_values
+from mosaics.ops import unit_values as op
+from mosaics.ops.unit_values import compiled, unit_values
 
+FORMS = [form for form in op.FORMS if form != "compiled" or compiled.available()]
 FAST = [form for form in FORMS if form != "naive"]
 
 
@@ -106,6 +108,53 @@ def test_unit_values_keeps_its_precision_under_autocast(form):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_unit_values_of_a_length_that_underflowed_have_finite_gradients(form):
+    raw, mix, length = inputs(9)
+    tensors = raw, mix, (0 * length).detach().requires_grad_()
+    value = unit_values(*tensors, form=form)
+    assert (value == 0).all() and all(g.isfinite().all() for g in gradients(value, tensors))
+
+
 def test_unit_values_refuses_an_unknown_form():
     with pytest.raises(ValueError, match="did you mean 'in_place'"):
         unit_values(*inputs(3), form="inplace")
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_unit_values_reads_raw_values_of_any_strides(form):
+    raw, mix, length = inputs(9)
+    beside = torch.full((2, 9, 3, 11), torch.nan, dtype=torch.float64)[..., 3:8].transpose(1, 2)
+    for other in (
+        beside.copy_(raw.detach()),
+        raw.detach().mT.contiguous().mT,
+        raw.detach()[:1].expand(raw.shape),
+    ):
+        plain = other.clone(memory_format=torch.contiguous_format).requires_grad_()
+        expected = unit_values(plain, mix, length, form="naive")
+        found = unit_values(other.requires_grad_(), mix, length, form=form)
+        assert relative_error(found, expected) < 1e-12
+        expected = gradients(expected, (plain, mix, length))
+        for g, e in zip(gradients(found, (other, mix, length)), expected, strict=True):
+            assert relative_error(g, e) < 1e-9
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_unit_values_compiled_is_the_same_with_any_number_of_threads(threads, monkeypatch):
+    if not compiled.available():
+        pytest.skip("no C++ compiler")
+    tensors = inputs(50)
+    expected = unit_values(*tensors, form="compiled")
+    monkeypatch.setattr(compiled, "WORTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = unit_values(*tensors, form="compiled")
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, tensors), gradients(expected, tensors)))
+
+
+def test_unit_values_compiled_needs_a_compiler(monkeypatch):
+    tensors = inputs(3)
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        unit_values(*tensors, form="compiled")
+    assert unit_values(*tensors).isfinite().all()  # another form

@@ -11,7 +11,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from ctypes import c_int64, c_void_p
 from pathlib import Path
+
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
@@ -69,3 +72,19 @@ def _processor() -> bytes:
         lines = []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.system()} {platform.machine()} {platform.processor()} {features}".encode()
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` with the entries of a vector, its last dimension, side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strided(*tensors: Tensor) -> list[ctypes.c_void_p | ctypes.Array]:
+    """Arguments for a function of a library: the address of each tensor and the strides of its first three
+    dimensions."""
+    return [x for t in tensors for x in (c_void_p(t.data_ptr()), (c_int64 * 3)(*t.stride()[:3]))]
+
+
+def plain(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Arguments for a function of a library: the address of each tensor, which is contiguous; null for None."""
+    return [c_void_p(None if t is None else t.data_ptr()) for t in tensors]

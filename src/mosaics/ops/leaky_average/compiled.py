@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mosaics.ops.compiling import library
+from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, floor_of, shortened
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -51,14 +51,14 @@ def leaky_average(
 def _forward(
     inputs: Tensor, log_gate: Tensor, log_decay: Tensor, direction: Tensor, log_scale: Tensor, steps: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    inputs, direction, log_scale = _dense(inputs), direction.contiguous(), log_scale.contiguous()
+    inputs, direction, log_scale = dense(inputs), direction.contiguous(), log_scale.contiguous()
     directions = torch.empty(inputs.shape, dtype=inputs.dtype)
     log_scales = torch.empty(inputs.shape[:3], dtype=inputs.dtype)
     _call(
         "forward",
         inputs,
-        *_strided(inputs, log_gate, log_decay),
-        *_plain(direction, log_scale, directions, log_scales, steps),
+        *strided(inputs, log_gate, log_decay),
+        *plain(direction, log_scale, directions, log_scales, steps),
     )
     return directions, log_scales
 
@@ -78,8 +78,8 @@ class _Compiled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor | None, grad_scales: Tensor | None) -> tuple[Tensor, ...]:
         inputs, direction, directions, steps = ctx.saved_tensors
-        inputs, direction = _dense(inputs), direction.contiguous()
-        grad = torch.zeros_like(directions) if grad is None else _dense(grad)
+        inputs, direction = dense(inputs), direction.contiguous()
+        grad = torch.zeros_like(directions) if grad is None else dense(grad)
         grad_scales = None if grad_scales is None else grad_scales.contiguous()
         # The heads of a position side by side, as the map before wants them.
         grad_inputs = inputs.new_empty(inputs.transpose(1, 2).shape).transpose(1, 2)
@@ -88,19 +88,14 @@ class _Compiled(torch.autograd.Function):
         _call(
             "backward",
             inputs,
-            *_strided(inputs),
-            *_plain(direction, directions, steps),
-            *_strided(grad),
-            *_plain(grad_scales),
-            *_strided(grad_inputs),
-            *_plain(grad_gate, grad_decay, grad_direction, grad_scale),
+            *strided(inputs),
+            *plain(direction, directions, steps),
+            *strided(grad),
+            *plain(grad_scales),
+            *strided(grad_inputs),
+            *plain(grad_gate, grad_decay, grad_direction, grad_scale),
         )
         return grad_inputs, grad_gate, grad_decay, grad_direction, grad_scale
-
-
-def _dense(x: Tensor) -> Tensor:
-    """With the entries of a vector side by side."""
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 class _Sizes(ctypes.Structure):
@@ -115,13 +110,3 @@ def _call(name: str, inputs: Tensor, *given) -> None:
     sizes = _Sizes(*inputs.shape, threads, floor_of(inputs))
     kind = "double" if inputs.dtype == torch.float64 else "float"
     getattr(library(SOURCE), f"{name}_{kind}")(ctypes.byref(sizes), *given)
-
-
-def _strided(*tensors: Tensor) -> list:
-    """The address and the strides of each."""
-    return [x for t in tensors for x in (c_void_p(t.data_ptr()), (c_int64 * 3)(*t.stride()[:3]))]
-
-
-def _plain(*tensors: Tensor | None) -> list[c_void_p]:
-    """The address of each that is contiguous."""
-    return [c_void_p(None if t is None else t.data_ptr()) for t in tensors]

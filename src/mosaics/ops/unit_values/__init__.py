@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from mosaics.ops import run
-from mosaics.ops.unit_values import in_place, naive
+from mosaics.ops.unit_values import compiled, in_place, naive
 
-FORMS = {"naive": naive.unit_values, "in_place": in_place.unit_values}
+FORMS = {"naive": naive.unit_values, "in_place": in_place.unit_values, "compiled": compiled.unit_values}
 
 __all__ = ["FORMS", "unit_values"]
 
@@ -30,6 +30,8 @@ def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0, f
         The values, contiguous, in the shape and dtype of `raw`; 0 without a gradient where the norm is 1e-12 or less.
 
     Raises:
-        ValueError: the form is unknown.
+        ValueError: the form is unknown or cannot run here.
     """
-    return run(FORMS, form or "in_place", "unit_values", raw, mix, length, eps=eps)
+    if form is None:
+        form = "compiled" if compiled.pays(raw) else "in_place"
+    return run(FORMS, form, "unit_values", raw, mix, length, eps=eps)

@@ -51,7 +51,7 @@ class _UnitValues(torch.autograd.Function):
         mix, length = _widened(mix, raw), _widened(length, raw)
         raw, values, grad = (x.to(mix.dtype) for x in (raw, values, grad))
         work = torch.mul(grad, values, out=torch.empty_like(raw))
-        along = work.sum(-1, keepdim=True) / length
+        along = work.sum(-1, keepdim=True) / length.clamp(min=torch.finfo(length.dtype).tiny)
         grad_length = along.sum((0, 2, 3))
         mixed = torch.mul(values, along.neg_().div_(norms)).addcmul_(grad, length / (norms + ctx.eps))
 
