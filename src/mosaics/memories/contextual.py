@@ -72,13 +72,14 @@ def leaky_keys(
 def mapped(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """What linear maps make of the same `x` `(batch, time, inputs)`: by one product, so that there is one gradient of
     `x`, where they are plain and `x` has so many positions that this is worth a copy of the weights."""
-    weights = [linear.weight for linear in linears if is_plain(linear)]
-    alike = len(weights) == len(linears) and len({(w.dtype, w.device) for w in weights}) == 1
-    biases = [linear.bias for linear in linears if alike and linear.bias is not None]
-    if not alike or x.numel() < x.shape[-1] ** 2 or len(biases) not in (0, len(linears)):
-        return [linear(x) for linear in linears]
-    bias = torch.cat(biases) if biases else None
-    return F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], dim=-1)
+    many = x.numel() >= x.shape[-1] ** 2
+    if many and all(map(is_plain, linears)) and len({(m.weight.dtype, m.weight.device) for m in linears}) == 1:
+        biases = [m.bias for m in linears if m.bias is not None]
+        if len(biases) in (0, len(linears)):
+            bias = torch.cat(biases) if biases else None
+            together = F.linear(x, torch.cat([m.weight for m in linears]), bias)
+            return together.split([m.out_features for m in linears], dim=-1)
+    return [linear(x) for linear in linears]
 
 
 def is_plain(linear: nn.Module) -> bool:

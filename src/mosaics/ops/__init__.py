@@ -29,5 +29,7 @@ def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: An
     if (op, form) not in _reported:
         _reported.add((op, form))
         logger.info("%s uses its %s form", op, form)
+    if not torch.is_autocast_enabled(first.device.type):  # to enter the context takes longer than a small op
+        return forms[form](first, *rest, **options)
     with torch.autocast(first.device.type, enabled=False):
         return forms[form](first, *rest, **options)
