@@ -321,14 +321,16 @@ def test_kernel_regression_compiled_equals_naive_at_any_width(time, stored, widt
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("beta", [0.0, 59.0, 61.0, 150.0, 800.0])
 @pytest.mark.parametrize("near", [True, False])
-def test_kernel_regression_compiled_needs_no_maximum(beta, near, dtype, bound, monkeypatch):
+@pytest.mark.parametrize("wide", [True, False])
+def test_kernel_regression_compiled_needs_no_maximum(beta, near, wide, dtype, bound, monkeypatch):
     calls = []
     call = compiled._call
     monkeypatch.setattr(compiled, "_call", lambda name, *given: (calls.append((name, given[-1])), call(name, *given)))
     # Keys within a cone, asked with keys of the cone or of the opposite one: then every logit is far below the bound.
     around = torch.full((16,), 0.25, dtype=torch.float64)
     keys, values, _ = inputs(260, width=16)
-    keys = F.normalize(around + keys.detach() / max(beta, 4.0), dim=-1).to(dtype).requires_grad_()
+    opening = 0.4 if wide else 1 / max(beta, 4.0)
+    keys = F.normalize(around + opening * keys.detach(), dim=-1).to(dtype).requires_grad_()
     queries = (keys.detach() * (1 if near else -1)).requires_grad_()
     leaves = (queries, keys, values.detach().to(dtype).requires_grad_())
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -337,10 +339,21 @@ def test_kernel_regression_compiled_needs_no_maximum(beta, near, dtype, bound, m
         out = kernel_regression(*of, Bandwidth(torch.full((2,), beta, dtype=of[0].dtype)), delay=1, form=form)
         outputs.append([out, *gradients(out, of)])
     for found, twin, expected in zip(*outputs, strict=True):
-        # Logits near beta differ by about 1 here, so float32 costs the twin itself up to 1e-4 at a beta of 800.
+        # Logits near beta may differ by about 1 here, so float32 costs the twin itself up to 1e-4 at a beta of 800.
         assert relative_error(found, expected) < max(bound, 1.5 * relative_error(twin, expected))
     again = ("forward", True) in calls  # the largest logits were looked for
-    assert again == (not near and beta > 50)
+    assert again == (not near and beta > 50) or (near and wide)  # a wide cone has queries with nothing near, too
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_kernel_regression_compiled_has_accurate_exponentials(dtype, bound):
+    logits = torch.linspace(-40, 40, 3001, dtype=dtype)
+    keys, values = torch.tensor([[0.0], [1.0]], dtype=dtype)[None, None], torch.eye(2, dtype=dtype)[None, None]
+    one = Bandwidth(torch.ones(1, dtype=dtype))
+    out = kernel_regression(logits[None, None, :, None], keys, values, one, delay=None, form="compiled")[0, 0].double()
+    expected = torch.stack([torch.sigmoid(-logits.double()), torch.sigmoid(logits.double())], dim=-1)
+    assert ((out - expected).abs() / expected).max() < bound
 
 
 @needs_compiler
