@@ -4,7 +4,7 @@ python benchmarks/long_context.py                    # a tiny model; about ten m
 python benchmarks/long_context.py --train 2048 --decode 8192 --preset NAME --set hidden_size=512 window=256
 
 Peak memory is that of `mosaics bench`: resident, beyond the libraries, in a process for each row, weights included.
-Decoding takes part in turn (A B A B ...) in one process. What comes before the last chunk of the context is not read:
+Decoding takes part in turn (A B A B ...) in one process. What comes before the last tokens of a context is not read:
 the mosaic's memories and the Llama's caches are filled with random keys and values, which cost what real ones cost.
 """
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, nargs="*", default=[8192, 32768], help="contexts of a training step")
     parser.add_argument("--decode", type=int, nargs="*", default=[32768, 131072], help="contexts of decoding")
+    parser.add_argument("--last", type=int, default=1024, help="tokens at the end of a context that are read")
     parser.add_argument("--tokens", type=int, default=4, help="decoded for one sample")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--preset", default="memory-mosaics-v2-tiny")
@@ -48,12 +49,12 @@ def main() -> None:
         for name in ("mosaic", "llama"):
             seconds, peak = _alone(train, settings, name, context)
             print(f"| {context:,} | {name} | {seconds:.1f} | {mebibytes(peak)} |", flush=True)
-    print(
-        "\n| context | | last chunk (s) | peak of that (MiB) | state (MiB) | ms a token | ratio | peak of that (MiB) |"
-    )
+    last = f"last {given.last:,} tokens (s)"
+    print(f"\n| context | | {last} | peak of that (MiB) | state (MiB) | ms a token | ratio | peak of that (MiB) |")
     print("|" + "---|" * 8)
     for context in given.decode:
-        alone = {name: _alone(read_and_decode, settings, name, context, given.tokens) for name in (*STATES, *PEERS)}
+        sizes = context, given.last, given.tokens
+        alone = {name: _alone(read_and_decode, settings, name, *sizes) for name in (*STATES, *PEERS)}
         times = _alone(decode_in_turn, settings, context, given.tokens, given.rounds)
         best = min(PEERS, key=lambda name: statistics.median(times[name]))
         for name, (chunk, reading, state, decoding) in alone.items():
@@ -121,12 +122,8 @@ def pairs(model, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cache_bytes(cache) -> int:
     """Bytes of what a cache holds, room to grow included."""
-    tensors: list[torch.Tensor] = []
-    for layer in cache.layers:
-        if hasattr(layer, "state"):
-            layer.state.map(lambda x: tensors.append(x) or x)
-        else:
-            tensors += [layer.keys, layer.values]
+    parts = [part for layer in cache.layers for part in (layer.state.parts() if hasattr(layer, "state") else [layer])]
+    tensors = [x for part in parts for x in vars(part).values() if isinstance(x, torch.Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -143,9 +140,9 @@ def decoder(model, cache):
 
 
 def read_and_decode(
-    settings: Bench, name: str, context: int, tokens: int
+    settings: Bench, name: str, context: int, last: int, tokens: int
 ) -> tuple[float | None, int | None, int, int | None]:
-    """Seconds and peak bytes of reading the last chunk (of a mosaic), bytes of the cache, peak bytes of decoding."""
+    """Seconds and peak bytes of reading the `last` tokens (of a mosaic), bytes of the cache, peak bytes of decoding."""
     warm = build(settings, name)
     decoder(warm, filled(warm, name, 512, tokens))()
     del warm
@@ -153,11 +150,11 @@ def read_and_decode(
     base, seconds, reading = _resident("VmRSS"), None, None
     model = build(settings, name)
     if name in STATES:
-        cache = filled(model, name, context - CHUNK, tokens)
+        cache = filled(model, name, context - last, tokens)
         gc.collect()
         _forget_peak()
         began = time.perf_counter()
-        read_context(model, torch.zeros(1, CHUNK, dtype=torch.long), cache=cache)
+        read_context(model, torch.zeros(1, last, dtype=torch.long), cache=cache)
         seconds, peak = time.perf_counter() - began, _resident("VmHWM")
         reading = None if peak is None else peak - base
     else:
