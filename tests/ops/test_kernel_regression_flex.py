@@ -55,6 +55,19 @@ def test_flex_is_compiled_once_for_all_delays_windows_and_documents(monkeypatch)
     assert counter.frame_count == 1
 
 
+@torch.no_grad()
+def test_flex_does_not_break_a_compiled_graph():
+    keys, start, sharp = F.normalize(torch.randn(2, 2, 300, 16), dim=-1), documents(2, 300), bandwidth()
+    plain = lambda delay: kernel_regression(  # noqa: E731
+        keys, keys, keys, sharp, delay=delay, window=70, start=start, form="flex"
+    )
+    expected = [plain(delay) for delay in range(2, 7)]
+    counter = CompileCounter()
+    whole = torch.compile(plain, backend=counter, fullgraph=True)
+    assert all(map(torch.equal, map(whole, range(2, 7)), expected))
+    assert counter.frame_count == 2  # for one delay, and for any
+
+
 @pytest.mark.parametrize("share", [None, 0.01])
 def test_flex_does_not_wait_for_the_device(share, monkeypatch):
     start = None if share is None else documents(2, 300)

@@ -53,7 +53,7 @@ def kernel_regression(
         queries = queries * (beta / fixed.clamp(min=torch.finfo(wide).tiny)).to(queries.dtype)[..., None]
     blocks = _block_mask(first, end, batch, slots)
     scale = lambda score, b, h, q, kv: score * fixed[b, h, q]  # noqa: E731
-    attend = _compiled() if queries.is_cuda else flex_attention
+    attend = _compiled() if queries.is_cuda and not torch.compiler.is_compiling() else flex_attention
     common = torch.promote_types(queries.dtype, values.dtype)
     alike = (x.to(common) for x in (queries, keys, values))
     return attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0).to(values.dtype)
