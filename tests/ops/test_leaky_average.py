@@ -176,12 +176,16 @@ def test_leaky_average_gradcheck(form):
 
 
 @pytest.mark.parametrize("form", FAST)
-def test_leaky_average_reads_inputs_of_any_strides(form):
-    (x, gate, decay), _ = inputs(40)
-    expected = leaky_average(x, gate, decay, form=form)[0]
-    mixed = x.transpose(1, 2).contiguous().transpose(1, 2), gate.mT.contiguous().mT, decay.mT.contiguous().mT
-    assert torch.equal(leaky_average(*mixed, form=form)[0], expected)
-    assert torch.equal(leaky_average(x.mT.contiguous().mT, gate, decay, form=form)[0], expected)
+def test_leaky_average_takes_inputs_and_gradients_of_any_strides(form):
+    tensors, _ = inputs(40)
+    x, gate, decay = tensors
+    expected = leaky_average(*tensors, form="naive")[0]
+    gates = gate.mT.contiguous().mT, decay.mT.contiguous().mT
+    for mixed in (x.transpose(1, 2).contiguous().transpose(1, 2), x.mT.contiguous().mT):
+        found = leaky_average(mixed, *gates, form=form)[0]
+        assert relative_error(found, expected) < 1e-9
+        for g, e in zip(gradients(found.mT, tensors), gradients(expected.mT, tensors), strict=True):
+            assert relative_error(g, e) < 1e-9
 
 
 def test_leaky_average_refuses_an_unknown_form():
