@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,27 @@ def test_library_compiles_once_and_again_after_a_change(tmp_path, cache, monkeyp
     compiling.library.cache_clear()
     assert compiling.library(write(tmp_path, 43)).answer() == 43
     assert len(list(cache.iterdir())) == 2
+    compiling.library.cache_clear()
+    monkeypatch.setattr(compiling, "_processor", lambda: b"another one, with the same home")
+    assert compiling.library(tmp_path / "answer.cpp").answer() == 43
+    assert len(list(cache.iterdir())) == 3
 
 
 @needs_compiler
-def test_library_is_compiled_by_several_processes_at_once(tmp_path, cache):
-    path = write(tmp_path, 42)
+def test_library_is_compiled_by_several_processes_at_once(tmp_path, cache, monkeypatch):
+    path, real = write(tmp_path, 42), shutil.which(os.environ.get("CXX") or "c++")
+    slow = tmp_path / "slow"  # leaves half a library in its place for a while
+    slow.write_text(
+        f'#!/bin/sh\nfor word; do [ "$last" = -o ] && {{ echo half > "$word"; sleep 1; }}; last=$word; done\n'
+        f'exec {real} "$@"\n'
+    )
+    slow.chmod(0o755)
     code = "import pathlib, runpy, sys; library = runpy.run_path(sys.argv[1])['library']; "
     code += "sys.exit(library(pathlib.Path(sys.argv[2])).answer())"
-    command = [sys.executable, "-c", code, compiling.__file__, str(path)]
-    running = [subprocess.Popen(command) for _ in range(3)]
+    command, running = [sys.executable, "-c", code, compiling.__file__, str(path)], []
+    for _ in range(3):
+        running.append(subprocess.Popen(command, env=os.environ | {"CXX": str(slow)}))
+        time.sleep(0.3)
     assert [process.wait() for process in running] == [42] * 3
     assert len(list(cache.iterdir())) == 1
 

@@ -388,6 +388,25 @@ def test_kernel_regression_compiled_keeps_no_weights():
         read(keys, values, bandwidth, 3000, "compiled", delay=1)
 
 
+@needs_compiler
+def test_kernel_regression_takes_the_compiled_form_where_it_keeps_all_threads_busy(monkeypatch):
+    keys, values, bandwidth = inputs(20, batch=1, heads=2)
+    taken = []
+    for name in FORMS:
+        monkeypatch.setitem(FORMS, name, lambda q, k, v, b, name=name, **access: taken.append(name))
+    for threads, grad, access in [
+        (2, True, dict(window=5)),
+        (2, True, dict()),
+        (3, True, dict(window=5)),
+        (3, False, dict(window=5)),
+        (2, True, dict(dropout=0.1)),
+    ]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.set_grad_enabled(grad):
+            kernel_regression(keys, keys, values, bandwidth, delay=1, **access)
+    assert taken == ["compiled", "compiled", "blockwise", "compiled", "blockwise"]
+
+
 def test_kernel_regression_compiled_refuses_dropout():
     keys, values, bandwidth = inputs(4)
     with pytest.raises(ValueError, match="without dropout"):
