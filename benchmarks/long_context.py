@@ -9,6 +9,7 @@ the mosaic's memories and the Llama's caches are filled with random keys and val
 """
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import time
@@ -89,7 +90,7 @@ def build(settings: Bench, name: str):
     """A contestant at evaluation, the mosaic with its `state_dtype`."""
     model = settings.build(name.split(",")[0]).eval().to(settings.torch_dtype)
     for memory in model.model.stack.memories() if name in STATES else ():
-        memory.common = memory.common.__class__(**vars(memory.common) | {"state_dtype": STATES[name]})
+        memory.common = dataclasses.replace(memory.common, state_dtype=STATES[name])
     return model
 
 
@@ -104,7 +105,8 @@ def filled(model, name: str, context: int, room: int) -> DynamicCache | StaticCa
                 for part in layer.state.parts():
                     if isinstance(part, Pairs):
                         part.append(*pairs(model, count))
-                        part.release() if part.limit else None
+                        if part.limit:
+                            part.release()
                 layer.positions += count
         return cache
     cache = DynamicCache() if name == "llama" else StaticCache(model.config, context + room)
