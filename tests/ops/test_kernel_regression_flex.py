@@ -1,5 +1,7 @@
 """What is special about the form for CUDA, as far as a processor can tell; test_kernel_regression.py has the rest."""
 
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +68,21 @@ def test_flex_does_not_break_a_compiled_graph():
     whole = torch.compile(plain, backend=counter, fullgraph=True)
     assert all(map(torch.equal, map(whole, range(2, 7)), expected))
     assert counter.frame_count == 2  # for one delay, and for any
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_flex_compiled_for_a_processor_equals_naive(monkeypatch):
+    monkeypatch.setattr(flex, "flex_attention", flex._compiled())  # which reads by the lists of blocks
+    keys = F.normalize(torch.randn(2, 2, 300, 16), dim=-1)
+    for delay, window, share in [(3, 70, 0.01), (9, None, 0.01), (140, None, 0.002), (1, 64, None), (300, None, None)]:
+        start = None if share is None else documents(2, 300, share)
+        access = dict(delay=delay, window=window, start=start)
+        found, expected = (
+            kernel_regression(keys, keys, keys, bandwidth(), **access, form=form) for form in ("flex", "naive")
+        )
+        assert relative_error(found, expected) < 1e-5
+        assert (found[:, :, :delay] == 0).all()
 
 
 @pytest.mark.parametrize("share", [None, 0.01])

@@ -61,7 +61,8 @@ def kernel_regression(
 
 @cache
 def _compiled():
-    return torch.compile(flex_attention)
+    # Models of other sizes are compiled for themselves; beyond the limit every weight would be written out.
+    return torch.compile(flex_attention, recompile_limit=64)
 
 
 def _block_mask(first: Tensor, end: Tensor, batch: int, slots: int) -> BlockMask:
