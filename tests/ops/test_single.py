@@ -135,3 +135,23 @@ def test_single_needs_a_compiler(monkeypatch):
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         kernel_regression(*given, delay=1, form="single")
     assert kernel_regression(*given, delay=1).isfinite().all()  # another form
+
+
+@needs_compiler
+def test_single_weights_are_as_good_as_float32():
+    """Each weight for itself, where logits are not rounded much."""
+    keys, values = torch.linspace(-1, 1, 101)[None, None, :, None], torch.eye(101)[None, None]
+    for beta in (1.0, 10.0):
+        given = torch.ones(1, 1, 1, 1), keys, values
+        found = kernel_regression(*given, Bandwidth(torch.tensor([beta])), delay=None, form="single")
+        exact = (beta * keys.double()).softmax(2).mT
+        assert ((found - exact).abs() / exact).max() < 1e-6 * beta
+
+
+@needs_compiler
+def test_single_of_pairs_far_from_the_nearest_one_is_the_nearest_one():
+    keys = torch.tensor([-1.0, 1.0, -1.0])[None, None, :, None]
+    values = torch.tensor([3.0, 5.0, 7.0])[None, None, :, None]
+    for beta in (30.0, 43.0, 50.0, 1e4):  # the others weigh e^-60, e^-86, e^-100 and nothing
+        bandwidth = Bandwidth(torch.tensor([beta]))
+        assert kernel_regression(torch.ones(1, 1, 1, 1), keys, values, bandwidth, delay=None, form="single").item() == 5
