@@ -6,6 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -73,15 +74,13 @@ def _block_mask(first: Tensor, end: Tensor, batch: int, slots: int) -> BlockMask
     """
     first, end = (torch.atleast_2d(x).to(torch.int32) for x in (first, end))
     time = first.shape[1]
-    empty = end <= first
     missing = -time % BLOCK
-    lowest, highest = first.masked_fill(empty, slots), end.masked_fill(empty, 0)
 
     def in_blocks(x: Tensor, beyond: int) -> Tensor:
-        return torch.nn.functional.pad(x, (0, missing), value=beyond).unflatten(1, (-1, BLOCK))
+        return F.pad(x, (0, missing), value=beyond).unflatten(1, (-1, BLOCK))
 
-    low, high = in_blocks(lowest, slots).amin(-1), in_blocks(highest, 0).amax(-1)
-    all_from, all_to = in_blocks(lowest, slots).amax(-1), in_blocks(highest, 0).amin(-1)
+    low, high = in_blocks(first, slots).amin(-1), in_blocks(end, 0).amax(-1)
+    all_from, all_to = in_blocks(first, slots).amax(-1), in_blocks(end, 0).amin(-1)
     block = torch.arange(0, slots, BLOCK, device=first.device, dtype=torch.int32)
     touched = (block < high[..., None]) & (block + BLOCK > low[..., None])
     whole = (block >= all_from[..., None]) & (block + BLOCK <= all_to[..., None])
@@ -89,7 +88,7 @@ def _block_mask(first: Tensor, end: Tensor, batch: int, slots: int) -> BlockMask
     first, end = (x.expand(batch, time).contiguous() for x in (first, end))
     return BlockMask.from_kv_blocks(
         *_listed(touched & ~whole),
-        *_listed(touched & whole),
+        *_listed(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=lambda b, h, q, kv: (kv >= first[b, q]) & (kv < end[b, q]),
         seq_lengths=(time, slots),
