@@ -252,4 +252,4 @@ def key_state_bytes(hidden_size: int, heads: int) -> int:
 
 def widened(x: Tensor) -> Tensor:
     """`x` in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()

@@ -49,7 +49,9 @@ class Step(nn.Module):
             y, state = memory(inner, layout, state, context)
             answer = y if answer is None else answer + y
             after.append(state)
-        return x + F.dropout(answer, self.dropout, self.training), after
+        if self.training:
+            answer = F.dropout(answer, self.dropout)
+        return x + answer, after
 
 
 class Block(nn.Module):
