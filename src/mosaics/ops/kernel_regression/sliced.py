@@ -5,6 +5,8 @@ Narrow pairs are widened slice by slice; the scales of 8 bits go into logits and
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,7 @@ def _read(
     free = range(int(first.max()), int(end.min()) + 1)  # borders between which all queries read all slots
     total = 0 * queries[..., :1]
     top = torch.full_like(total, torch.finfo(total.dtype).min)
+    smallest = math.log(torch.finfo(total.dtype).tiny) + 7  # numbers below tiny make products slow
     read = total.expand(*queries.shape[:-1], values.shape[-1])
     for begin in range(low, high, SLICE):
         stop = min(begin + SLICE, high)
@@ -61,7 +64,7 @@ def _read(
             outside = (slot < first[..., None]) | (slot >= end[..., None])
             logits = logits.masked_fill(outside if outside.dim() == 2 else outside[:, None], -torch.inf)
         higher = torch.maximum(top, logits.detach().amax(-1, keepdim=True))
-        weights, fade = (logits - higher).exp(), (top - higher).exp()
+        weights, fade = F.threshold(logits - higher, smallest, -torch.inf).exp(), (top - higher).exp()
         total, top = total * fade + weights.sum(-1, keepdim=True), higher
         weights = F.dropout(weights, dropout)
         if value_scale is not None:
