@@ -5,7 +5,7 @@ import torch
 from test_kernel_regression import inputs
 
 from helpers import relative_error
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression, single
+from mosaics.ops.kernel_regression import FORMS, Bandwidth, Narrow, kernel_regression, single
 
 needs_compiler = pytest.mark.skipif(not single.available(), reason="no C++ compiler")
 NEWEST = [dict(delay=1), dict(delay=0), dict(delay=7), dict(delay=1, window=5), dict(delay=3, window=200)]
@@ -99,9 +99,7 @@ def test_single_is_the_same_with_any_number_of_threads(monkeypatch):
 def test_single_is_chosen_for_one_query_without_a_gradient_or_dropout(monkeypatch):
     query, keys, values, bandwidth = one(30)
     calls = []
-    monkeypatch.setitem(
-        kernel_regression.__globals__["FORMS"], "single", lambda *args, **options: calls.append(0) or query
-    )
+    monkeypatch.setitem(FORMS, "single", lambda *args, **options: calls.append(0) or query)
     kernel_regression(query, keys, values, bandwidth, delay=1)
     assert len(calls) == 1
     kernel_regression(query, keys, values, bandwidth, delay=1, dropout=0.5)

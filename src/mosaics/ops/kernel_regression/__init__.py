@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaics.ops import run
+from mosaics.ops import eager_on_cpu, run
 from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, single, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import weights
@@ -27,6 +27,7 @@ LONG = 1 << 14  # slots
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
 
+@eager_on_cpu
 def kernel_regression(
     queries: Tensor,
     keys: Tensor | Narrow,

@@ -36,7 +36,7 @@ def _why_not(
     stored = [x.data if isinstance(x, Narrow) else x for x in (keys, values)]
     if queries.shape[2] != 1:
         return f"there are {queries.shape[2]} queries, not one"
-    if queries.device.type != "cpu" or torch.compiler.is_compiling():
+    if queries.device.type != "cpu":
         return "it runs on a processor and is compiled by itself"
     if dropout:
         return "there is dropout"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaics.ops import run
+from mosaics.ops import eager_on_cpu, run
 from mosaics.ops.leaky_average import chunked, compiled, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
@@ -33,6 +33,7 @@ FORMS = {
 __all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
 
 
+@eager_on_cpu
 def leaky_average(
     inputs: Tensor,
     log_gate: Tensor,
