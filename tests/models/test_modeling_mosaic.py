@@ -572,3 +572,20 @@ def test_resize_token_embeddings_starts_new_words_as_table_6_says(tmp_path):
         assert torch.equal(module.weight[:VOCABULARY], original.weight)
         assert abs(module.weight[VOCABULARY:].std() * 128**0.5 - 0.9867) < 0.05
     assert loaded(tokens(1, 5)).logits.shape[-1] == loaded.config.vocab_size == VOCABULARY + 200
+
+
+def test_compiled_model_is_not_compiled_anew_for_every_draw():
+    model, ids = tiny_model().train(), torch.randint(VOCABULARY, (2, 40))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    try:
+        compiled = torch.compile(model, backend="eager")
+        for step in range(6):
+            draw = (step + 0.5) / 6
+            found = compiled(input_ids=ids, labels=ids, draw=draw, use_cache=False).loss
+            assert relative_error(found, model(ids, labels=ids, draw=draw, use_cache=False).loss) < 1e-9
+            if step == 2:
+                made = graphs["unique_graphs"]
+        assert 0 < made == graphs["unique_graphs"]
+    finally:
+        torch._dynamo.reset()

@@ -23,6 +23,7 @@ from mosaics.memories.base import (
     linear_flops,
     mean_pairs,
 )
+from mosaics.ops import eager_on_cpu
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.unit_values import unit_values
@@ -176,14 +177,18 @@ class ContextualMemory(Memory):
         values = self.values(raw_values, layout, state)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
-        access = dict(delay=self.delay(context), window=self.window, start=layout.start)
-        bandwidth = self.bandwidth()
-        read = kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
-        if context.reads is not None:
-            context.reads.append(Read(self.type, self.layer_index, weights(queries, keys, bandwidth, **access)))
+        read = self._read(queries, keys, values, layout, context)
         if state is not None:
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
+
+    @eager_on_cpu  # the delay, too: a graph that knows the step's draw is made anew at every step
+    def _read(self, queries: Tensor, keys: Tensor, values: Tensor, layout: Layout, context: Context) -> Tensor:
+        access = dict(delay=self.delay(context), window=self.window, start=layout.start)
+        bandwidth = self.bandwidth()
+        if context.reads is not None:
+            context.reads.append(Read(self.type, self.layer_index, weights(queries, keys, bandwidth, **access)))
+        return kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
