@@ -575,11 +575,11 @@ def test_resize_token_embeddings_starts_new_words_as_table_6_says(tmp_path):
 
 
 def test_compiled_model_is_not_compiled_anew_for_every_draw():
-    model, ids = tiny_model().train(), torch.randint(VOCABULARY, (2, 40))
+    model, ids = tiny_model(train_delay=[3, 30]).train(), torch.randint(VOCABULARY, (2, 40))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     try:
-        compiled = torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend="aot_eager")
         for step in range(6):
             losses = []
             for either in (compiled, model):
