@@ -21,6 +21,7 @@ GROUPS = {
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
+    "kernels of our own, in C++": ("_Compiled", "_CompiledBackward"),
     "exponentials and softmax": ("exp", "exp_", "_softmax", "_softmax_backward_data", "_log_softmax", "log")
     + ("_log_softmax_backward_data", "logsumexp", "sigmoid", "silu", "silu_backward", "sigmoid_backward"),
     "copies, casts and fills": (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mosaics.ops.compiling import library
+from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -65,7 +65,7 @@ def kernel_regression(
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor) -> Tensor:
-        queries, keys, values = (_dense(x) for x in (queries, keys, values))
+        queries, keys, values = (dense(x) for x in (queries, keys, values))
         beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
         shift = _shift(queries, keys, beta, end)
         batch, heads, time = queries.shape[:3]
@@ -88,13 +88,8 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, beta, *rest = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (queries, keys, values, beta)]
-        _call("backward", queries, keys, values, beta, *rest, _dense(grad), *grads)
+        _call("backward", queries, keys, values, beta, *rest, dense(grad), *grads)
         return *grads, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """With the entries of a vector side by side."""
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:
@@ -115,11 +110,9 @@ def _call(name: str, queries: Tensor, keys: Tensor, values: Tensor, *rest: Tenso
     width, value_width, threads = queries.shape[3], values.shape[3], torch.get_num_threads()
     given = [(c_int64 * 8)(*queries.shape[:3], keys.shape[2], width, value_width, lines, threads)]
     for x in (queries, keys, values, *rest):
-        if not isinstance(x, Tensor):
+        if isinstance(x, Tensor):
+            given += strided(x) if x.dim() == 4 else plain(x)
+        else:
             given.append(int(x))
-            continue
-        given.append(c_void_p(x.data_ptr()))
-        if x.dim() == 4:
-            given.append((c_int64 * 4)(*x.stride()))
-    kind = str(queries.dtype).removeprefix("torch.").replace("32", "").replace("float64", "double")
+    kind = "double" if queries.dtype == torch.float64 else "float"
     getattr(library(SOURCE), f"{name}_{kind}")(*given)
