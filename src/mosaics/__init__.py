@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mosaics._version import __version__
 
-__all__ = ["MosaicConfig", "MosaicForCausalLM", "MosaicModel", "__version__"]
+__all__ = ["MosaicConfig", "MosaicForCausalLM", "MosaicModel", "__version__", "draw"]
 
 
 def __getattr__(name: str):
@@ -28,4 +28,4 @@ def _is_command_line() -> bool:
 
 # The command line imports what a verb needs when it runs, so that help and errors do not wait seconds for torch.
 if not _is_command_line():
-    from mosaics.models import MosaicConfig, MosaicForCausalLM, MosaicModel
+    from mosaics.models import MosaicConfig, MosaicForCausalLM, MosaicModel, draw

@@ -1,62 +1,62 @@
 """transformers' `Trainer` on an exported mosaic."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trained as program
+from trained import losses, trained
+
+STEPS = 4
 
 
 @pytest.fixture
-def train(exported, texts, tmp_path):
-    """Trains three steps on the same four examples; gives the trainer."""
+def rows(exported, texts) -> list[dict]:
+    """Four examples of equal length."""
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    rows = [{"input_ids": tokenizer(text, truncation=True, max_length=32).input_ids} for text in texts]
-    rows = [row for row in rows if len(row["input_ids"]) == 32][:4]
-
-    def run(name: str = "run", **arguments) -> Trainer:
-        # A range of one delay: a pass in training draws, and these runs have different numbers of passes.
-        model = AutoModelForCausalLM.from_pretrained(exported, train_delay=[4, 4])
-        settings = dict(max_steps=3, learning_rate=0.01, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-        trainer = Trainer(
-            model,
-            TrainingArguments(str(tmp_path / name), **{**settings, "save_strategy": "no", **arguments}),
-            train_dataset=rows,
-            eval_dataset=rows,
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-            processing_class=tokenizer,
-        )
-        trainer.train()
-        return trainer
-
-    return run
+    found = [{"input_ids": tokenizer(text, truncation=True, max_length=32).input_ids} for text in texts]
+    return [row for row in found if len(row["input_ids"]) == 32][:4]
 
 
-def losses(trainer: Trainer) -> list[float]:
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+@pytest.fixture
+def train(exported, rows, tmp_path):
+    """Trains four steps on the same four examples; gives the trainer."""
+    return lambda name="run", **arguments: trained(exported, rows, tmp_path / name, **arguments)
 
 
 def test_trainer_trains_evaluates_and_saves(train, exported, tmp_path):
-    trainer = train(per_device_train_batch_size=4, save_strategy="steps", save_steps=3)
+    trainer = train(per_device_train_batch_size=4, save_strategy="steps", save_steps=STEPS)
     found = losses(trainer)
-    assert len(found) == 3 and found[-1] < found[0]
+    assert len(found) == STEPS and found[-1] < found[0]
     before = AutoModelForCausalLM.from_pretrained(exported).state_dict()
     assert not [name for name, value in trainer.model.state_dict().items() if torch.equal(value, before[name])]
     assert trainer.evaluate()["eval_loss"] < found[0]
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3").eval()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{STEPS}").eval()
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         torch.testing.assert_close(saved(ids).logits, trainer.model.eval()(ids).logits)
 
 
 def test_trainer_accumulated_gradients_equal_the_whole_batch(train):
+    """The micro-batches of a step share the delay that is drawn for it."""
     whole = train("whole", per_device_train_batch_size=4)
     cut = train("cut", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_trainer_of_two_processes_equals_one(train, exported, rows, tmp_path):
+    """Processes share the delay, too; two of them, two rows each, in two micro-batches."""
+    whole = train("whole", per_device_train_batch_size=4)
+    arguments = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo")
+    given = [str(exported), json.dumps(rows), str(tmp_path / "two"), json.dumps(arguments), str(tmp_path / "losses")]
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*started, program.__file__, *given], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "losses").read_text()) == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_trainer_gradient_checkpointing_changes_nothing(train):

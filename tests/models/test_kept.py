@@ -120,6 +120,28 @@ def test_load_memory_refuses_another_model(tmp_path):
             load_memory(tmp_path / "doc.memory", wrong)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fingerprint_changes_with_every_weight(preset):
+    model = tiny_model(torch.float32, preset=preset)
+    known = fingerprint(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for place in range(0, parameter.numel(), max(1, parameter.numel() // 5)):
+                value = parameter.view(-1)[place].item()
+                parameter.view(-1)[place] = torch.nextafter(torch.tensor(value), torch.tensor(torch.inf))
+                assert fingerprint(model) != known, (name, place)
+                parameter.view(-1)[place] = value
+    assert fingerprint(model) == known
+
+
+def test_load_memory_names_the_format_of_another_version(tmp_path):
+    model, path = tiny_model(), tmp_path / "doc.memory"
+    keep(model, path)
+    path.write_bytes(path.read_bytes().replace(b"mosaics-memory-3", b"mosaics-memory-2"))
+    with pytest.raises(ValueError, match="format mosaics-memory-2 of another version"):
+        load_memory(path, model)
+
+
 def test_load_memory_refuses_what_is_damaged_or_something_else(tmp_path):
     model, path = tiny_model(), tmp_path / "doc.memory"
     with pytest.raises(OSError, match="there is no memory"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mosaics.data import PackedDataset
-from mosaics.training.draws import draw_step
+from mosaics.models.draws import draw_step
 from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.setup import build_config, build_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mosaics.training.draws import draw_step, seed_step
+from mosaics.training.draws import seed_step
 from mosaics.training.optimizer import learning_rate, make_optimizer
 from mosaics.training.recipe import TrainingSection
 from mosaics.training.setup import build_config, build_model
@@ -43,11 +43,3 @@ def test_seed_step_gives_every_row_of_every_step_other_dropout():
     places = [(seed, step, row) for seed in (0, 1) for step in (1, 2) for row in (0, 4, 8)]
     assert len({numbers(*place) for place in places}) == len(places)
     assert numbers(0, 1, 4) == numbers(0, 1, 4) and numbers(0, 1) == numbers(0, 1, 0)
-
-
-def test_draw_step_depends_on_seed_and_step_alone_and_reaches_both_ends():
-    draws = [draw_step(3, step) for step in range(2000)]
-    assert draws[7] == draw_step(3, 7) and draws[7] not in (draw_step(4, 7), draws[8])
-    low, high = 64, 256
-    delays = {low + int(draw * (high - low + 1)) for draw in draws}
-    assert min(delays) == low and max(delays) == high

@@ -98,7 +98,7 @@ def test_train_resumed_without_a_part_of_the_state_is_not_the_same(finished, run
     if dropped == "random numbers of torch":
         monkeypatch.setattr("mosaics.training.loop.seed_step", lambda seed, step, row: None)
     elif dropped == "delay":
-        monkeypatch.setattr("mosaics.training.loop.draw_step", lambda seed, step: 0.0)
+        monkeypatch.setattr("mosaics.models.draws.draw_step", lambda seed, step: 0.0)
     elif dropped == "optimizer":
         load = module.load_checkpoint
         monkeypatch.setattr(module, "load_checkpoint", lambda folder, model, optimizer, group: load(folder, model))

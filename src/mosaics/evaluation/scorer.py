@@ -7,7 +7,6 @@ that are generated together have the same length. A prefix that consecutive exam
 from __future__ import annotations
 
 import copy
-import hashlib
 import heapq
 import inspect
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mosaics.data.tokenizer import encode_pieces
 from mosaics.evaluation.example import Example
+from mosaics.models.digest import digest_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -118,13 +118,9 @@ class Scorer:
         raise ValueError("the tokenizer has neither begin-of-text nor end-of-text; set its bos_token and save it again")
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of a hash over the config and a sample of every weight; tells models apart."""
-        digest = hashlib.sha256(repr(sorted(self.model.config.to_diff_dict().items())).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 1024)].double().cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """16 hexadecimal digits of a hash over the config and all weights; tells models apart."""
+        config = repr(sorted(self.model.config.to_diff_dict().items()))
+        return digest_of(config, sorted(self.model.state_dict().items()))[:16]
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids of a text, after begin-of-text if the tokenizer puts it there; special tokens inside the text

@@ -40,6 +40,12 @@ class State:
                 if isinstance(part, State):
                     yield from part.parts()
 
+    @property
+    def batch(self) -> int | None:
+        """The rows; None where there is no tensor yet."""
+        held = (x for part in self.parts() for x in vars(part).values() if isinstance(x, Tensor))
+        return next((x.shape[0] for x in held), None)
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order; a row may be kept more than once."""
         self.map(lambda x: x.index_select(0, rows.to(x.device)))

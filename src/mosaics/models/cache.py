@@ -23,7 +23,8 @@ class MosaicCacheLayer(DynamicLayer):
         self.kinds: list[str] = []  # of the memories whose states these are
         self.positions = 0
 
-    def _states(self) -> list[State]:
+    def held(self) -> list[State]:
+        """The states that there are."""
         return [state for state in (self.state, self.rows) if state is not None]
 
     def get_seq_length(self) -> int:
@@ -41,13 +42,13 @@ class MosaicCacheLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for state in self._states():
+        for state in self.held():
             state.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         indices = torch.as_tensor(indices)
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        for state in self._states():
+        for state in self.held():
             state.select(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -68,11 +69,17 @@ class MosaicStaticCacheLayer(StaticLayer):
         raise ValueError("A mosaic's cache cannot be static yet; leave out cache_implementation, or pass 'dynamic'.")
 
 
-def open_cache(cache: Cache, stack: Stack) -> tuple[StackState, Rows | None, int]:
+def open_cache(cache: Cache, stack: Stack, batch: int | None = None) -> tuple[StackState, Rows | None, int]:
     """The state that a cache holds for `stack`, what is known about its rows, and the positions seen.
 
+    Args:
+        cache: transformers' dynamic cache.
+        stack: of the model.
+        batch: the rows that are to go on; None: as many as there are.
+
     Raises:
-        ValueError: the cache is of a kind that cannot hold the states of memories, or belongs to another model.
+        ValueError: the cache is of a kind that cannot hold the states of memories, belongs to another model, or holds
+            other rows.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
@@ -84,6 +91,9 @@ def open_cache(cache: Cache, stack: Stack) -> tuple[StackState, Rows | None, int
     for layer, block in zip(cache.layers, stack.blocks, strict=True):
         if layer.state is not None and layer.kinds != [memory.type for memory in block.memories()]:
             raise ValueError("The cache was made by other memories than the model has; start with a new one.")
+    held = next((state.batch for layer in cache.layers for state in layer.held() if state.batch is not None), batch)
+    if batch is not None and held != batch:
+        raise ValueError(f"The cache holds {held} rows and the input has {batch}; give as many.")
     states = [layer.state or block.initial_state() for layer, block in zip(cache.layers, stack.blocks, strict=True)]
     return StackState(states), cache.layers[0].rows, cache.layers[0].positions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -19,9 +18,10 @@ from transformers.cache_utils import DynamicCache
 from mosaics.memories import Rows, StackState, State
 from mosaics.memories.base import STATE_DTYPES, Pairs
 from mosaics.models.cache import close_cache, open_cache
+from mosaics.models.digest import digest_of
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
-FORMAT = "mosaics-memory-2"
+FORMAT = "mosaics-memory-3"  # 2 knew its model by a part of the weights
 CHUNK = 4096
 
 
@@ -124,6 +124,11 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
     try:
         with safe_open(path, "pt", device=str(model.device)) as file:
             about = json.loads((file.metadata() or {}).get("mosaics", "{}"))
+            if str(about.get("format")).startswith("mosaics-memory-") and about["format"] != FORMAT:
+                raise ValueError(
+                    f"{path} is of the format {about['format']} of another version, and this one knows {FORMAT}; read "
+                    "the document again"
+                )
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path} is no memory that mosaics wrote; generate with --save-memory writes one")
             if about["model"] != fingerprint(model):
@@ -191,23 +196,14 @@ def _check_content(
 
 
 def fingerprint(model: MosaicForCausalLM) -> str:
-    """Tells models apart: SHA-256 of the config, and of 64 values of every parameter."""
+    """Tells models apart: SHA-256 of the config and of every parameter."""
     other = ("_name_or_path", "transformers_version", "state_dtype")
     config = {k: v for k, v in model.config.to_dict().items() if k not in other}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        some = values[:: max(1, values.numel() // 64)].double().cpu()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-    return found.hexdigest()
+    return digest_of(json.dumps(config, sort_keys=True, default=str), model.named_parameters())
 
 
 def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+    return digest_of(json.dumps(about, sort_keys=True), sorted(tensors.items()))
 
 
 def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:

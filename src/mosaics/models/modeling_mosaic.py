@@ -19,6 +19,7 @@ from mosaics.memories import Context, Layout, Memory, Read, Stack
 from mosaics.memories.base import init_clamped_normal, nearest
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
+from mosaics.models.draws import checked, drawn
 
 _PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
 
@@ -31,6 +32,11 @@ class MosaicPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["Block"]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise every module that is not loaded. Of custom code transformers would pass over all that have no
+        missing parameter of their own: also over a memory that is made of maps alone."""
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -63,11 +69,12 @@ def _reset_missing(memory: Memory) -> None:
     """Initialise a memory, but keep what was loaded; memories inside it are asked for themselves."""
     inner = {p for m in memory.modules() if m is not memory and isinstance(m, Memory) for p in m.parameters()}
     own = [p for p in memory.parameters() if p not in inner]
+    if all(map(_is_loaded, own)):
+        return
     loaded = {p: p.clone() for p in own if _is_loaded(p)}
-    if len(loaded) < len(own):
-        memory.reset_parameters(memory.layer_index)
-        for parameter, value in loaded.items():
-            parameter.copy_(value)
+    memory.reset_parameters(memory.layer_index)
+    for parameter, value in loaded.items():
+        parameter.copy_(value)
 
 
 class MosaicModel(MosaicPreTrainedModel):
@@ -116,26 +123,33 @@ class MosaicModel(MosaicPreTrainedModel):
                 )
         if document_ids is not None and document_ids.shape[1] != time:
             raise ValueError(f"document_ids has {document_ids.shape[1]} positions and the input {time}; give as many.")
-        attention_mask = None if attention_mask is None else attention_mask[:, -time:]
-
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            state, rows, stored = open_cache(past_key_values, self.stack)
+            state, rows, stored = open_cache(past_key_values, self.stack, batch)
         else:
             state, rows, stored = None, None, 0
+        if attention_mask is not None:
+            if attention_mask.shape[1] not in (time, stored + time):
+                also = f", or of all {stored + time} with those in the cache" if stored else ""
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} positions; give those of the input, {time}{also}."
+                )
+            attention_mask = attention_mask[:, -time:]
         layout, order, rows = Layout.of(batch, time, attention_mask, document_ids, rows, stored)
 
         if context is None:
             context = Context()
-        if self.training and state is None and context.draw is None:
-            context.draw = torch.rand(()).item()
-        elif state is not None:
+        if not self.training or state is not None:
             context.draw = None
+        elif context.draw is None:
+            context.draw = drawn(self)
         if order is not None:
             given = given.gather(1, order if inputs_embeds is None else order[..., None].expand_as(given))
+        if (padding := layout.is_padding) is not None:  # whatever is there must not reach anything
+            given = given.masked_fill(padding if inputs_embeds is None else padding[..., None], 0)
         try:
             x = self.embed_tokens(given) if inputs_embeds is None else given
         except IndexError:
@@ -217,8 +231,9 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             output_attentions: refused; see `read_weights`.
             return_dict: False for a tuple.
             draw: the step's random number in [0, 1), from which the long-term memory takes its delay in training. By
-                default a model in training mode draws one from torch's default generator for each pass. Without effect
-                at evaluation or with a cache.
+                default that of `mosaics.draw`, or else one that a model in training keeps until an optimizer has
+                stepped, and that follows from torch's seed and the number of steps: micro-batches share it, and
+                processes that were seeded alike. Without effect at evaluation or with a cache.
             loss_only: whether to leave the logits out. The loss then need not hold those of all positions at once,
                 which takes less memory and time.
             context: a sink for what the pass leaves beside its output; made when not given.
@@ -232,13 +247,13 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         """
         if output_attentions:
             raise ValueError("A mosaic has no attentions; call read_weights for what its memories read.")
-        if draw is not None and not 0 <= draw < 1:
-            raise ValueError(f"draw is {draw}; give a number from 0 up to, not including, 1.")
         if loss_only and labels is None:
             raise ValueError("loss_only is given without labels; give labels, or leave it out for the logits.")
         context = context or Context()
-        if draw is not None or not self.training:
-            context.draw = draw if self.training else None
+        if draw is not None:
+            context.draw = checked(draw)
+        elif self.training and context.draw is None:
+            context.draw = drawn(self)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,7 +280,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
                     f"labels has shape {tuple(labels.shape)} and the input {given}; give one label a position."
                 )
             labels = labels.long()
-            targets = shifted_targets(labels, attention_mask, document_ids)
+            mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :]
+            targets = shifted_targets(labels, mask, document_ids)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
             if pieces:
                 total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
@@ -380,11 +396,16 @@ def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, docume
     """The label that each position predicts, `(batch, time)`; -100 where none is counted.
 
     A position predicts the label of the next real token of its document; padding between the two changes nothing.
+
+    Raises:
+        ValueError: the arguments are not of one shape.
     """
     batch, time = labels.shape
+    for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if x is not None and x.shape != labels.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and labels {tuple(labels.shape)}; give the same.")
     if attention_mask is not None:
-        attention_mask = attention_mask[:, -time:].bool()
-        labels = labels.masked_fill(~attention_mask, -100)
+        labels = labels.masked_fill(~attention_mask.bool(), -100)
     layout, order, _ = Layout.of(batch, time, attention_mask, document_ids)
     if order is not None:
         labels = labels.gather(1, order)

@@ -1,16 +1,7 @@
-"""Random draws of a run. Those of a step depend on (seed, step) alone, so resuming needs no generator's
-state."""
+"""Seeds of a run. What a step draws depends on (seed, step) alone, so resuming needs no generator's state."""
 
 import numpy as np
 import torch
-
-
-def draw_step(seed: int, step: int) -> float:
-    """The random number in [0, 1) of one optimisation step, from which the long-term delay follows.
-
-    It is shared by all layers, micro-batches and processes.
-    """
-    return float(np.random.default_rng([seed, step, 0]).random())
 
 
 def seed_step(seed: int, step: int, row: int = 0) -> None:

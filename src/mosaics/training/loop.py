@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mosaics.training.distribution import Group
-from mosaics.training.draws import draw_step, seed_step
+from mosaics.training.draws import seed_step
 from mosaics.training.optimizer import learning_rate
 from mosaics.training.recipe import Recipe
 from mosaics.training.setup import autocast
@@ -52,6 +52,7 @@ def optimisation_step(
         ValueError: there is no target.
     """
     from mosaics.models import count_targets
+    from mosaics.models.draws import draw_step
 
     group = group or Group()
     training = recipe.training

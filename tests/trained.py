@@ -1,0 +1,43 @@
+"""transformers' `Trainer` on an exported mosaic, also as a program that torchrun starts several times."""
+
+import json
+import sys
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import mosaics  # noqa: F401
+
+
+def trained(exported, rows: list[dict], folder, **arguments) -> Trainer:
+    """Train a few steps on rows of token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    settings = dict(max_steps=4, learning_rate=0.01, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(exported),
+        TrainingArguments(str(folder), **{**settings, "save_strategy": "no", **arguments}),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """Of every step."""
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+if __name__ == "__main__":
+    exported, rows, folder, arguments, output = sys.argv[1:]
+    trainer = trained(exported, json.loads(rows), folder, **json.loads(arguments))
+    if trainer.args.process_index == 0:
+        with open(output, "w") as file:
+            json.dump(losses(trainer), file)
