@@ -29,7 +29,10 @@ def tiny_config(preset: str = "memory-mosaics-v2-tiny", **overrides) -> MosaicCo
     if "v1" in preset:
         own = dict(num_pairs=7, num_banks=2, dropout=0.0, attention_dropout=0.0, embedding_dropout=None)
     else:
-        own = dict(intermediate_size=24, window=6, delay=3, train_delay=[3, 6])
+        own = dict(intermediate_size=24)
+        reach = {"short_term.window": 6, "long_term.delay": 3, "long_term.train_delay": [3, 6]}
+        own |= reach if preset != "transformer-tiny" else {}
+        own = {key: value for key, value in own.items() if key.partition(".")[2] not in overrides}
     return MosaicConfig.from_preset(preset, **{**sizes, **own, **overrides})
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -17,6 +18,15 @@ OPTIONS = {
     "leaky_contextual": dict(num_attention_heads=2),
     "kernel_persistent": dict(num_attention_heads=2, num_pairs=11, num_banks=2),
 }
+TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
+CASES = {name: (name, {}) for name in OPTIONS} | {
+    "attention, alibi": ("attention", dict(positions="alibi")),
+    "attention, no positions": ("attention", dict(positions="none")),
+    "attention, yarn": (
+        "attention",
+        dict(head_dim=8, rotary_scaling="yarn", rotary_factor=4.0, rotary_trained_length=8),
+    ),
+}
 
 
 def memory(name, width=8, layer_index=0, **options):
@@ -27,10 +37,15 @@ def memory(name, width=8, layer_index=0, **options):
     return made
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_cases_have_every_registered_memory():
+    assert {name for name, _ in CASES.values()} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [4, 1, 17, 8]])
-def test_memory_any_cut_equals_whole(name, pieces):
-    made, x = memory(name), torch.randn(2, 30, 8, dtype=torch.float64)
+def test_memory_any_cut_equals_whole(case, pieces):
+    name, options = CASES[case]
+    made, x = memory(name, **options), torch.randn(2, 30, 8, dtype=torch.float64)
     whole, none = made(x, Layout(2, 30), None, Context())
     assert none is None
     state, begin, parts = made.initial_state(), 0, []
@@ -41,9 +56,10 @@ def test_memory_any_cut_equals_whole(name, pieces):
     assert relative_error(torch.cat(parts, dim=1), whole) < 1e-9
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_memory_gradient_through_the_state_equals_whole(name):
-    made, x = memory(name), torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_memory_gradient_through_the_state_equals_whole(case):
+    name, options = CASES[case]
+    made, x = memory(name, **options), torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
     whole, _ = made(x, Layout(1, 20), None, Context())
     first, state = made(x[:, :9], Layout(1, 9), made.initial_state(), Context())
     second, _ = made(x[:, 9:], Layout(1, 11, stored=9), state, Context())
@@ -155,6 +171,11 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("attention", dict(num_attention_heads=8), "even width"),
         ("attention", dict(num_attention_heads=2, window=3, delay=3), "larger than the delay"),
         ("attention", dict(num_attention_heads=2, train_delay=[4, 2]), "smaller first"),
+        ("attention", dict(num_attention_heads=2, positions="rotari"), "did you mean 'rotary'"),
+        ("attention", dict(num_attention_heads=2, rotary_scaling="ntk"), "choose linear or yarn"),
+        ("attention", dict(num_attention_heads=2, rotary_scaling="yarn"), "needs rotary_trained_length"),
+        ("attention", dict(num_attention_heads=2, rotary_factor=0.5), "give 1 or more"),
+        *((name, {**OPTIONS[name], "initializer_range": 0.0}, "above 0") for name in TABLE_6),
     ],
 )
 def test_build_refuses_wrong_options(name, options, message):
@@ -188,9 +209,10 @@ def test_attention_memory_reads_what_its_window_and_delay_allow(options, pairs):
     assert (context.reads[0].weights[0, 0, 5] > 0).nonzero()[:, 0].tolist() == list(pairs)
 
 
-def test_attention_memory_depends_on_relative_positions_only():
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "none"])
+def test_attention_memory_depends_on_relative_positions_only(positions):
     """A document reads the same wherever it stands in a row."""
-    made = build("attention", dict(num_attention_heads=2), Common(8), 0).double()
+    made = build("attention", dict(num_attention_heads=2, positions=positions), Common(8), 0).double()
     made.reset_parameters(0)
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     start = torch.tensor([[0] * 4 + [4] * 5])
@@ -236,11 +258,51 @@ def test_attention_memory_draws_its_delay_in_training():
         assert (context.reads[0].weights[0, 0, 9] > 0).nonzero()[:, 0].max() == newest
 
 
-def test_attention_memory_keeps_positions_apart_in_bfloat16():
-    made = build("attention", dict(num_attention_heads=1), Common(8), 0).bfloat16()
-    cos, _ = made._rotation(torch.arange(4000, 4010)[None], torch.bfloat16)
-    exact, _ = made._rotation(torch.arange(4000, 4010)[None], torch.float64)
-    assert (cos.double() - exact).abs().max() < 5e-3
+@pytest.mark.parametrize("heads, shared", [(2, 1), (4, 2), (6, 1)])
+def test_attention_memory_with_alibi_adds_a_slope_times_the_distance(heads, shared):
+    options = dict(num_attention_heads=heads, num_key_value_heads=heads // shared, positions="alibi", head_dim=4)
+    made = build("attention", options, Common(8), 0).double()
+    made.reset_parameters(0)
+    context, x = Context(reads=[]), torch.randn(1, 7, 8, dtype=torch.float64)
+    made(x, Layout(1, 7), None, context)
+    queries = made.q_proj(x[0]).unflatten(-1, (heads, 4)).transpose(0, 1)
+    keys = made.k_proj(x[0]).unflatten(-1, (-1, 4)).transpose(0, 1).repeat_interleave(shared, dim=0)
+    distance = torch.arange(7)[:, None] - torch.arange(7)
+    slopes = torch.tensor([2 ** (-8 * (i + 1) / 4) for i in range(4)] + [2**-1, 2**-3])[:heads]  # 6 heads: 4, then of 8
+    if heads == 2:
+        slopes = torch.tensor([2**-4, 2**-8])
+    logits = (queries @ keys.mT) / 2 - slopes[:, None, None] * distance
+    expected = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    assert relative_error(context.reads[0].weights[0], expected) < 1e-9
+
+
+def test_attention_memory_without_positions_does_not_know_the_order():
+    made = build("attention", dict(num_attention_heads=2, positions="none"), Common(8), 0).double()
+    made.reset_parameters(0)
+    x = torch.randn(1, 7, 8, dtype=torch.float64)
+    order = torch.tensor([3, 1, 0, 2, 5, 4, 6])
+    last = [made(given, Layout(1, 7), None, Context())[0][0, -1] for given in (x, x[:, order])]
+    assert relative_error(*last) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["rotary", "alibi"])
+def test_attention_memory_keeps_positions_apart_in_bfloat16(positions):
+    """Far from the start, what is read hardly differs from float64."""
+    made = build("attention", dict(num_attention_heads=1, head_dim=64, positions=positions), Common(8), 0).double()
+    made.reset_parameters(0)
+    x, start = 0.3 * torch.randn(1, 20, 8, dtype=torch.float64), torch.full((1, 20), -4000)
+    state = made.initial_state()
+    made(0 * x[:, :1].expand(1, 4000, 8), Layout(1, 4000), state, Context())
+    exact, context = copy.deepcopy(state), Context(reads=[])
+    made(x, Layout(1, 20, start, stored=4000), exact, context)
+    narrow, rounded = made.bfloat16(), Context(reads=[])
+    state.map(lambda t: t.bfloat16())
+    narrow(x.bfloat16(), Layout(1, 20, start, stored=4000), state, rounded)
+    near = slice(4000, None)
+    weights = [c.reads[0].weights[0, 0, 10:, near].double() for c in (rounded, context)]
+    weights = [w / w.sum(-1, keepdim=True) for w in weights]
+    assert relative_error(*weights) < 3e-2
 
 
 def test_kernel_persistent_memory_state_bytes_do_not_grow():

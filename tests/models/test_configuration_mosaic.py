@@ -5,6 +5,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from helpers import tiny_config
 from mosaics import MosaicConfig
+from mosaics.memories.base import REGISTRY, named, option_names
 from mosaics.models import PRESETS
 
 
@@ -64,12 +65,97 @@ def test_setting_an_option_on_the_config_sets_it_in_the_memories():
             dict(blocks=[{"repeat": 1, "steps": [[{"type": "long_term", "options": {"dely": 3}}]]}]),
             "did you mean 'delay'",
         ),
-        (dict(blocks=[{"repeat": 1, "steps": [[{"typ": "long_term"}]]}]), "'type' and 'options'"),
+        (dict(blocks=[{"repeat": 1, "steps": [[{"typ": "long_term"}]]}]), "'type', 'options' and perhaps 'name'"),
     ],
 )
 def test_from_preset_refuses_what_is_impossible(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny(**overrides)
+
+
+SPLIT = "transformer-long-short-tiny"
+
+
+def test_memories_bear_their_type_or_a_name_of_their_own():
+    assert [name for name, _ in named(tiny().block_steps()[0])] == ["short_term", "long_term", "feed_forward"]
+    assert [name for name, _ in named(MosaicConfig.from_preset(SPLIT).block_steps()[0])] == [
+        "short_term",
+        "long_term",
+        "feed_forward",
+    ]
+    twice = [[{"type": "attention"}, {"type": "attention"}], [{"type": "attention"}, {"type": "feed_forward"}]]
+    assert [name for name, _ in named(twice)] == ["attention", "attention-2", "attention-3", "feed_forward"]
+
+
+def test_an_option_is_addressed_by_the_name_of_its_memory():
+    config = MosaicConfig.from_preset(SPLIT, **{"short_term.window": 20, "long_term.delay": 7, "num_hidden_layers": 2})
+    short, long = (memory["options"] for memory in config.block_steps()[0][0])
+    assert (short["window"], long["delay"]) == (20, 7) and "window" not in long and "delay" not in short
+    assert (getattr(config, "short_term.window"), getattr(config, "long_term.delay")) == (20, 7)
+    setattr(config, "long_term.train_delay", (7, 9))
+    assert long["train_delay"] == [7, 9] and "train_delay" not in short
+    with pytest.raises(ValueError, match=r"no setting 'long_term.dely'; did you mean 'long_term.delay'"):
+        setattr(config, "long_term.dely", 3)
+    with pytest.raises(ValueError, match=r"no setting 'longterm.delay'; did you mean 'long_term.delay'"):
+        MosaicConfig.from_preset(SPLIT, **{"longterm.delay": 3})
+    tiny(**{"short_term.window": 9, "hidden_size": 64})
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_an_option_of_several_memories_is_refused_unless_they_share_it(preset):
+    config = MosaicConfig.from_preset(preset)
+    owners, shared = {}, {}
+    for name, memory in named(config.block_steps()[0]):
+        for option in option_names(memory["type"]):
+            owners.setdefault(option, []).append(name)
+            shared.setdefault(option, []).append(option in REGISTRY[memory["type"]].shared_options)
+    for option, names in owners.items():
+        value = next(
+            memory["options"].get(option)
+            for _, memory in named(config.block_steps()[0])
+            if option in option_names(memory["type"])
+        )
+        if len(names) == 1 or all(shared[option]):
+            setattr(config, option, value)
+        else:
+            with pytest.raises(ValueError, match=f"'{option}' is an option of several memories.*{min(names)}.{option}"):
+                setattr(config, option, value)
+    assert len(owners["num_attention_heads"]) == 1 or all(shared["num_attention_heads"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "a"], "two memories of a block have the name 'a'"),
+        (["attention-2", None], "two memories of a block have the name 'attention-2'"),
+        (["a.b", None], "use letters, digits"),
+        (["", None], "use letters, digits"),
+        ([3, None], "use letters, digits"),
+    ],
+)
+def test_a_name_that_is_none_or_taken_is_refused(names, message):
+    memories = [{"type": "attention", "options": {"num_attention_heads": 2}} for _ in names]
+    for memory, name in zip(memories, names, strict=True):
+        if name is not None:
+            memory["name"] = name
+    blocks = [{"repeat": 1, "steps": [memories]}]
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        MosaicConfig(blocks=blocks)
+
+
+def test_remove_memories_takes_a_name_or_a_type():
+    config = MosaicConfig.from_preset(SPLIT)
+    config.remove_memories("long_term")
+    assert [name for name, _ in named(config.block_steps()[0])] == ["short_term", "feed_forward"]
+    config = MosaicConfig.from_preset(SPLIT)
+    config.remove_memories("attention")
+    assert [name for name, _ in named(config.block_steps()[0])] == ["feed_forward"]
+    steps = [[{"type": "attention"}, {"type": "attention"}], [{"type": "feed_forward"}]]
+    for memory in (memory for step in steps for memory in step):
+        memory["options"] = {"num_attention_heads": 2} if memory["type"] == "attention" else {"intermediate_size": 3}
+    config = MosaicConfig(blocks=[{"repeat": 1, "steps": steps}], hidden_size=16)
+    config.remove_memories("attention-2")
+    assert [name for name, _ in named(config.block_steps()[0])] == ["attention", "feed_forward"]
 
 
 def test_from_preset_refuses_an_unknown_preset():

@@ -219,6 +219,18 @@ def test_initialisation_of_what_a_file_lacks_keeps_the_rest(preset, every, tmp_p
     check_model(model)
 
 
+@pytest.mark.parametrize("preset", ["memory-mosaics-v2-tiny", "transformer-tiny", "transformer-long-short-tiny"])
+def test_initialisation_with_one_deviation_for_all_maps(preset):
+    torch.manual_seed(6)
+    config = scaled_down(preset, initializer_range=0.02, embedding_scale=0.02 * 64**0.5)
+    model = MosaicForCausalLM(config)
+    expected = Normal(lambda **_: 0.02, clamped=True)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            expected.check(weight)
+            assert "norm" not in name
+
+
 @pytest.mark.parametrize("preset", [name for name in sorted(PRESETS) if name.endswith(("small", "large"))])
 @pytest.mark.slow
 def test_initialisation_of_first_middle_and_last_block_at_full_width(preset):

@@ -329,6 +329,16 @@ def test_read_weights_sum_to_one_over_the_pairs_of_each_memory():
         assert (r.weights[:, :, :first] == 0).all() and (r.weights[:, :, first:].sum(-1) - 1).abs().max() < 1e-12
 
 
+def test_read_weights_of_a_split_attention_are_those_that_each_half_may_read():
+    """Figure 5: one half reads the window, the other all but the newest, each under its own name."""
+    reach = {"short_term.window": 4, "long_term.delay": 2, "long_term.train_delay": [2, 5]}
+    model = tiny_model(preset="transformer-long-short-tiny", **reach)
+    first = {}
+    for read in model.read_weights(tokens(1, 12)):
+        first.setdefault(read.memory, []).append((read.weights[0, 0, 9] > 0).nonzero()[:, 0].tolist())
+    assert first == {"short_term": [[6, 7, 8, 9]] * 2, "long_term": [[*range(8)]] * 2}
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_save_pretrained_and_from_pretrained_keep_the_logits(tmp_path, variant):
     model = tiny_model(torch.float32, **VARIANTS[variant])
@@ -450,7 +460,10 @@ def test_importing_mosaics_registers_the_model_with_transformers(tmp_path):
     assert done.stdout.strip() == "MosaicForCausalLM", done.stderr
 
 
-@pytest.mark.parametrize("variant", [{}, {**V1, "max_log_bandwidth": 3.0}], ids=str)  # as sharp as v2
+SHARP_V1 = {f"{name}.max_log_bandwidth": 3.0 for name in ("leaky_contextual", "kernel_persistent")}  # as v2
+
+
+@pytest.mark.parametrize("variant", [{}, {**V1, **SHARP_V1}], ids=str)
 def test_forward_under_autocast_and_in_bfloat16_stays_near_float32(variant):
     ids = tokens(2, 40)
     exact = tiny_model(torch.float32, scale=1.0, **variant)

@@ -464,9 +464,10 @@ def check_memories(model, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if not hasattr(model, "remove_memories"):
             raise ValueError(f"a {model.config.model_type} has no memories to take out; leave out --without {kind}")
-        present = sorted({memory.type for memory in model.model.stack.memories()})
-        if kind not in present:
-            raise ValueError(f"the model has no {kind!r} memory; it has {', '.join(present)}")
+        memories = list(model.model.stack.memories())
+        if not any(kind in (memory.name, memory.type) for memory in memories):
+            present = ", ".join(sorted({memory.name for memory in memories}))
+            raise ValueError(f"the model has no {kind!r} memory; it has {present}")
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

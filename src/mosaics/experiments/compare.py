@@ -16,9 +16,9 @@ WORLD_MODEL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 384,
-    "window": 32,
-    "delay": 8,
-    "train_delay": [8, 32],
+    "short_term.window": 32,
+    "long_term.delay": 8,
+    "long_term.train_delay": [8, 32],
 }
 STEPS = {"in-context-learning": 400, "mixed": 600}  # of the other worlds 200
 WORLD_TRAINING = {"context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
@@ -27,9 +27,9 @@ TEXT_MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 512,
-    "window": 64,
-    "delay": 16,
-    "train_delay": [16, 64],
+    "short_term.window": 64,
+    "long_term.delay": 16,
+    "long_term.train_delay": [16, 64],
 }
 TEXT_TRAINING = {"steps": 400, "context_length": 512, "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20}
 _TITLES = {

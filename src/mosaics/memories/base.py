@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -316,7 +318,8 @@ class Context:
 class Read:
     """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs.
 
-    `contextual` says whether the slots are positions of the context, and not pairs that training filled.
+    `memory` is the memory's name in its block; `contextual` says whether the slots are positions of the context, and
+    not pairs that training filled.
     """
 
     memory: str
@@ -363,7 +366,9 @@ class Memory(nn.Module):
     """One memory: stores key-value pairs in some form and answers a key; owns everything up to its output map.
 
     Parallel memories are added, so a memory can be taken out without touching the others. A subclass sets `Options`, a
-    dataclass of what a config may say of it, and registers itself with `@register("its_type")`.
+    dataclass of what a config may say of it, and registers itself with `@register("its_type")`. `shared_options` are
+    those that a setting without a memory's name sets in all memories that have them; any other has to be qualified
+    where memories of different names have it.
 
     Args:
         options: this memory's `Options`.
@@ -374,10 +379,12 @@ class Memory(nn.Module):
     Options: ClassVar[type]
     type: ClassVar[str]
     width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
+    shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
 
     def __init__(self, options: Any, common: Common, layer_index: int) -> None:
         super().__init__()
         self.options, self.common, self.layer_index = options, common, layer_index
+        self.name = getattr(type(self), "type", "")  # in its block; a config may give another
 
     def initial_state(self) -> State | None:
         """The state before the first token; None for a memory that carries nothing."""
@@ -476,6 +483,17 @@ def check_options(name: str, options: dict[str, Any]) -> None:
             )
 
 
+def named(steps: list[list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The memories of a block with their names: that which is given, or else the type (`type-2` for the second)."""
+    counts: Counter[str] = Counter()
+    found = []
+    for memory in (memory for step in steps for memory in step):
+        kind = memory["type"]
+        counts[kind] += 1
+        found.append((memory.get("name") or (kind if counts[kind] == 1 else f"{kind}-{counts[kind]}"), memory))
+    return found
+
+
 def build(name: str, options: dict[str, Any], common: Common, layer_index: int) -> Memory:
     """The memory of a type with its options.
 
@@ -501,6 +519,25 @@ def init_clamped_normal(weight: Tensor, std: float) -> None:
     nn.init.normal_(weight, std=std)
     with torch.no_grad():
         weight.clamp_(-3 * std, 3 * std)
+
+
+def init_map(linear: nn.Linear, layer_index: int, deviation: float | None = None) -> None:
+    """A map as Memory Mosaics v2 starts it (Table 6): 1 / sqrt(2 n (l + 1)) for n inputs, clamped; no bias.
+
+    Args:
+        linear: the map.
+        layer_index: l, from 0.
+        deviation: another standard deviation in the place of the table's.
+    """
+    init_clamped_normal(linear.weight, deviation or 1 / math.sqrt(2 * linear.in_features * (layer_index + 1)))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def check_deviation(deviation: float | None) -> None:
+    """Raises `ValueError` if `initializer_range` is given and not above 0."""
+    if deviation is not None and deviation <= 0:
+        raise ValueError(f"initializer_range is {deviation}; give a number above 0, or null for the paper's.")
 
 
 def linear_flops(module: nn.Module) -> int:

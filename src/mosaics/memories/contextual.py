@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ from mosaics.memories.base import (
     Pairs,
     Read,
     State,
-    init_clamped_normal,
+    check_deviation,
+    init_map,
     linear_flops,
     mean_pairs,
 )
@@ -187,7 +187,7 @@ class ContextualMemory(Memory):
         access = dict(delay=self.delay(context), window=self.window, start=layout.start)
         bandwidth = self.bandwidth()
         if context.reads is not None:
-            context.reads.append(Read(self.type, self.layer_index, weights(queries, keys, bandwidth, **access)))
+            context.reads.append(Read(self.name, self.layer_index, weights(queries, keys, bandwidth, **access)))
         return kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -208,6 +208,7 @@ class GatedContextualMemory(ContextualMemory):
 
     def __init__(self, options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
+        check_deviation(options.initializer_range)
         d = common.hidden_size
         self.key_proj = nn.Linear(d, d, bias=common.bias)
         self.key_gate = nn.Linear(d, self.heads, bias=common.bias)
@@ -238,11 +239,8 @@ class GatedContextualMemory(ContextualMemory):
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
-        std = 1 / math.sqrt(2 * self.common.hidden_size * (layer_index + 1))
         for linear in (self.key_proj, self.key_gate, self.key_decay, self.value_proj, self.out_proj):
-            init_clamped_normal(linear.weight, std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            init_map(linear, layer_index, self.options.initializer_range)
         nn.init.constant_(self.bandwidth_base, 1.5)
         nn.init.constant_(self.bandwidth_slope, 1.5)
         nn.init.constant_(self.bandwidth_exponent, 1 / 3)

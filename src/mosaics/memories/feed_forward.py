@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, init_clamped_normal, linear_flops, register
+from mosaics.memories.base import Common, Context, Layout, Memory, check_deviation, init_map, linear_flops, register
 
 
 @register("feed_forward")
@@ -23,15 +22,18 @@ class FeedForwardMemory(Memory):
 
     @dataclass(frozen=True)
     class Options:
-        """`intermediate_size` is the inner width d'."""
+        """`intermediate_size` is the inner width d', `initializer_range` the standard deviation of the maps at the
+        start (None: Table 6)."""
 
         intermediate_size: int
+        initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         d, inner = common.hidden_size, options.intermediate_size
         if inner < 1:
             raise ValueError(f"intermediate_size is {inner}; give at least 1.")
+        check_deviation(options.initializer_range)
         self.gate_proj = nn.Linear(d, inner, bias=common.bias)
         self.up_proj = nn.Linear(d, inner, bias=common.bias)
         self.down_proj = nn.Linear(inner, d, bias=common.bias)
@@ -42,9 +44,7 @@ class FeedForwardMemory(Memory):
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            init_clamped_normal(linear.weight, 1 / math.sqrt(2 * linear.in_features * (layer_index + 1)))
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            init_map(linear, layer_index, self.options.initializer_range)
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self)

@@ -27,6 +27,7 @@ class KernelPersistentMemory(Memory):
     """
 
     width_option = "num_pairs"
+    shared_options = Memory.shared_options | {"unit_norm_eps"}
 
     @dataclass(frozen=True)
     class Options:
@@ -73,7 +74,7 @@ class KernelPersistentMemory(Memory):
         if context.reads is not None:
             read_weights = weights(queries, keys, bandwidth, delay=None) / self.options.num_banks
             read_weights = read_weights.unflatten(2, (batch, time)).permute(2, 1, 3, 0, 4).flatten(3)
-            context.reads.append(Read(self.type, self.layer_index, read_weights, contextual=False))
+            context.reads.append(Read(self.name, self.layer_index, read_weights, contextual=False))
         read = read * (SPEED * widened(self.value_scale)).exp().to(read.dtype)[:, None, None]
         return self.out_proj(read.unflatten(1, (batch, time)).permute(1, 2, 0, 3).flatten(2)), state
 

@@ -86,6 +86,8 @@ class LeakyContextualMemory(ContextualMemory):
         ValueError: the width is not a multiple of the number of heads, or eps is negative.
     """
 
+    shared_options = ContextualMemory.shared_options | {"unit_norm_eps"}
+
     @dataclass(frozen=True)
     class Options:
         """`num_attention_heads` heads; what the authors' two versions differ in has the values of their library, with

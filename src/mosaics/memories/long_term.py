@@ -20,11 +20,13 @@ class LongTermMemory(GatedContextualMemory):
 
     @dataclass(frozen=True)
     class Options:
-        """`delay` is m at evaluation, `train_delay` the range of m in training, both ends included."""
+        """`delay` is m at evaluation, `train_delay` the range of m in training, both ends included. `initializer_range`
+        is the standard deviation of the maps at the start (None: Table 6)."""
 
         num_attention_heads: int
         delay: int = 64
         train_delay: tuple[int, int] = (64, 256)
+        initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         low, high = options.train_delay

@@ -18,10 +18,12 @@ class ShortTermMemory(GatedContextualMemory):
 
     @dataclass(frozen=True)
     class Options:
-        """`num_attention_heads` heads; `window` is h: a position reads the h-1 pairs before it."""
+        """`num_attention_heads` heads; `window` is h: a position reads the h-1 pairs before it. `initializer_range` is
+        the standard deviation of the maps at the start (None: Table 6)."""
 
         num_attention_heads: int
         window: int = 256
+        initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         if options.window < 2:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, State, build
+from mosaics.memories.base import Common, Context, Layout, Memory, State, build, named
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.steps = nn.ModuleList(Step(memories, norm, common, layer_index) for memories in steps)
+        for memory, (name, _) in zip(self.memories(), named(steps), strict=True):
+            memory.name = name
 
     def memories(self) -> Iterator[Memory]:
         """All memories, in order."""
@@ -86,12 +88,13 @@ class Block(nn.Module):
             begin = end
         return x, state
 
-    def remove(self, memory_type: str) -> int:
-        """Take out every memory of a type with its parameters, and steps that are left empty; returns how many went."""
+    def remove(self, name: str) -> int:
+        """Take out every memory of a name or type with its parameters, and steps that are left empty; returns how many
+        went."""
         removed = 0
         for step in self.steps:
-            for name in [name for name, memory in step.memories.items() if memory.type == memory_type]:
-                del step.memories[name]
+            for key in [key for key, memory in step.memories.items() if name in (memory.name, memory.type)]:
+                del step.memories[key]
                 removed += 1
         self.steps = nn.ModuleList(step for step in self.steps if len(step.memories))
         return removed

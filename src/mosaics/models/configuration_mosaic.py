@@ -5,14 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mosaics.memories.base import LARGEST, Common, check_options, check_state_dtype, nearest, option_names
+from mosaics.memories.base import (
+    LARGEST,
+    REGISTRY,
+    Common,
+    check_options,
+    check_state_dtype,
+    named,
+    nearest,
+    option_names,
+)
 
 _MOST_BLOCKS = 10_000  # building more would seem to hang
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 # Keys that transformers itself writes or accepts beside the fields of a config.
 _TRANSFORMERS_KEYS = {
@@ -36,14 +47,16 @@ _TRANSFORMERS_KEYS = {
 class MosaicConfig(PreTrainedConfig):
     """The config of a `MosaicForCausalLM`.
 
-    The options of the memories can be read and set on the config itself (`config.window`): setting one sets it in every
-    memory that has it (a model that is built already does not change).
+    The options of the memories can be read and set on the config itself: `config.window`, or where memories of
+    different names have one, by the name as well: `getattr(config, "long.window")`. Setting one sets it in every block
+    (a model that is built already does not change).
 
     Args:
         vocab_size: number of tokens.
         hidden_size: d, the width of the residual stream.
         blocks: groups of equal blocks, each `{"repeat": n, "steps": [[memory, ...], ...]}`: a step is a sum of parallel
-            memories, a memory is `{"type": name, "options": {...}}`.
+            memories, a memory is `{"type": ..., "options": {...}}` and may have a `"name"` that no other of its block
+            has (by default its type).
         num_hidden_layers: number of blocks; derived from `blocks`, and checked against it.
         max_position_embeddings: the training context, in tokens. A mosaic has no position encoding and reads on beyond
             it.
@@ -100,7 +113,8 @@ class MosaicConfig(PreTrainedConfig):
         Args:
             name: one of `mosaics.models.presets.PRESETS`.
             overrides: e.g. `vocab_size`, `hidden_size`, `num_hidden_layers` (of a preset with one group of blocks),
-                `num_attention_heads`, `intermediate_size`, `window`, `delay`, `train_delay`.
+                `num_attention_heads`, `intermediate_size`, `window`, `delay`, `train_delay`; `name.option` is that of
+                the memories of a name (`**{"short_term.window": 32}`).
 
         Raises:
             ValueError: the preset or a key is unknown, or a value is impossible.
@@ -110,7 +124,6 @@ class MosaicConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
         values = copy.deepcopy(PRESETS[name])
-        options = {option for memory in _memories(values["blocks"]) for option in option_names(memory["type"])}
         fields = {f.name for f in dataclasses.fields(cls)}
         for key, value in overrides.items():
             if key == "num_hidden_layers" and "blocks" not in overrides:
@@ -119,12 +132,11 @@ class MosaicConfig(PreTrainedConfig):
                         f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers."
                     )
                 values["blocks"][0]["repeat"] = value
-            elif key in options:
-                _set_option(values["blocks"], key, value)
-            elif key in fields:
+            elif not _set_option(values["blocks"], key, value):
+                if key not in fields:
+                    known = fields | _option_keys(values["blocks"])
+                    raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
                 values[key] = value
-            else:
-                raise ValueError(f"{name} has no setting {key!r}; {nearest(key, fields | options)}")
         return cls(**values)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -189,14 +201,21 @@ class MosaicConfig(PreTrainedConfig):
             if not steps or not all(steps):
                 raise ValueError("A block has no step, or a step no memory; give each at least one.")
         for memory in _memories(self.blocks):
-            if not isinstance(memory, dict) or not set(memory) <= {"type", "options"} or "type" not in memory:
-                raise ValueError(f"A memory has the keys 'type' and 'options', not {_keys(memory)}.")
+            if not isinstance(memory, dict) or not set(memory) <= {"type", "name", "options"} or "type" not in memory:
+                raise ValueError(f"A memory has the keys 'type', 'options' and perhaps 'name', not {_keys(memory)}.")
+            if "name" in memory and not (isinstance(memory["name"], str) and _NAME.fullmatch(memory["name"])):
+                raise ValueError(f"The name of a memory is {memory['name']!r}; use letters, digits, '_' and '-'.")
             if not isinstance(memory["type"], str) or not isinstance(memory.setdefault("options", {}), dict):
                 raise ValueError(f"A memory's type is a name and its options a dictionary, not {memory!r}.")
             check_options(memory["type"], memory["options"])
             for option, value in memory["options"].items():
                 if isinstance(value, tuple):  # as JSON gives it back
                     memory["options"][option] = list(value)
+        for group in self.blocks:
+            names = [name for name, _ in named(group["steps"])]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"Two memories of a block have the name {name!r}; give each a name of its own.")
 
     def validate_layer_type(self) -> None:
         """Every block has a cache layer of this project's own type."""
@@ -223,20 +242,25 @@ class MosaicConfig(PreTrainedConfig):
             self.state_dtype,
         )
 
-    def remove_memories(self, memory_type: str) -> None:
-        """Take every memory of a type out, and steps and blocks that are left empty."""
+    def remove_memories(self, name: str) -> None:
+        """Take every memory of a name or type out, and steps and blocks that are left empty."""
         for group in self.blocks:
-            steps = [[memory for memory in step if memory["type"] != memory_type] for step in group["steps"]]
+            for own, memory in named(group["steps"]):  # what is left keeps its name
+                if own != memory["type"] and name not in (own, memory["type"]):
+                    memory["name"] = own
+            gone = [memory for own, memory in named(group["steps"]) if name in (own, memory["type"])]
+            steps = [[memory for memory in step if not any(memory is g for g in gone)] for step in group["steps"]]
             group["steps"] = [step for step in steps if step]
         self.blocks = [group for group in self.blocks if group["steps"]]
         self.num_hidden_layers = sum(group["repeat"] for group in self.blocks)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
+            owner, _, option = name.rpartition(".")
             values = [
-                memory["options"][name]
-                for memory in _memories(self.__dict__.get("blocks"))
-                if name in memory["options"]
+                memory["options"][option]
+                for own, memory in _named_memories(self.__dict__.get("blocks"))
+                if option in memory["options"] and owner in ("", own)
             ]
             if values and all(value == values[0] for value in values):
                 return values[0]
@@ -250,8 +274,8 @@ class MosaicConfig(PreTrainedConfig):
             return
         known = name in _FIELDS | _TRANSFORMERS_KEYS or name.startswith("_") or hasattr(type(self), name)
         if blocks and not known and name not in self.__dict__:
-            options = {option for memory in _memories(blocks) for option in option_names(memory["type"])}
-            raise ValueError(f"A mosaic has no setting {name!r}; {nearest(name, (_FIELDS - _INHERITED) | options)}")
+            known_keys = (_FIELDS - _INHERITED) | _option_keys(blocks)
+            raise ValueError(f"A mosaic has no setting {name!r}; {nearest(name, known_keys)}")
         super().__setattr__(name, value)
 
 
@@ -263,14 +287,35 @@ def _memories(blocks: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [memory for group in blocks or [] for step in group["steps"] for memory in step]
 
 
-def _set_option(blocks: list[dict[str, Any]] | None, name: str, value: Any) -> bool:
-    """Set an option in every memory whose type has it; whether there was one."""
-    found = False
-    for memory in _memories(blocks):
-        if name in option_names(memory["type"]):
-            memory.setdefault("options", {})[name] = list(value) if isinstance(value, tuple) else value
-            found = True
-    return found
+def _named_memories(blocks: list[dict[str, Any]] | None) -> list[tuple[str, dict[str, Any]]]:
+    return [pair for group in blocks or [] for pair in named(group["steps"])]
+
+
+def _option_keys(blocks: list[dict[str, Any]] | None) -> set[str]:
+    """What an option may be called: by itself, and with the name of its memory."""
+    found = {(own, option) for own, memory in _named_memories(blocks) for option in option_names(memory["type"])}
+    return {option for _, option in found} | {f"{own}.{option}" for own, option in found}
+
+
+def _set_option(blocks: list[dict[str, Any]] | None, key: str, value: Any) -> bool:
+    """Set an option in every memory whose type has it; `name.option` in those of a name. Whether there was one.
+
+    Raises:
+        ValueError: memories of different names have it, and it is none that they share.
+    """
+    owner, _, option = key.rpartition(".")
+    found = [
+        (own, memory)
+        for own, memory in _named_memories(blocks)
+        if option in option_names(memory["type"]) and owner in ("", own)
+    ]
+    names = sorted({own for own, _ in found})
+    if len(names) > 1 and not all(option in REGISTRY[memory["type"]].shared_options for _, memory in found):
+        choices = " or ".join(f"{own}.{option}" for own in names)
+        raise ValueError(f"{option!r} is an option of several memories; say whose: {choices}.")
+    for _, memory in found:
+        memory.setdefault("options", {})[option] = list(value) if isinstance(value, tuple) else value
+    return bool(found)
 
 
 def _is_whole(value: Any) -> bool:

@@ -78,6 +78,8 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
     options = mosaic.model.stack.blocks[0].steps[0].memories["attention"].options
     if options.window is not None or options.delay or options.train_delay:
         raise ValueError("A Llama's attention has neither window nor delay; this mosaic's has.")
+    if options.positions != "rotary" or options.rotary_scaling is not None:
+        raise ValueError("A Llama has rotary positions, here those it was trained with; this mosaic's differ.")
     memory = mosaic.model.stack.blocks[0].steps[0].memories["attention"]
     config = LlamaConfig(
         vocab_size=c.vocab_size,

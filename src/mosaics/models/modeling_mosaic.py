@@ -336,25 +336,27 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             self.train(training)
         return context.reads
 
-    def remove_memories(self, memory_type: str) -> None:
-        """Take every memory of a type out of the model, with its parameters (Tables 2, 9 and 10: the long-term memory).
+    def remove_memories(self, name: str) -> None:
+        """Take every memory of a name or type out of the model, with its parameters (Tables 2, 9 and 10: the long-term
+        memory).
 
         Args:
-            memory_type: e.g. `"long_term"`.
+            name: e.g. `"long_term"`.
 
         Raises:
             ValueError: the model has no such memory, or would be left without any.
         """
-        present = {memory.type for memory in self.model.stack.memories()}
-        if memory_type not in present:
-            raise ValueError(f"The model has no {memory_type!r} memory; {nearest(memory_type, present)}")
-        if present == {memory_type}:
-            raise ValueError(f"{memory_type!r} is the only kind of memory in the model; nothing would be left.")
+        memories = list(self.model.stack.memories())
+        if not any(name in (memory.name, memory.type) for memory in memories):
+            present = {memory.name for memory in memories}
+            raise ValueError(f"The model has no {name!r} memory; {nearest(name, present)}")
+        if all(name in (memory.name, memory.type) for memory in memories):
+            raise ValueError(f"{name!r} is the only kind of memory in the model; nothing would be left.")
         stack, config = self.model.stack, copy.deepcopy(self.config)  # another model may share the config
         for block in stack.blocks:
-            block.remove(memory_type)
+            block.remove(name)
         stack.blocks = nn.ModuleList(block for block in stack.blocks if len(block.steps))
-        config.remove_memories(memory_type)
+        config.remove_memories(name)
         self.config = self.model.config = config
 
     def undecayed_parameters(self) -> set[str]:

@@ -27,11 +27,11 @@ def _transformer(heads: int) -> list[dict[str, Any]]:
 
 
 def _long_short(heads: int, window: int, train_delay: list[int]) -> list[dict[str, Any]]:
-    """A Transformer whose attention is split as the memories of v2 are (Figure 5)."""
+    """A Transformer whose attention is split as the memories of v2 are, whose names its halves bear (Figure 5)."""
     long = {"num_attention_heads": heads, "delay": train_delay[0], "train_delay": train_delay}
     return [
-        {"type": "attention", "options": {"num_attention_heads": heads, "window": window}},
-        {"type": "attention", "options": long},
+        {"type": "attention", "name": "short_term", "options": {"num_attention_heads": heads, "window": window}},
+        {"type": "attention", "name": "long_term", "options": long},
     ]
 
 

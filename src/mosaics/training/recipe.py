@@ -30,8 +30,14 @@ class ModelSection(_Section):
     preset: str = "memory-mosaics-v2-tiny"
 
     def overrides(self) -> dict[str, Any]:
-        """The keys beside `preset`."""
-        return dict(self.model_extra or {})
+        """The keys beside `preset`; those of a memory (a mapping under its name) as `name.option`."""
+        found = {}
+        for key, value in (self.model_extra or {}).items():
+            if isinstance(value, dict):
+                found |= {f"{key}.{option}": inner for option, inner in value.items()}
+            else:
+                found[key] = value
+        return found
 
 
 class DataSection(_Section):
