@@ -7,10 +7,16 @@ from tests.experiments.conftest import OPTIONS
 
 def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
     words = ["--seeds", "0", "--samples", "2", "--output", tmp_path]
-    code, output, _ = mosaics("reproduce", "table12", *words, *OPTIONS)
-    assert code == 0 and output.startswith("table12: ") and "seed 0" in output
-    verdict = json.loads((tmp_path / "table12" / "results.json").read_text(encoding="utf-8"))["verdict"]
-    assert verdict["holds"] is output.startswith("table12: holds")
+    code, output, _ = mosaics("reproduce", "table12", *words, *OPTIONS, "--results", tmp_path / "results")
+    assert code == 0 and "95 % interval" in output
+    for path in ("table12/results.json", "results/table12.json"):
+        verdict = json.loads((tmp_path / path).read_text(encoding="utf-8"))["verdict"]["verdict"]
+        assert output.startswith(f"table12: {verdict}")
+
+
+def test_reproduce_plans_without_doing_anything(mosaics, tmp_path):
+    code, output, _ = mosaics("reproduce", "all", "--plan", "--tune", "--output", tmp_path / "out", *OPTIONS)
+    assert code == 0 and output.count("\n") == 15 + 2 and not (tmp_path / "out").exists()
 
 
 def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):

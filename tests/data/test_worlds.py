@@ -291,7 +291,7 @@ def test_baselines_find_what_they_can_find():
     assert 0.4 < new["repeated_ending"] < 0.65
     assert baseline_accuracies(WORLD, "recall", examples=64, training_episodes=1)["repeated_ending"] == 1
     curve = [
-        baseline_accuracies(WORLD, "in-context-learning", shots=shots, training_episodes=1)["labelled_counts"]
+        baseline_accuracies(WORLD, "in-context-learning", shots=shots, training_episodes=1)["naive_bayes"]
         for shots in (1, 4, 16)
     ]
     assert 0.4 < curve[0] < curve[1] < curve[2] and curve[2] > 0.9

@@ -51,7 +51,8 @@ def test_world_questions_are_the_same_for_all_shots():
 
 
 def test_world_questions_can_hold_the_number_of_facts():
-    for example in WorldQuestions(task="new-knowledge", lengths=(256,), samples=4, facts=1).examples(None):
+    suite = WorldQuestions(task="new-knowledge", lengths=(256,), samples=4, settings={"facts": 1})
+    for example in suite.examples(None):
         assert example.prefix.count(example.references[0]) == 1
         assert example.id.endswith("256-1") or "256-1" in example.id
 

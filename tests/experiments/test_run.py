@@ -9,8 +9,9 @@ from tests.experiments.conftest import MICRO
 from mosaics.experiments import work
 from mosaics.experiments.compare import arrangements, study
 from mosaics.experiments.report import write_report
-from mosaics.experiments.run import run_each, run_study
-from mosaics.experiments.work import Source, Training
+from mosaics.experiments.run import Plan, merit, next_trials, run_each, run_study
+from mosaics.experiments.study import Data, Probe, Setting
+from mosaics.experiments.work import Source, Training, steps_to_enough
 
 
 def test_run_study_asks_every_model_everything(results, small_study):
@@ -61,7 +62,7 @@ def test_training_continues_after_an_interruption_bit_for_bit(small_study, resul
     from mosaics.training import loop
 
     setting, first = small_study.settings[0], small_study.arrangements[0]
-    job = Training(first, first, setting, 1, next(m["learning_rate"] for m in results["models"] if not m["trial"]))
+    job = Training(first, first, setting, 1, next(m["variant"] for m in results["models"] if not m["trial"]))
     assert job.result(cache) is not None
     step, done = loop.optimisation_step, []
 
@@ -137,3 +138,88 @@ def test_study_refuses_what_can_not_be():
         study(match=["flop"])
     with pytest.raises(ValueError, match="transformer-tiny"):
         run_study(study(["transformr-tiny"]), None)
+
+
+def searched(axes, score, beyond=0):
+    """What `next_trials` tries, round by round, and what it finds."""
+    known, rounds = {}, []
+    while True:
+        missing, best = next_trials(axes, lambda v, known=dict(known): known.get(tuple(v.items())), beyond)
+        if not missing:
+            return rounds, best
+        rounds.append(missing)
+        known |= {tuple(v.items()): (score(v),) for v in missing}
+
+
+def test_next_trials_goes_on_until_the_best_is_not_at_the_edge():
+    axes = {"training.learning_rate": (1.0, 2.0, 4.0), "model.x": (None, "b")}
+    rounds, best = searched(axes, lambda v: abs(v["training.learning_rate"] - 16) + (v["model.x"] is None), beyond=3)
+    assert best == {"training.learning_rate": 16.0, "model.x": "b"}
+    tried = [v["training.learning_rate"] for v in rounds[0]], [v["training.learning_rate"] for v in rounds[1]]
+    assert tried == ([1.0, 2.0, 4.0], [8.0]) and rounds[3][0]["training.learning_rate"] == 32.0
+    _, best = searched(axes, lambda v: -v["training.learning_rate"], beyond=1)
+    assert best["training.learning_rate"] == 8.0  # no further than asked
+    rounds, best = searched(axes, lambda v: v["training.learning_rate"], beyond=2)
+    assert best["training.learning_rate"] == 0.25
+
+
+def test_next_trials_looks_around_the_best_once_more():
+    """The best rate depends on the other key."""
+
+    def score(v):
+        wanted = 4.0 if v["model.x"] == "b" else 1.0
+        return abs(v["training.learning_rate"] - wanted) + (0 if v["model.x"] == "b" else 10)
+
+    axes = {"training.learning_rate": (1.0, 2.0, 4.0), "model.x": (None, "b")}
+    _, best = searched(axes, score)
+    assert best == {"training.learning_rate": 2.0, "model.x": "b"}  # the neighbour; not all of them again
+    assert searched({}, score) == ([], {})
+
+
+def test_merit_ranks_by_steps_then_by_what_was_learnt_then_by_loss():
+    task = Setting(name="s", data=Data(world="recall"), probe=Probe(every=10, enough=90.0))
+
+    def result(*probes, loss=1.0):
+        return {"held_out_loss": loss, "probes": [[10 * (i + 1), 0.0, p] for i, p in enumerate(probes)]}
+
+    ranked = [result(95, 95), result(5, 91, 92), result(91, 5, 95, 95), result(80, 80), result(50), result(loss=None)]
+    assert sorted(ranked, key=lambda r: merit(task, r)) == ranked
+    assert [steps_to_enough(task, r["probes"]) for r in ranked] == [10, 20, 30, None, None, None]
+    by_loss = task.model_copy(update={"probe": None})
+    assert merit(by_loss, result(loss=1.0)) < merit(by_loss, result(loss=2.0)) < merit(by_loss, result(loss=None))
+
+
+def test_training_stops_when_it_knows_enough_and_keeps_what_it_knew(tmp_path):
+    changes = MICRO | {"training.steps": 9}
+    [setting] = study(["memory-mosaics-v2-tiny"], ["recall"], None, changes=changes).settings
+    probed = setting.model_copy(update={"probe": Probe(every=2, rows=8, enough=0.0)})
+    first = arrangements(["memory-mosaics-v2-tiny"])[0]
+    done = work.train(Training(first, first, probed, 0), tmp_path)
+    assert done["steps"] == 4 and [step for step, *_ in done["probes"]] == [2, 4] and done["tokens"] == 4 * 4 * 64
+    assert all(0 <= value <= 100 and seconds > 0 for _, seconds, value in done["probes"])
+    never = setting.model_copy(update={"probe": Probe(every=2, rows=8, enough=101.0)})
+    assert work.train(Training(first, first, never, 0), tmp_path)["steps"] == 9
+    plain = work.train(Training(first, first, setting, 0), tmp_path)
+    looked = work.train(Training(first, first, setting.model_copy(update={"probe": Probe(every=1)}), 0), tmp_path)
+    assert plain["curve"] == looked["curve"]  # to look changes nothing
+
+
+def test_source_follows_a_curriculum():
+    data = Data(world="recall", curriculum=((2, 32), (3, 48)))
+    source = Source(data, 64, 0, None)
+    lengths = [source.at(step).batch(0, 2)["input_ids"].shape[1] for step in range(1, 8)]
+    assert lengths == [32, 32, 48, 48, 48, 64, 64]
+
+
+def test_plan_tunes_each_arrangement_by_what_it_has(tmp_path):
+    planned = study(worlds=["recall"], corpus=None, learning_rates=(1e-3, 2e-3), changes=MICRO)
+    tuning = planned.settings[0].tuning | {"model.initializer_range": (None, 0.02)}
+    settings = (planned.settings[0].model_copy(update={"tuning": tuning}),)
+    v2, twin = planned.arrangements
+    twin = twin.model_copy(update={"tuning": {"model.rotary_base": (1e4, 5e5), "model.num_pairs": (3, 4)}})
+    plan = Plan(planned.model_copy(update={"settings": settings, "arrangements": (v2, twin)}), tmp_path)
+    assert plan.trials()[0].variant == {"training.learning_rate": 1e-3, "model.initializer_range": None}
+    trials, _ = plan.expected()
+    keys = {job.arrangement.label: set(job.variant) for job in trials}
+    assert keys[v2.label] == {"training.learning_rate", "model.initializer_range"}
+    assert keys[twin.label] == keys[v2.label] | {"model.rotary_base"}

@@ -99,7 +99,7 @@ def test_reproduce_three_moons_trains_once_and_reports(tmp_path, monkeypatch):
     for model in found["models"]:
         assert model["curve"][-1][1] < model["curve"][0][1]
         assert len(set(model["losses"])) == 2 and model["loss"] == min(model["losses"])
-    assert found["verdict"]["holds"] is False and len(found["verdict"]["checks"]) == 4
+    assert found["verdict"]["verdict"] == "does not hold" and len(found["verdict"]["checks"]) == 4
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2 and "does not hold" in page
     assert (tmp_path / "report" / "error.png").is_file() and (tmp_path / "report" / "maps.png").is_file()

@@ -1,5 +1,7 @@
 """`mosaics reproduce`: a claim of the papers in miniature."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,10 @@ from typer import Argument, Context, Option
 
 EXAMPLE = "mosaics reproduce table3 --text 'books/*.txt' --output runs/reproduce"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-OPTIONS = "--output --text --field --seeds --learning-rates --samples --automata --cache --jobs --list --help"
+OPTIONS = (
+    "--output --text --held-out --test --field --seeds --learning-rates --tune --samples --automata --cache --jobs "
+    "--results --plan --list --help"
+)
 
 
 def reproduce(
@@ -20,17 +25,31 @@ def reproduce(
         Path, Option(metavar="FOLDER", help="A folder for each claim is made in it: report.html, plots, results.json.")
     ] = Path("runs/reproduce"),
     text: Annotated[str, Option(help="Your text: a path, a glob or a data set id.")] = "python-stdlib",
+    held_out: Annotated[
+        str | None, Option(help="Text for tuning, by other authors. [a share of the documents of --text]")
+    ] = None,
+    test: Annotated[str | None, Option(help="Text that is asked about, by others again. [that for tuning]")] = None,
     field: Annotated[str, Option(help="The field of a .jsonl record that holds the text.")] = "text",
     seeds: Annotated[str, Option(help="Seeds of the trainings; a claim must hold for each.")] = "0,1,2",
     learning_rates: Annotated[
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
     ] = None,
-    samples: Annotated[int, Option(help="Questions for each length or number of shots; test automata.")] = 200,
+    tune: Annotated[
+        bool,
+        Option("--tune", help="Try learning rates until the best is not at the edge, rotary bases, starts, warm-up."),
+    ] = False,
+    samples: Annotated[int, Option(help="Questions for each length or number of shots; test automata.")] = 500,
     automata: Annotated[str, Option(help="Of regbench: automata to learn from, a training each.")] = "100,500,2500",
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers, shared by claims. [OUTPUT/cache]")
     ] = None,
-    jobs: Annotated[int, Option(help="Processes that train side by side.")] = 1,
+    jobs: Annotated[int, Option(min=1, help="Processes that train side by side.")] = 1,
+    results: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Where results are kept as compact JSON, a file for each claim.")
+    ] = None,
+    planned: Annotated[
+        bool, Option("--plan", help="Say what would be trained and how long it takes, and end.")
+    ] = False,
     listed: Annotated[bool, Option("--list", help="Print the claims with their recipes at full scale.")] = False,
 ) -> None:
     """Say whether a claim of the Memory Mosaics papers holds in miniature, with the numbers of every seed.
@@ -55,17 +74,27 @@ def reproduce(
             f"reproduce takes one claim, all or v1, and was given {', '.join(words) or 'none'}; --list names them"
         )
     chosen = of.find_claims(words[0])
+    rates = tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else ()
+    tuning = {"training.learning_rate": rates} if rates else {}
     common = {
         "field": field,
+        "held_out": held_out,
+        "test": test,
         "samples": samples,
         "changes": changes,
-        "learning_rates": tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else (),
+        "tuning": claims.TUNING | tuning if tune else tuning,
+        "beyond": claims.BEYOND if tune else 0,
     }
     known = claims.settings(text, **common)
     known |= claims_v1.settings(text, automata=tuple(numbers("--automata", automata, int)), **common)
     seeds, where = numbers("--seeds", seeds, int), cache or output / "cache"
+    if planned:
+        print(of.plan_text(chosen, known, seeds, where))
+        return
+    command = shlex.join(["mosaics", "reproduce", *sys.argv[2:]])
     for claim in chosen:
-        results = of.reproduce(claim, known, seeds, output / claim.name, where, jobs, changes)
-        print(of.verdict_text(results["verdict"]), flush=True)
+        record = None if results is None else (results / f"{claim.name}.json", command)
+        found = of.reproduce(claim, known, seeds, output / claim.name, where, jobs, changes, record)
+        print(of.verdict_text(found["verdict"]), flush=True)
         print(f"  report: {output / claim.name / 'report.html'}", flush=True)
         of.write_summary(output)

@@ -1,59 +1,84 @@
-"""Claims as data: what is trained, what is asked, and what must be greater than what, for every seed.
+"""Claims as data: what is trained, what is asked, and what must be greater than what.
 
 `CLAIMS` are those of "Memory Mosaics at scale" (Zhang and Bottou, 2025), whose section, table and figure numbers they
-bear; those of version 1 are in `claims_v1`.
+bear; those of version 1 are in `claims_v1`. Definitions were committed before the first full run of each; `CHANGED`
+lists what was changed later, and why.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from mosaics.experiments.compare import MULTIPLES, text_setting, world_evaluation, world_setting
-from mosaics.experiments.study import Arrangement, Evaluation, Part, Setting, Study
+from mosaics.experiments.compare import LENGTHS, MULTIPLES, text_setting, world_evaluation, world_setting
+from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study
 
 V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
 LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "transformer, equal FLOPs"
+NO_POSITIONS, ALIBI, WINDOW = "transformer, no positions", "transformer, ALiBi", "transformer, window"
+ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
     for arrangement in (
         Arrangement(label=V2, preset="memory-mosaics-v2-tiny"),
-        Arrangement(label=TRANSFORMER, preset="transformer-tiny"),
-        Arrangement(label=LONG_SHORT, preset="transformer-long-short-tiny"),
+        Arrangement(label=TRANSFORMER, preset="transformer-tiny", tuning=ROTARY),
+        Arrangement(label=LONG_SHORT, preset="transformer-long-short-tiny", tuning=ROTARY),
         Arrangement(label=FIXED, preset="memory-mosaics-v2-tiny", fixed_delay=True),
-        Arrangement(label=EQUAL_FLOPS, preset="transformer-tiny", match="flops"),
+        Arrangement(label=EQUAL_FLOPS, preset="transformer-tiny", match="flops", tuning=ROTARY),
+        Arrangement(label=NO_POSITIONS, preset="transformer-tiny", overrides={"positions": "none"}),
+        Arrangement(label=ALIBI, preset="transformer-tiny", overrides={"positions": "alibi"}),
+        Arrangement(label=WINDOW, preset="transformer-tiny", overrides={"window": 64}, tuning=ROTARY),
         Arrangement(label=V1, preset="memory-mosaics-v1-regbench"),
     )
 }
-LONG_TERM = ("long_term",)
+LONG_TERM, SHORT_TERM = ("long_term",), ("short_term",)
+FAR = (1, 2, 4, 8, 16, 32)  # times the training length
 LONGER = 4  # times the training length, of long fine-tuning
-FINE_TUNING_STEPS = 20
+FINE_TUNING_STEPS = 100
+ENOUGH = 97.0  # percent of held-out questions at the training length: training stops there
+# What `--tune` tries for every arrangement: one after the other, with the best of the others so far.
+TUNING: dict[str, tuple[Any, ...]] = {
+    "training.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "model.initializer_range": (None, 0.02),
+    "training.warmup_steps": (50, 200),
+    "training.final_learning_rate_ratio": (1.0, 0.01),
+}
+BEYOND = 3
+COMPETENT = 90.0  # percent at the training length, without which no failure beyond it can be shown
 
 
 class Term(Part):
-    """A number of a study, one for each seed.
+    """A number of a study, for each seed made of the scores of single examples.
 
     Attributes:
         arrangement, setting, evaluation: whose.
         at: x, counted from the first (0) or the last (-1) point.
         measure: `value` at that point; `fall` is the largest by which a later point lies below an earlier one, `rise`
-            the contrary; `spread` the standard deviation over the mean, of the points from `at` on.
+            the contrary; `spread` the standard deviation over the mean, of the points from `at` on; `steps` those until
+            enough was learnt.
     """
 
     arrangement: str
     setting: str
     evaluation: str
     at: int = -1
-    measure: Literal["value", "fall", "rise", "spread"] = "value"
+    measure: Literal["value", "fall", "rise", "spread", "steps"] = "value"
 
 
 class Check(Part):
-    """`left` must be `relation` `right` + `margin`, for every seed."""
+    """`left` must be `relation` `right` + `margin`.
+
+    Attributes:
+        kind: a `claim` decides; without a `premise` the claim can't be told; a `control` is reported beside them.
+        factor: `right` is multiplied by it first.
+    """
 
     says: str
     left: Term
     relation: Literal[">=", "<="]
     right: Term | None = None
     margin: float = 0.0
+    factor: float = 1.0
+    kind: Literal["claim", "premise", "control"] = "claim"
 
 
 class Claim(Part):
@@ -83,64 +108,85 @@ def settings(
     corpus: str = "python-stdlib",
     *,
     field: str = "text",
-    samples: int = 200,
+    held_out: str | None = None,
+    test: str | None = None,
+    samples: int = 500,
     changes: dict[str, Any] | None = None,
-    learning_rates: tuple[float, ...] = (),
+    tuning: dict[str, tuple[Any, ...]] | None = None,
+    beyond: int = 0,
 ) -> dict[str, Setting]:
     """All settings that claims are about, with all that may be asked in them.
 
     Args:
         corpus: text, as `mosaics prepare` takes it.
         field: of .jsonl records.
+        held_out: documents for tuning; None: a share of the text's.
+        test: documents that are asked about; None: those for tuning.
         samples: questions for each length or number of shots.
         changes: values by dotted key for all settings.
-        learning_rates: tuning trials of every arrangement.
+        tuning: what is tried for every arrangement, as `Setting.tuning`.
+        beyond: as `Setting.beyond`.
     """
-    common: dict[str, Any] = {"changes": changes, "learning_rates": learning_rates}
-    documents = world_setting("new-knowledge", samples=samples, **common)
+    common: dict[str, Any] = {"changes": changes, "tuning": tuning or {}, "beyond": beyond}
+    probe = Probe(every=25, enough=ENOUGH)
+    given = {"training.steps": 1500} | (changes or {})
+    learnt: dict[str, Any] = common | {"changes": given, "probe": probe, "samples": samples}
+    documents, recall = (world_setting(world, **learnt) for world in (QA, RECALL))
     length = documents.training["context_length"]
 
-    def asked(task: str, suffix: str = "", **more: Any) -> Evaluation:
-        return world_evaluation(task, length, samples, **{"name": f"{task}{suffix}"} | more)
+    def asked(task: str, suffix: str = "", at: int = length, **more: Any) -> Evaluation:
+        return world_evaluation(task, at, samples, **{"multiples": FAR, "name": f"{task}{suffix}"} | more)
 
-    def with_and_without(tasks: tuple[str, ...]) -> tuple[Evaluation, ...]:
-        """Persistent facts do not depend on the length: asked at the training length only."""
-        short = {"persistent-knowledge": {"options": {"lengths": [length]}}}
-        return tuple(
-            asked(task, " without long-term memory" if without else "", without=without, **short.get(task, {}))
-            for task in tasks
-            for without in ((), LONG_TERM)
-        )
-
-    classes = world_setting("in-context-learning", samples=samples, **common)
-    by_name = asked("in-context-learning", name=NAMED, title="Classes with names", options={"named_classes": True})
-    data = classes.data.model_copy(update={"named_classes": True})
-    named = classes.model_copy(update={"name": NAMED, "data": data, "evaluations": (by_name,)})
-    needle = asked("new-knowledge", name="needle", title="One fact in a long text", options={"facts": 1})
-    tasks = ("persistent-knowledge", "new-knowledge", "in-context-learning")
-    text = text_setting(corpus, field=field, samples=max(1, samples // 8), **common)
-    look = {"samples": max(1, samples // 4)}
+    needle = asked(QA, name="needle", title="One fact in a long text", options={"settings": {"facts": 1}})
+    delays = tuple(
+        asked(QA, f" with a delay of {delay}", only=(V2, FIXED), changes={"long_term.delay": delay})
+        for delay in (1, 4, 8)
+    )
+    mixed_length = (changes or {}).get("training.context_length", LENGTHS["mixed"])
+    short = {PERSISTENT: {"multiples": (1,)}, QA: {"multiples": MULTIPLES}}
+    parted = tuple(
+        asked(task, suffix, mixed_length, without=without, **short.get(task, {}))
+        for task in (PERSISTENT, QA, ICL)
+        for suffix, without in (("", ()), (WITHOUT, LONG_TERM), (WITHOUT_SHORT, SHORT_TERM))
+    )
+    classes = world_setting(ICL, samples=samples, **common)
+    named = classes.model_copy(
+        update={
+            "name": NAMED,
+            "data": classes.data.model_copy(update={"settings": {"meaning": True}}),
+            "evaluations": (asked(ICL, name=NAMED, title="Classes whose labels mean something", options=_MEANING),),
+        }
+    )
+    text = text_setting(
+        corpus, field=field, held_out=held_out, test=test, samples=max(1, samples // 20), **common
+    ).model_copy(update={"probe": Probe(every=100, rows=32)})
+    look = {"samples": max(1, samples // 10)}
     attention = Evaluation(name="attention", title="What the last position reads", suite="attention", options=look)
-    loss_without = text.evaluations[0].model_copy(
-        update={"name": "loss without long-term memory", "without": LONG_TERM}
+    loss = text.evaluations[0]
+    losses = tuple(
+        loss.model_copy(update={"name": "loss" + suffix, "without": without})
+        for suffix, without in (("", ()), (WITHOUT, LONG_TERM), (WITHOUT_SHORT, SHORT_TERM))
     )
     found = [
-        world_setting("recall", samples=samples, **common),
-        documents.model_copy(update={"evaluations": (*documents.evaluations, needle)}),
-        world_setting("mixed", samples=samples, **common).model_copy(update={"evaluations": with_and_without(tasks)}),
+        recall.model_copy(update={"evaluations": (asked(RECALL),)}),
+        documents.model_copy(update={"evaluations": (asked(QA), needle, *delays)}),
+        world_setting("mixed", samples=samples, **common).model_copy(update={"evaluations": parted}),
         classes,
         named,
-        text.model_copy(update={"evaluations": (*text.evaluations, loss_without, attention)}),
+        text.model_copy(update={"evaluations": (*losses, attention)}),
     ]
     for name, steps in (("one long mini-batch", 1), ("long fine-tuning", FINE_TUNING_STEPS)):
         training = documents.training | {
             "steps": steps,
             "context_length": LONGER * length,
             "batch_size": max(1, documents.training["batch_size"] // LONGER),
-            "learning_rate": documents.training["learning_rate"] / 10,
+            "learning_rate": documents.training["learning_rate"] / 4,
             "warmup_steps": 1,
         }
-        found.append(documents.model_copy(update={"name": name, "training": training, "start": documents}))
+        more = {"name": name, "training": training, "start": found[1], "probe": None, "evaluations": (asked(QA),)}
+        rates = tuple(documents.training["learning_rate"] / by for by in (16, 4, 1))
+        tried = {"training.learning_rate": rates} if tuning else {}
+        found.append(documents.model_copy(update=more | {"tuning": tried, "beyond": 0}))
     return {setting.name: setting for setting in found}
 
 
@@ -148,17 +194,32 @@ def _of(arrangement: str, evaluation: str, setting: str | None = None, **more: A
     return Term(arrangement=arrangement, setting=setting or evaluation, evaluation=evaluation, **more)
 
 
-def _least(says: str, left: Term, margin: float, right: Term | None = None) -> Check:
-    return Check(says=says, left=left, relation=">=", right=right, margin=margin)
+def _least(says: str, left: Term, margin: float, right: Term | None = None, **more: Any) -> Check:
+    return Check(says=says, left=left, relation=">=", right=right, margin=margin, **more)
 
 
-def _most(says: str, left: Term, margin: float, right: Term | None = None) -> Check:
-    return Check(says=says, left=left, relation="<=", right=right, margin=margin)
+def _most(says: str, left: Term, margin: float, right: Term | None = None, **more: Any) -> Check:
+    return Check(says=says, left=left, relation="<=", right=right, margin=margin, **more)
 
 
-NAMED = "classes with names"
+def _learnt(task: str, *arrangements: str, setting: str | None = None, least: float = COMPETENT) -> tuple[Check, ...]:
+    """Premises: who has not learnt a task at the training length can show no failure beyond it."""
+    return tuple(
+        _least(
+            f"{task}: {label} answers {least:g} % at the training length",
+            _of(label, task, setting, at=0),
+            least,
+            kind="premise",
+        )
+        for label in arrangements
+    )
+
+
+NAMED = "classes with meaning"
 RECALL, QA, ICL, PERSISTENT = "recall", "new-knowledge", "in-context-learning", "persistent-knowledge"
-WITHOUT = " without long-term memory"
+WITHOUT, WITHOUT_SHORT = " without long-term memory", " without short-term memory"
+_MEANING = {"settings": {"meaning": True}}
+_EIGHT = FAR.index(8)
 _SMALL = (
     "mosaics train memory-mosaics-v2-small (2.04 B parameters), and its twin with --model.preset transformer-small: "
     "200 B tokens at 4096 in place of the paper's own mix, which is not public; some 1500 H100-hours for each."
@@ -179,9 +240,15 @@ _SHOTS = (
 
 def _rises(task: str) -> tuple[Check, ...]:
     return (
-        _most("v2 does not fall with shots by more than 5 points", _of(V2, task, measure="fall"), 5),
+        _most("v2 does not fall with shots by more than 3 points", _of(V2, task, measure="fall"), 3),
         _least("v2 with most shots is 10 points above one shot", _of(V2, task), 10, _of(V2, task, at=0)),
         _least("v2 is 10 points above the Transformer with most shots", _of(V2, task), 10, _of(TRANSFORMER, task)),
+        _least(
+            "the Transformer has learnt something: 5 points above chance with most shots",
+            _of(TRANSFORMER, task),
+            12.5 + 5,
+            kind="premise",
+        ),
     )
 
 
@@ -191,12 +258,14 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="abstract",
             paper="v2 stores new knowledge and learns in context far better than a Transformer, at any length.",
-            here="Recall, facts of the context, classes of the prompt and text, to 8 times the training length.",
+            here="Recall, facts of the context, classes of the prompt and text, to 32 times the training length.",
             asks=((RECALL, RECALL), (QA, QA), (ICL, ICL), ("text", "loss")),
             checks=(
-                _least("v2 recalls 95 % at 8 times the training length", _of(V2, RECALL), 95),
-                _least("v2 answers 95 % at 8 times the training length", _of(V2, QA), 95),
-                _most("v2 does not fall with shots by more than 5 points", _of(V2, ICL, measure="fall"), 5),
+                *_learnt(RECALL, V2, TRANSFORMER),
+                *_learnt(QA, V2, TRANSFORMER),
+                _least("v2 recalls 95 % at 32 times the training length", _of(V2, RECALL), 95),
+                _least("v2 answers 95 % at 32 times the training length", _of(V2, QA), 95),
+                _most("v2 does not fall with shots by more than 3 points", _of(V2, ICL, measure="fall"), 3),
                 _most(
                     "v2's loss on text at 8 times the training length is not above that at once",
                     _of(V2, "loss", "text"),
@@ -216,16 +285,25 @@ CLAIMS: dict[str, Claim] = {
             here="Facts of the training corpus, asked after mixed training; and the loss on held-out text.",
             asks=(("mixed", PERSISTENT), ("text", "loss")),
             checks=(
+                _least("v2 knows facts (50 %)", _of(V2, PERSISTENT, "mixed"), 50, kind="premise"),
+                _least("so does the Transformer", _of(TRANSFORMER, PERSISTENT, "mixed"), 50, kind="premise"),
                 _least(
-                    "v2 knows the corpus's facts as well, within 5 points",
+                    "v2 knows not 5 points less",
                     _of(V2, PERSISTENT, "mixed"),
                     -5,
                     _of(TRANSFORMER, PERSISTENT, "mixed"),
                 ),
+                _most("nor 5 more", _of(V2, PERSISTENT, "mixed"), 5, _of(TRANSFORMER, PERSISTENT, "mixed")),
                 _most(
-                    "v2's loss on text is not above, within 0.05 nats",
+                    "v2's loss on text is not 0.05 nats above",
                     _of(V2, "loss", "text", at=0),
                     0.05,
+                    _of(TRANSFORMER, "loss", "text", at=0),
+                ),
+                _least(
+                    "nor 0.05 below",
+                    _of(V2, "loss", "text", at=0),
+                    -0.05,
                     _of(TRANSFORMER, "loss", "text", at=0),
                 ),
             ),
@@ -234,16 +312,24 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="table2",
             paper="Without long-term memory, v2 keeps its knowledge on 13 benchmarks (56.8 before, 56.6 after).",
-            here="Facts of the training corpus, with the long-term memory and without.",
+            here="Facts of the training corpus, with the long-term memory and without; as a control, without the "
+            "short-term memory.",
             arrangements=(V2,),
-            asks=(("mixed", PERSISTENT), ("mixed", PERSISTENT + WITHOUT)),
+            asks=tuple(("mixed", PERSISTENT + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT)),
             checks=(
-                _least("the facts are known (above 50 %)", _of(V2, PERSISTENT, "mixed"), 50),
+                _least("the facts are known (50 %)", _of(V2, PERSISTENT, "mixed"), 50, kind="premise"),
                 _least(
                     "they stay known without long-term memory, within 5 points",
                     _of(V2, PERSISTENT + WITHOUT, "mixed"),
                     -5,
                     _of(V2, PERSISTENT, "mixed"),
+                ),
+                _most(
+                    "without short-term memory, they fall by 10 points or more",
+                    _of(V2, PERSISTENT + WITHOUT_SHORT, "mixed"),
+                    -10,
+                    _of(V2, PERSISTENT, "mixed"),
+                    kind="control",
                 ),
             ),
             full_scale=_LARGE
@@ -254,8 +340,13 @@ CLAIMS: dict[str, Claim] = {
             paper="Without long-term memory, v2 loses the 6 benchmarks that need the context (42.1 to 34.9).",
             here="Classes that exist only in the prompt, and the loss at 8 times the training length.",
             arrangements=(V2,),
-            asks=(("mixed", ICL), ("mixed", ICL + WITHOUT), ("text", "loss"), ("text", "loss" + WITHOUT)),
+            asks=tuple(
+                ask
+                for suffix in ("", WITHOUT, WITHOUT_SHORT)
+                for ask in (("mixed", ICL + suffix), ("text", "loss" + suffix))
+            ),
             checks=(
+                _least("classes are told apart (30 %)", _of(V2, ICL, "mixed"), 30, kind="premise"),
                 _most(
                     "classification falls by 10 points or more at most shots",
                     _of(V2, ICL + WITHOUT, "mixed"),
@@ -263,6 +354,13 @@ CLAIMS: dict[str, Claim] = {
                     _of(V2, ICL, "mixed"),
                 ),
                 _least("the loss on text rises", _of(V2, "loss" + WITHOUT, "text"), 0, _of(V2, "loss", "text")),
+                _least(
+                    "without short-term memory, the loss on text rises more",
+                    _of(V2, "loss" + WITHOUT_SHORT, "text"),
+                    0,
+                    _of(V2, "loss" + WITHOUT, "text"),
+                    kind="control",
+                ),
             ),
             full_scale=_LARGE
             + " Ask: mosaics evaluate RUN --suite persistent-knowledge, and again --without long_term.",
@@ -272,32 +370,41 @@ CLAIMS: dict[str, Claim] = {
             paper="Without long-term memory, v2 cannot answer from long documents (32k: 53.4 to 20.2).",
             here="Facts of the context at 1 to 8 times the training length, with the long-term memory and without.",
             arrangements=(V2,),
-            asks=(("mixed", QA), ("mixed", QA + WITHOUT)),
-            checks=tuple(
-                _most(
-                    f"at {times} times the training length, answers fall by 10 points or more",
-                    _of(V2, QA + WITHOUT, "mixed", at=index),
-                    -10,
-                    _of(V2, QA, "mixed", at=index),
-                )
-                for index, times in enumerate(MULTIPLES)
+            asks=tuple(("mixed", QA + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT)),
+            checks=(
+                *_learnt(QA, V2, setting="mixed"),
+                *(
+                    _most(
+                        f"at {times} times the training length, answers fall by 10 points or more",
+                        _of(V2, QA + WITHOUT, "mixed", at=index),
+                        -10,
+                        _of(V2, QA, "mixed", at=index),
+                    )
+                    for index, times in enumerate(MULTIPLES)
+                ),
+                _least(
+                    "without short-term memory they fall less, at 8 times the length",
+                    _of(V2, QA + WITHOUT_SHORT, "mixed"),
+                    0,
+                    _of(V2, QA + WITHOUT, "mixed"),
+                    kind="control",
+                ),
             ),
             full_scale=_LARGE + _LONG + _RULER + " Once more --without long_term.",
         ),
         Claim(
             name="table3",
             paper="Trained at 4k, v2 answers from documents of 8k to 32k; the Transformer cannot beyond 4k.",
-            here="Facts of the context at 1 to 8 times the training length, and the loss on text there.",
+            here="Facts of the context at 1 to 32 times the training length, and the loss on text to 8 times.",
             asks=((QA, QA), ("text", "loss")),
             checks=(
-                _least("v2 answers 95 % at 8 times the training length", _of(V2, QA), 95),
-                _least(
-                    "v2 is not below the Transformer at the training length",
-                    _of(V2, QA, at=0),
-                    0,
-                    _of(TRANSFORMER, QA, at=0),
+                *_learnt(QA, V2, TRANSFORMER),
+                _least("v2 answers 95 % at 8 times the training length", _of(V2, QA, at=_EIGHT), 95),
+                _most(
+                    "the Transformer fails at 8 times the training length (below 50 %)",
+                    _of(TRANSFORMER, QA, at=_EIGHT),
+                    50,
                 ),
-                _most("the Transformer fails at 8 times the training length (below 50 %)", _of(TRANSFORMER, QA), 50),
                 _most(
                     "v2's loss on text does not rise up to 8 times",
                     _of(V2, "loss", "text"),
@@ -316,19 +423,24 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="table4",
             paper="Both fine-tuned at 32k, v2 answers better at 4k to 32k (53.4 against 41.1) and still at 64k.",
-            here=f"{FINE_TUNING_STEPS} steps at {LONGER} times the training length; asked at 1 to 8 times.",
+            here=f"{FINE_TUNING_STEPS} steps at {LONGER} times the training length; asked at 1 to 32 times.",
             asks=(("long fine-tuning", QA),),
-            checks=tuple(
+            checks=(
+                *_learnt(QA, V2, TRANSFORMER, setting="long fine-tuning"),
+                *(
+                    _least(
+                        f"v2 is not below the Transformer at {times} times the first training length",
+                        _of(V2, QA, "long fine-tuning", at=index),
+                        -1,
+                        _of(TRANSFORMER, QA, "long fine-tuning", at=index),
+                    )
+                    for index, times in enumerate(MULTIPLES)
+                ),
                 _least(
-                    f"v2 is not below the Transformer at {times} times the first training length",
-                    _of(V2, QA, "long fine-tuning", at=index),
-                    0,
-                    _of(TRANSFORMER, QA, "long fine-tuning", at=index),
-                )
-                for index, times in enumerate(MULTIPLES)
-            )
-            + (
-                _least("v2 answers 95 % at twice the length it was fine-tuned at", _of(V2, QA, "long fine-tuning"), 95),
+                    "v2 answers 95 % at twice the length it was fine-tuned at",
+                    _of(V2, QA, "long fine-tuning", at=_EIGHT),
+                    95,
+                ),
             ),
             full_scale=_LARGE + _LONG + _RULER,
         ),
@@ -336,26 +448,42 @@ CLAIMS: dict[str, Claim] = {
             name="table12",
             paper="A delay drawn in training lets v2 go beyond its training length; a fixed one does not (32k: 31.7 "
             "against 15.9).",
-            here="Facts of the context at 8 times the training length.",
+            here="Facts of the context at 8 and 32 times the training length, also with other delays at test time.",
             arrangements=(V2, FIXED),
-            asks=((QA, QA),),
+            asks=((QA, QA), *((QA, f"{QA} with a delay of {delay}") for delay in (1, 4, 8))),
             checks=(
-                _least("as good at the training length, within 5 points", _of(V2, QA, at=0), -5, _of(FIXED, QA, at=0)),
-                _least("5 points better at 8 times the training length", _of(V2, QA), 5, _of(FIXED, QA)),
+                *_learnt(QA, V2, FIXED),
+                _least(
+                    "5 points better at 8 times the training length",
+                    _of(V2, QA, at=_EIGHT),
+                    5,
+                    _of(FIXED, QA, at=_EIGHT),
+                ),
+                _least("5 points better at 32 times", _of(V2, QA), 5, _of(FIXED, QA)),
+                *(
+                    _least(
+                        f"5 points better at 32 times, with a delay of {delay} at test time",
+                        _of(V2, f"{QA} with a delay of {delay}", QA),
+                        5,
+                        _of(FIXED, f"{QA} with a delay of {delay}", QA),
+                        kind="control",
+                    )
+                    for delay in (1, 4, 8)
+                ),
             ),
             full_scale=_SMALL + " And once with --model.train_delay [64,64]." + _RULER,
         ),
         Claim(
             name="table13",
             paper="v2 finds a needle at any length up to 32k (100 %); the Transformer nearly (97.8 to 99.4 %).",
-            here="One fact in a text of 1 to 8 times the training length.",
+            here="One fact in a text of 1 to 32 times the training length.",
             asks=((QA, "needle"),),
             checks=(
-                _least("v2 finds 95 % at 8 times the training length", _of(V2, "needle", QA), 95),
+                _least("v2 finds 95 % at 32 times the training length", _of(V2, "needle", QA), 95),
                 _most(
-                    "v2 does not fall with the length by more than 5 points", _of(V2, "needle", QA, measure="fall"), 5
+                    "v2 does not fall with the length by more than 3 points", _of(V2, "needle", QA, measure="fall"), 3
                 ),
-                _least("v2 is not below the Transformer", _of(V2, "needle", QA), 0, _of(TRANSFORMER, "needle", QA)),
+                _least("v2 is not below the Transformer", _of(V2, "needle", QA), -1, _of(TRANSFORMER, "needle", QA)),
             ),
             full_scale=_SMALL
             + _LONG
@@ -381,7 +509,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="figure3",
             paper="With semantic labels, v2 rises with the shots; Transformers stall or fall, 10 points behind.",
-            here="Classes of the prompt whose labels are words of theirs, with 1 to 32 shots, trained with at most 3.",
+            here="Classes of the prompt, half of whose words training connects with their labels, with 1 to 32 shots; "
+            "trained with at most 3.",
             asks=((NAMED, NAMED),),
             checks=_rises(NAMED),
             full_scale=_LARGE + _SHOTS + " --labels semantic",
@@ -401,6 +530,12 @@ CLAIMS: dict[str, Claim] = {
             arrangements=(V2, TRANSFORMER, LONG_SHORT),
             asks=((ICL, ICL),),
             checks=(
+                _least(
+                    "v2 has learnt something: 20 points above chance with most shots",
+                    _of(V2, ICL),
+                    12.5 + 20,
+                    kind="premise",
+                ),
                 _least("v2 is 10 points above the split with most shots", _of(V2, ICL), 10, _of(LONG_SHORT, ICL)),
                 _most(
                     "the split is not 10 points above the plain Transformer",
@@ -414,20 +549,20 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="figure8",
             paper="One mini-batch of fine-tuning at 32k brings v2 22 points; the Transformer is behind after 800.",
-            here=f"One step, and {FINE_TUNING_STEPS}, at {LONGER} times the training length; facts of the context.",
+            here=f"One step, and {FINE_TUNING_STEPS}, at {LONGER} times the training length; facts of the context, at "
+            "32 times.",
             asks=((QA, QA), ("one long mini-batch", QA), ("long fine-tuning", QA)),
             checks=(
+                *_learnt(QA, V2, TRANSFORMER),
+                _most("there is something to improve in v2: below 90 %", _of(V2, QA), 90, kind="premise"),
                 _least(
-                    f"v2 after 1 step is 5 points above the Transformer after {FINE_TUNING_STEPS}, at the longest",
-                    _of(V2, QA, "one long mini-batch"),
-                    5,
-                    _of(TRANSFORMER, QA, "long fine-tuning"),
+                    "v2 after 1 step is 5 points above v2 before", _of(V2, QA, "one long mini-batch"), 5, _of(V2, QA)
                 ),
                 _least(
-                    f"v2 after 1 step is within 5 points of {FINE_TUNING_STEPS} steps",
+                    f"v2 after 1 step is above the Transformer after {FINE_TUNING_STEPS}",
                     _of(V2, QA, "one long mini-batch"),
-                    -5,
-                    _of(V2, QA, "long fine-tuning"),
+                    0,
+                    _of(TRANSFORMER, QA, "long fine-tuning"),
                 ),
             ),
             full_scale=_LARGE + " Then 1, 2 … 800 steps with --training.context_length 32768." + _RULER,

@@ -19,9 +19,9 @@ REGBENCH_MODEL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_pairs": 448,
-    "window": 32,
-    "delay": 8,
-    "train_delay": [8, 32],
+    "short_term.window": 32,
+    "long_term.delay": 8,
+    "long_term.train_delay": [8, 32],
     "dropout": 0.05,
 } | _NO_MORE
 REGBENCH_TRAINING = {
@@ -46,9 +46,12 @@ def settings(
     corpus: str = "python-stdlib",
     *,
     field: str = "text",
+    held_out: str | None = None,
+    test: str | None = None,
     samples: int = 200,
     changes: dict[str, Any] | None = None,
-    learning_rates: tuple[float, ...] = (),
+    tuning: dict[str, tuple[Any, ...]] | None = None,
+    beyond: int = 0,
     automata: tuple[int, ...] = AUTOMATA,
 ) -> dict[str, Setting]:
     """The settings of these claims.
@@ -56,13 +59,17 @@ def settings(
     Args:
         corpus: text, as `mosaics prepare` takes it.
         field: of .jsonl records.
+        held_out: documents for tuning.
+        test: documents that are asked about.
         samples: test automata (at most 250).
         changes: values by dotted key for all settings.
-        learning_rates: tuning trials of every arrangement.
+        tuning: what is tried for every arrangement, as `Setting.tuning`.
+        beyond: as `Setting.beyond`.
         automata: numbers of automata to learn from, a training each.
     """
-    common: dict[str, Any] = {"changes": changes, "learning_rates": learning_rates}
-    text = text_setting(corpus, field=field, samples=max(1, samples // 8), **common)
+    common: dict[str, Any] = {"changes": changes, "tuning": tuning or {}, "beyond": beyond}
+    texts = {"field": field, "held_out": held_out, "test": test}
+    text = text_setting(corpus, samples=max(1, samples // 8), **texts, **common)
     attention = Evaluation(
         name="attention",
         title="What the last position reads",

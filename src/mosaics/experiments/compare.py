@@ -12,16 +12,15 @@ MULTIPLES = (1, 2, 4, 8)
 SHOTS = (1, 2, 3, 4, 8, 16, 32)
 
 WORLD_MODEL = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 384,
-    "short_term.window": 32,
-    "long_term.delay": 8,
-    "long_term.train_delay": [8, 32],
+    "intermediate_size": 192,
 }
-STEPS = {"in-context-learning": 400, "mixed": 600}  # of the other worlds 200
-WORLD_TRAINING = {"context_length": 256, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+# Tokens that each world is trained at: classes need more of them to be shown at all.
+LENGTHS = {"in-context-learning": 256, "mixed": 128}
+STEPS = {"in-context-learning": 1000, "mixed": 1000}  # of the other worlds 400
+WORLD_TRAINING = {"batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50, "final_learning_rate_ratio": 1.0}
 TEXT_MODEL = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
@@ -40,6 +39,13 @@ _TITLES = {
 }
 
 
+def reach(context_length: int) -> dict[str, Any]:
+    """Window and delays of the memories of v2, by the length that they are trained at: an eighth of it, and from a 32nd
+    to an eighth (in the paper both are half as long: a 16th, and from a 64th to a 16th)."""
+    window, delay = max(2, context_length // 8), max(1, context_length // 32)
+    return {"short_term.window": window, "long_term.delay": delay, "long_term.train_delay": [delay, window]}
+
+
 def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | None = None, **more: Any) -> Setting:
     """Training in a world, and the questions that go with it; in the world `mixed`, those of all worlds.
 
@@ -49,30 +55,52 @@ def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | N
         changes: values by dotted key, as `training.steps`, in the place of the usual ones.
         more: further fields of `Setting`.
     """
-    budget = {"steps": STEPS.get(world, 200)} | WORLD_TRAINING
-    model, training, data = changed(WORLD_MODEL, budget, changes)
-    length = training["context_length"]
+    budget = {"steps": STEPS.get(world, 400), "context_length": LENGTHS.get(world, 64)} | WORLD_TRAINING
+    length = (changes or {}).get("training.context_length", budget["context_length"])
+    model, training, data = changed(WORLD_MODEL | reach(length), budget, changes)
     tasks = _TITLES if world == "mixed" else [world]
     evaluations = tuple(world_evaluation(task, length, samples) for task in tasks)
     fields = {"name": world, "evaluations": evaluations} | more
     return Setting(data=Data(world=world, **data), model=model, training=training, **fields)
 
 
-def world_evaluation(task: str, length: int, samples: int = 200, **more: Any) -> Evaluation:
-    """The questions of one world: at 1 to 8 times the training length, or by shots."""
+def world_evaluation(
+    task: str, length: int, samples: int = 200, multiples: Sequence[int] = MULTIPLES, **more: Any
+) -> Evaluation:
+    """The questions of one world: at 1 to 8 times the training length, or by shots. Persistent facts are those that
+    training asks for."""
     if task not in _TITLES:
         raise ValueError(f"there is no world {task!r}; choose from {', '.join(_TITLES)}, mixed")
-    points: dict[str, Any] = {"lengths": [length * times for times in MULTIPLES]}
+    points: dict[str, Any] = {"lengths": [length * times for times in multiples]}
     if task == "in-context-learning":
         points = {"shots": list(SHOTS)}
+    if task == "persistent-knowledge":
+        points["trained"] = True
     options = {"task": task, "samples": samples} | points | more.pop("options", {})
     return Evaluation(**{"name": task, "title": _TITLES[task], "options": options} | more)
 
 
 def text_setting(
-    corpus: str, *, samples: int = 16, changes: dict[str, Any] | None = None, field: str = "text", **more: Any
+    corpus: str,
+    *,
+    samples: int = 16,
+    changes: dict[str, Any] | None = None,
+    field: str = "text",
+    held_out: str | None = None,
+    test: str | None = None,
+    **more: Any,
 ) -> Setting:
-    """Training on text, and the loss at 1 to 8 times the training length."""
+    """Training on text, and the loss at 1 to 8 times the training length.
+
+    Args:
+        corpus: what is trained on, as `mosaics prepare` takes it.
+        samples: stretches of text.
+        changes: values by dotted key in the place of the usual ones.
+        field: of .jsonl records.
+        held_out: documents for tuning; None: a share of the corpus.
+        test: documents that are asked about; None: those for tuning.
+        more: further fields of `Setting`.
+    """
     model, training, data = changed(TEXT_MODEL, TEXT_TRAINING, changes)
     loss = Evaluation(
         name="loss",
@@ -80,6 +108,7 @@ def text_setting(
         suite="perplexity",
         options={"samples": samples, "multiples": list(MULTIPLES)},
     )
+    data |= ({} if held_out is None else {"validation": held_out}) | {"test": test}
     fields = {"name": "text", "evaluations": (loss,)} | more
     return Setting(data=Data(corpus=corpus, field=field, **data), model=model, training=training, **fields)
 
@@ -144,7 +173,7 @@ def study(
         samples: questions for each length or number of shots.
         changes: values by dotted key (`model.…`, `training.…`, `data.…`) for all settings.
     """
-    rates = {"learning_rates": tuple(learning_rates)}
+    rates = {"tuning": {"training.learning_rate": tuple(learning_rates)}} if learning_rates else {}
     settings = [world_setting(world, samples=samples, changes=changes, **rates) for world in worlds]
     if corpus is not None:
         settings.append(text_setting(corpus, field=field, samples=max(1, samples // 8), changes=changes, **rates))

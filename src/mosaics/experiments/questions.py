@@ -1,7 +1,10 @@
 """What the studies ask beside the suites of `mosaics.evaluation`: questions of the worlds, what is possible in
 the languages of automata, and where models look."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,10 +12,9 @@ import torch
 from pydantic import Field
 
 from mosaics.data.regbench import HELD_OUT, SEPARATOR, open_regbench
-from mosaics.data.worlds.world import CLASSES, EXAMPLE_WORDS
+from mosaics.data.worlds.world import EXAMPLE_WORDS, WorldExample
 from mosaics.evaluation import Example, Perplexity, Record, Suite
 from mosaics.evaluation.results import accuracy_row, curve, grouped, mean
-from mosaics.experiments.labels import names_of_classes
 
 _QUESTIONS = 8
 
@@ -25,8 +27,8 @@ class WorldQuestions(Suite):
         lengths: tokens of an episode.
         shots: examples of every class, in the place of lengths.
         samples: questions for each length or number of shots, up to 8 to a context.
-        facts: stated in a context, whatever its length; by default as many as `World.episode` states.
-        named_classes: whether labels are words of their classes (see `mosaics.experiments.labels`).
+        settings: further ones of `World.episode`, such as `facts` or `noise`.
+        trained: of persistent knowledge, whether to leave out facts that training never asks for.
         seed: of the world.
     """
 
@@ -34,8 +36,8 @@ class WorldQuestions(Suite):
     lengths: tuple[int, ...] = ()
     shots: tuple[int, ...] = ()
     samples: int = Field(64, ge=1)
-    facts: int | None = None
-    named_classes: bool = False
+    settings: dict[str, Any] = Field(default_factory=dict)
+    trained: bool = False
     seed: int = 0
 
     name: ClassVar[str] = "world"
@@ -44,33 +46,35 @@ class WorldQuestions(Suite):
     def block(self) -> int:
         return _QUESTIONS
 
-    def examples(self, scorer) -> list[Example]:
-        return list(self._examples())
-
-    def _examples(self) -> Iterator[Example]:
+    def asked(self) -> Iterator[tuple[int, WorldExample]]:
+        """Every question with its length or number of shots."""
         from mosaics.data.worlds import World
 
         world = World(self.seed)
-        more = {} if self.facts is None else {"facts": self.facts}
         for length in self.lengths:
-            room = min(_QUESTIONS, length // 32, self.facts or _QUESTIONS)
-            for asked in world.examples(self.task, self.samples, length, questions=room, **more):
-                yield self._example(asked.id, length, asked.context.split(), asked.question, asked.answer)
+            room = min(_QUESTIONS, length // 32, self.settings.get("facts", _QUESTIONS))
+            # Persistent facts that training asks for are picked out of all.
+            endless = world.examples(self.task, sys.maxsize, length, questions=room, **self.settings)
+            wanted = (example for example in endless if not (self.trained and example.difficulty))
+            yield from ((length, example) for example in islice(wanted, self.samples))
         # Fewer shots are the first ones of the most: the same questions about the same classes at every point.
-        most = list(world.examples(self.task, self.samples, shots=max(self.shots))) if self.shots else []
+        most = max(self.shots, default=0)
+        full = list(world.examples(self.task, self.samples, shots=most, **self.settings)) if most else []
         for shots in self.shots:
-            for asked in most:
-                words, answer = asked.context.split(), asked.answer
-                if self.named_classes:
-                    names = names_of_classes(words)
-                    words, answer = [names.get(word, word) for word in words], names[answer]
-                shown = words[: shots * CLASSES * (EXAMPLE_WORDS + 3)]
-                yield self._example(f"{asked.id}/{shots}", shots, shown, asked.question, answer)
+            for example in full:
+                shown = " ".join(example.context.split()[: shots * len(example.choices) * (EXAMPLE_WORDS + 3)])
+                yield shots, replace(example, id=f"{example.id}/{shots}", context=shown, shots=shots)
 
-    def _example(self, name: str, x: int, words: list[str], question: str, answer: str) -> Example:
-        found = [place for place, word in enumerate(words) if word == answer]
-        distance = len(words) + len(question.split()) - found[-1] if found else None
-        return Example(name, f" {question}", [answer], prefix=" ".join(words), meta={"x": x, "distance": distance})
+    def examples(self, scorer) -> list[Example]:
+        return [self._example(x, example) for x, example in self.asked()]
+
+    def _example(self, x: int, example: WorldExample) -> Example:
+        words = example.context.split()
+        found = [place for place, word in enumerate(words) if word == example.answer]
+        distance = len(words) + len(example.question.split()) - found[-1] if found else None
+        # Questions of one episode share its context: they do not count as so many independent ones.
+        meta = {"x": x, "distance": distance, "episode": example.id.split("/")[2]}
+        return Example(example.id, f" {example.question}", [example.answer], prefix=example.context, meta=meta)
 
     def answer(self, scorer, examples: Sequence[Example]) -> list[Record]:
         said = scorer.complete(examples, 1)

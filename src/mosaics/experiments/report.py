@@ -26,6 +26,7 @@ figcaption, footer, .faint { color: var(--faint); font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
 summary { cursor: pointer; } strong.holds { color: #2a9d78; } strong.fails { color: #d9692a; }
+strong.open { color: #7a7f87; }
 """
 
 
@@ -119,8 +120,11 @@ def _setting_line(setting: dict[str, Any]) -> str:
     what = data["corpus"] or (
         f"world {data['world']}" if data["world"] else f"sequences of {data['automata']} automata"
     )
-    rates = ", ".join(f"{rate:g}" for rate in setting["learning_rates"])
-    tuned = f"; each arrangement was tried with learning rates {rates}" if len(setting["learning_rates"]) > 1 else ""
+    tried = (
+        f"{key.partition('.')[2].replace('_', ' ')} {', '.join('as published' if v is None else str(v) for v in tried)}"
+        for key, tried in setting["tuning"].items()
+    )
+    tuned = f"; tried for each arrangement: {'; '.join(tried)}" if setting["tuning"] else ""
     return (
         f'<p class="faint">Trained on {_text(what)}: {training["steps"]} steps of {training["batch_size"]} × '
         f"{training['context_length']} tokens{tuned}.</p>"
@@ -130,8 +134,11 @@ def _setting_line(setting: dict[str, Any]) -> str:
 def _baselines(setting: str, evaluation: str, results: dict[str, Any]) -> str:
     """What needs no memory for what goes with what, or only a simple look-up in the prompt."""
     found = [b for b in results["baselines"] if (b["setting"], b["evaluation"]) == (setting, evaluation)]
-    named = [f"{key.replace('_', ' ')} {shown(b[key])}" for b in found for key in b if isinstance(b[key], float)]
-    return f'<p class="faint">For comparison, at the first point (%): {", ".join(named)}.</p>' if named else ""
+    if not found:
+        return ""
+    names = [key for key in found[0] if key not in ("setting", "evaluation", "x")]
+    rows = [[name.replace("_", " "), *(row.get(name) for row in found)] for name in names]
+    return _details("simple predictors (%)", table(["at", *(f"{row['x']:g}" for row in found)], rows))
 
 
 def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
@@ -227,7 +234,7 @@ def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results
         b["chance"]
         for b in results["baselines"]
         if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"]
-    ]
+    ][:1]
     title = evaluation["title"] or evaluation["name"]
     if evaluation["without"]:
         title += f" (without {', '.join(evaluation['without'])})"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import json
-import statistics
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments import claims, claims_v1, three_moons
-from mosaics.experiments.claims import Check, Claim, Term, study_of
+from mosaics.experiments import claims, claims_v1, three_moons, work
+from mosaics.experiments.claims import Claim, study_of
+from mosaics.experiments.evidence import FAILS, HOLDS, OPEN, judge
+from mosaics.experiments.records import write_record
 from mosaics.experiments.report import shown, write_report
-from mosaics.experiments.run import run_study
+from mosaics.experiments.run import Plan, run_study
 from mosaics.experiments.study import Setting
 
 CLAIMS = claims.CLAIMS | claims_v1.CLAIMS
@@ -42,6 +43,7 @@ def reproduce(
     cache: Path,
     jobs: int = 1,
     changes: dict[str, Any] | None = None,
+    record: tuple[Path, str] | None = None,
 ) -> dict[str, Any]:
     """Train what a claim is about, unless the cache has it, ask, and judge.
 
@@ -53,6 +55,7 @@ def reproduce(
         cache: of trained models and answers; claims share it.
         jobs: processes that train side by side.
         changes: values by dotted key for an experiment that is no study; the settings have them already.
+        record: the file in which the results are kept (see `mosaics.experiments.records`), and the command.
 
     Returns:
         The results of the study with the `verdict` (see `judge`).
@@ -65,68 +68,45 @@ def reproduce(
     results["study"]["title"] = title
     results["verdict"] = judge(claim, results)
     write(results, output, _head(claim, results["verdict"]))
+    if record is not None:
+        write_record(record[0], claim.name, results, record[1])
     return results
 
 
-def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
-    """`holds` (whether every check holds for every seed) and `checks`: what it says, `holds`, and for each seed both
-    sides; a side is None where the training diverged."""
-    checks = []
-    for check in claim.checks:
-        sides = [
-            {"seed": seed, "left": _number(check.left, results, seed), "right": _right(check, results, seed)}
-            for seed in results["study"]["seeds"]
-        ]
-        checks.append(
-            {"says": check.says, "relation": check.relation, "holds": all(map(_holds(check), sides)), "seeds": sides}
-        )
-    return {"claim": claim.name, "holds": all(check["holds"] for check in checks), "checks": checks}
-
-
-def _holds(check: Check):
-    def holds(sides: dict[str, Any]) -> bool:
-        left, right = sides["left"], sides["right"]
-        if left is None or right is None:
-            return False
-        return left >= right if check.relation == ">=" else left <= right
-
-    return holds
-
-
-def _right(check: Check, results: dict[str, Any], seed: int) -> float | None:
-    """The number that the left side is held against, margin included."""
-    if check.right is None:
-        return check.margin
-    value = _number(check.right, results, seed)
-    return None if value is None else value + check.margin
-
-
-def _number(term: Term, results: dict[str, Any], seed: int) -> float | None:
-    wanted = (term.arrangement, term.setting, term.evaluation, seed)
-    keys = ("arrangement", "setting", "evaluation", "seed")
-    points = {row["x"]: row["y"] for row in results["rows"] if tuple(row[key] for key in keys) == wanted}
-    values = [points[x] for x in sorted(points)]
-    if not values:
-        return None
-    if term.measure == "value":
-        return values[term.at]
-    if term.measure == "spread":
-        values = values[term.at :]
-        return statistics.pstdev(values) / statistics.fmean(values)
-    sign = 1 if term.measure == "fall" else -1
-    return max((sign * (a - b) for i, a in enumerate(values) for b in values[i + 1 :]), default=0.0)
+def plan_text(chosen: Sequence[Claim], known: dict[str, Setting], seeds: Sequence[int], cache: Path) -> str:
+    """What claims would train that the cache does not have, with minutes on one thread; trainings that several claims
+    share are counted with the first. Trainings that stop when enough is learnt take less."""
+    lines, counted, total = [f"{'claim':<16}{'trials':>8}{'models':>8}{'minutes':>9}"], set(), 0.0
+    for claim in chosen:
+        if claim.name in OWN:
+            lines.append(f"{claim.name:<16}{'-':>8}{'-':>8}{'?':>9}")
+            continue
+        plan = Plan(study_of((claim,), known, tuple(seeds), ""), cache)
+        trials, jobs = plan.expected()
+        new = [job for job in (*trials, *jobs) if job.digest not in counted and job.result(cache) is None]
+        counted |= {job.digest for job in new}
+        minutes = sum(work.seconds_expected(job) for job in new) / 60
+        total += minutes
+        own = {job.digest for job in jobs}
+        models = len({job.digest for job in new} & own)
+        lines.append(f"{claim.name:<16}{len(new) - models:>8}{models:>8}{minutes:>9.0f}")
+    return "\n".join([*lines, f"{'together':<32}{total:>9.0f}"])
 
 
 def verdict_text(verdict: dict[str, Any]) -> str:
     """The verdict in lines."""
-    lines = [f"{verdict['claim']}: {_word(verdict['holds'])}"]
-    for check in verdict["checks"]:
-        sides = "; ".join(
-            f"seed {side['seed']}: {shown(side['left'])} {check['relation']} {shown(side['right'])}"
-            for side in check["seeds"]
-        )
-        lines.append(f"  {'yes' if check['holds'] else 'no '}  {check['says']} ({sides})")
-    return "\n".join(lines)
+    why = f", since not: {'; '.join(verdict['why'])}" if verdict["why"] else ""
+    return "\n".join([f"{verdict['claim']}: {verdict['verdict']}{why}", *map(_check_text, verdict["checks"])])
+
+
+def _check_text(check: dict[str, Any]) -> str:
+    sign = {HOLDS: "yes", FAILS: "no ", OPEN: "?  "}[check["verdict"]]
+    kind = "" if check["kind"] == "claim" else f"{check['kind']}: "
+    if check["left"] is None:
+        return f"  {sign} {kind}{check['says']} (nothing was measured)"
+    numbers = f"{shown(check['left'])} {check['relation']} {shown(check['right'])}"
+    margin = f"by {shown(check['estimate'])}, 95 % interval {shown(check['low'])} to {shown(check['high'])}"
+    return f"  {sign} {kind}{check['says']} ({numbers}: {margin})"
 
 
 def write_summary(output: Path) -> Path:
@@ -137,28 +117,20 @@ def write_summary(output: Path) -> Path:
         if not path.is_file():
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
-        checks = "; ".join(
-            f"{'yes' if check['holds'] else '**no**'}: {check['says']} ("
-            + ", ".join(f"{shown(side['left'])} {check['relation']} {shown(side['right'])}" for side in check["seeds"])
-            + ")"
-            for check in results["verdict"]["checks"]
-        )
+        checks = "; ".join(_check_text(check).strip() for check in results["verdict"]["checks"])
         seeds = ", ".join(map(str, results["study"]["seeds"]))
-        lines.append(f"| {name} | {claim.here} | {_word(results['verdict']['holds'])} | {checks} | {seeds} |")
+        lines.append(f"| {name} | {claim.here} | {results['verdict']['verdict']} | {checks} | {seeds} |")
     path = output / "summary.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def _word(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
-
-
 def _head(claim: Claim, verdict: dict[str, Any]) -> str:
-    lines = "".join(f"<li>{html.escape(line.strip())}</li>" for line in verdict_text(verdict).splitlines()[1:])
-    style = "holds" if verdict["holds"] else "fails"
+    first, *lines = verdict_text(verdict).splitlines()
+    style = {HOLDS: "holds", FAILS: "fails", OPEN: "open"}[verdict["verdict"]]
     return (
         f"<p>In miniature: {html.escape(claim.here)}</p>"
-        f'<p>It <strong class="{style}">{_word(verdict["holds"])}</strong> at this scale.</p>'
-        f'<ul>{lines}</ul><p class="faint">At full scale: {html.escape(claim.full_scale)}</p>'
+        f'<p><strong class="{style}">{html.escape(first)}</strong> at this scale.</p>'
+        f"<ul>{''.join(f'<li>{html.escape(line.strip())}</li>' for line in lines)}</ul>"
+        f'<p class="faint">At full scale: {html.escape(claim.full_scale)}</p>'
     )

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import platform
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from mosaics.experiments import work
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
 from mosaics.experiments.work import Training, say
+from mosaics.memories.base import named
 
 
 def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
@@ -27,88 +28,222 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
 
     Returns:
         `study` (plain data), `models` (one for each training, with loss and cost; `trial` marks those of the tuning
-        alone), `rows` (arrangement, setting, evaluation, seed, x, y, perhaps low and high), `baselines` and `machine`.
+        alone), `rows` (arrangement, setting, evaluation, seed, x, y, perhaps low, high and scores), `baselines` (rows
+        with setting, evaluation, x and what each simple predictor reaches) and `machine`.
 
     Raises:
         ValueError: an arrangement or a setting is impossible.
     """
-    plan = _Plan(study, cache)
-    trials = list(plan.trials())
-    run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
-    main = list(plan.jobs())
-    run_each(_do, [(job, _asked(job), cache) for job in main], jobs, "model")
-    every = {job.digest: job for job in [*main, *trials]}
+    plan = Plan(study, cache)
+    while trials := plan.trials():  # what is tried next depends on what was found
+        run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
+    main = plan.jobs()
+    run_each(_do, [(job, asked(job), cache) for job in main], jobs, "model")
+    every = {job.digest: job for job in [*main, *plan.tried]}
     kept = {job.digest for job in main}
     return {
         "study": study.model_dump(mode="json"),
-        "models": [_labels(job) | {"trial": key not in kept} | job.result(cache) for key, job in every.items()],
+        "models": [_model(job, cache) | {"trial": key not in kept} for key, job in every.items()],
         "rows": [
             _labels(job) | {"setting": job.setting.shown_as, "evaluation": evaluation.name} | row
             for job in main
             if job.result(cache)["held_out_loss"] is not None
-            for evaluation in _asked(job)
+            for evaluation in asked(job)
             for row in work.evaluate(job, evaluation, cache)
         ],
         "baselines": [
-            {"setting": setting.name, "evaluation": evaluation.name} | work.baselines(evaluation, cache)
+            {"setting": setting.shown_as, "evaluation": evaluation.name} | row
             for setting in study.settings
             for evaluation in setting.evaluations
-            if evaluation.suite == "world" and not evaluation.without and not evaluation.options.get("named_classes")
+            if evaluation.suite == "world" and not (evaluation.without or evaluation.changes or evaluation.stretch)
+            for row in work.baselines(setting.data, evaluation, cache)
         ],
         "machine": machine(),
     }
 
 
-class _Plan:
-    """The trainings of a study; those after the tuning are known once its trials are in the cache."""
+class Plan:
+    """The trainings of a study: first tuning trials, round by round, then all seeds with what was best.
+
+    Attributes:
+        tried: the trials so far.
+    """
 
     def __init__(self, study: Study, cache: Path) -> None:
         self.study, self.cache = study, cache
+        self.tried: list[Training] = []
         for arrangement in study.arrangements:  # whatever is impossible is said before anything is trained
             for setting in study.settings:
                 Training(arrangement, study.arrangements[0], setting, study.seeds[0])
 
-    def trials(self) -> Iterator[Training]:
+    def trials(self) -> list[Training]:
+        """What is to be tried next, in all settings; nothing when the best is known of all."""
+        found = []
         for setting in self.study.settings:
             for arrangement in self.study.arrangements:
-                yield from self._trials(arrangement, setting)
+                missing, _ = self._tuned(arrangement, setting)
+                found += [job for job in missing if job.digest not in {other.digest for other in found}]
+        self.tried += found
+        return found
 
-    def jobs(self) -> Iterator[Training]:
+    def expected(self) -> tuple[list[Training], list[Training]]:
+        """The trials and trainings to come, as far as can be said before the trials."""
+        trials = []
         for setting in self.study.settings:
-            for seed in self.study.seeds:
-                for arrangement in self.study.arrangements:
-                    yield self._job(arrangement, setting, seed)
+            for arrangement in self.study.arrangements:
+                axes, seed = _axes(arrangement, setting), self.study.seeds[0]
+                start = None if setting.start is None else self.job(arrangement, setting.start, seed)
+                trials += [
+                    self._training(
+                        arrangement, setting, seed, _first(axes) | {axis: value}, start, setting.tuning_steps
+                    )
+                    for axis, values in axes.items()
+                    for value in values
+                ]
+        return trials, self.jobs()
 
-    def _trials(self, arrangement: Arrangement, setting: Setting) -> list[Training]:
-        if setting.start is not None:  # what goes on from another training is not tuned itself
-            return self._trials(arrangement, setting.start)
-        rates = setting.learning_rates if len(setting.learning_rates) > 1 else ()
-        return [self._training(arrangement, setting, self.study.seeds[0], rate) for rate in rates]
+    def jobs(self) -> list[Training]:
+        """All seeds of all arrangements in all settings, with what was best."""
+        return [
+            self.job(arrangement, setting, seed)
+            for setting in self.study.settings
+            for seed in self.study.seeds
+            for arrangement in self.study.arrangements
+        ]
 
-    def _job(self, arrangement: Arrangement, setting: Setting, seed: int) -> Training:
-        if setting.start is not None:
-            start = self._job(arrangement, setting.start, seed)
-            return self._training(arrangement, setting, seed, None, start)
-        trials = self._trials(arrangement, setting)
-        if trials:
-            losses = [trial.result(self.cache)["held_out_loss"] for trial in trials]
-            best = min(range(len(trials)), key=lambda i: math.inf if losses[i] is None else losses[i])
-            rate = setting.learning_rates[best]
+    def job(self, arrangement: Arrangement, setting: Setting, seed: int) -> Training:
+        """One of them."""
+        start = None if setting.start is None else self.job(arrangement, setting.start, seed)
+        _, best = self._tuned(arrangement, setting)
+        return self._training(arrangement, setting, seed, best, start)
+
+    def _tuned(self, arrangement: Arrangement, setting: Setting) -> tuple[list[Training], dict[str, Any]]:
+        """Trials that are missing, and the best variant so far."""
+        axes = _axes(arrangement, setting)
+        if setting.start is not None:  # the rate of fine-tuning is tuned by itself, on what the first seed began with
+            missing, _ = self._tuned(arrangement, setting.start)
+            if missing:
+                return missing, {}
+            start = self.job(arrangement, setting.start, self.study.seeds[0])
+            if start.result(self.cache) is None:
+                return ([start] if any(len(values) > 1 for values in axes.values()) else []), _first(axes)
         else:
-            rate = next(iter(setting.learning_rates), None)
-        return self._training(arrangement, setting, seed, rate)
+            start = None
 
-    def _training(self, arrangement, setting, seed, rate, start=None) -> Training:
-        return Training(arrangement, self.study.arrangements[0], setting, seed, rate, start)
+        def trial(variant: dict[str, Any]) -> Training:
+            return self._training(arrangement, setting, self.study.seeds[0], variant, start, setting.tuning_steps)
+
+        def score(variant: dict[str, Any]) -> tuple[float, ...] | None:
+            result = trial(variant).result(self.cache)
+            return None if result is None else merit(setting, result)
+
+        missing, best = next_trials(axes, score, setting.beyond)
+        return [trial(variant) for variant in missing], best
+
+    def _training(self, arrangement, setting, seed, variant, start=None, steps=None) -> Training:
+        return Training(arrangement, self.study.arrangements[0], setting, seed, variant, start, steps)
 
 
-def _asked(job: Training) -> tuple[Evaluation, ...]:
-    """The evaluations that make sense for an arrangement: memories can only be taken out where they are."""
-    from mosaics.models import PRESETS
+def _axes(arrangement: Arrangement, setting: Setting) -> dict[str, tuple[Any, ...]]:
+    """What is tried for an arrangement: options of memories only where it has them."""
+    from mosaics.models import PRESETS, MosaicConfig
 
-    blocks = PRESETS[job.arrangement.preset]["blocks"]
-    has = {memory["type"] for group in blocks for step in group["steps"] for memory in step}
-    return tuple(evaluation for evaluation in job.setting.evaluations if set(evaluation.without) <= has)
+    if arrangement.preset not in PRESETS:
+        return {}
+    plain, axes = MosaicConfig.from_preset(arrangement.preset), setting.tuning | arrangement.tuning
+    if not setting.tuning:  # nothing is tried
+        axes = {key: values[:1] for key, values in axes.items()}
+    return {key: v for key, v in axes.items() if not key.startswith("model.") or plain.has(key.partition(".")[2])}
+
+
+def _first(axes: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {axis: values[0] for axis, values in axes.items()}
+
+
+def merit(setting: Setting, result: dict[str, Any]) -> tuple[float, ...]:
+    """What trials are ranked by, the lowest first: the steps until enough was learnt; of those that did not, how much
+    was (the mean of the last three probes); without probes the loss on held-out rows. One that diverged is the last."""
+    loss = result["held_out_loss"]
+    if loss is None:
+        return (math.inf, math.inf)
+    if setting.probe is None or setting.probe.enough is None:
+        return (0.0, loss)
+    steps = work.steps_to_enough(setting, result["probes"])
+    if steps is not None:
+        return (0.0, steps, loss)
+    last = [value for *_, value in result["probes"][-3:]] or [0.0]
+    falls = setting.data.corpus is not None
+    return (1.0, sum(last) / len(last) * (1 if falls else -1), loss)
+
+
+def next_trials(
+    axes: dict[str, tuple[Any, ...]], score: Callable[[dict[str, Any]], tuple[float, ...] | None], beyond: int = 0
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What is to be tried next, one key after the other, and the best of what is known.
+
+    After the last key, the neighbours of the best of the first are tried once more, with the best of the others.
+
+    Args:
+        axes: values by key; what is not being tried has the best value so far, at first the first one.
+        score: of a variant, the lower the better; None if it was not tried.
+        beyond: how many further values of `training.learning_rate` may be tried, by factors of 2.
+
+    Returns:
+        Variants (nothing when all is known) and the best one.
+    """
+    best = _first(axes)
+    for again in (False, True):
+        for axis, values in axes.items():
+            if again and axis != next(iter(axes)):
+                break
+            values, more = list(values), beyond if axis == "training.learning_rate" else 0
+            if again:
+                values = sorted({*values, best[axis]}) if more or all(map(_is_number, values)) else values
+                place = values.index(best[axis])
+                values = values[max(0, place - 1) : place + 2]
+            while True:
+                tried = [best | {axis: value} for value in values]
+                missing = [variant for variant in tried if score(variant) is None]
+                if missing:
+                    return missing, best
+                top = min(tried, key=score)
+                edge = {min(values, key=_rank): 0.5, max(values, key=_rank): 2.0}.get(top[axis])
+                if again or more == 0 or edge is None or len(values) < 2:
+                    break
+                values, more = [*values, top[axis] * edge], more - 1
+            best = top
+    return [], best
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rank(value: Any) -> float:
+    return value if _is_number(value) else math.nan
+
+
+def asked(job: Training) -> tuple[Evaluation, ...]:
+    """The evaluations that make sense for an arrangement: memories and options are only taken out or changed where they
+    are."""
+    from mosaics.models import MosaicConfig
+
+    plain = MosaicConfig.from_preset(job.arrangement.preset)
+    names = {name for steps in plain.block_steps() for name, _ in named(steps)}
+    return tuple(
+        evaluation
+        for evaluation in job.setting.evaluations
+        if set(evaluation.without) <= names
+        and all(map(plain.has, evaluation.changes))
+        and (evaluation.stretch is None or plain.has("rotary_scaling"))
+        and (not evaluation.only or job.arrangement.label in evaluation.only)
+    )
+
+
+def _model(job: Training, cache: Path) -> dict[str, Any]:
+    """What is known of a trained model; `enough_at` is the step at which it had learnt enough, if it ever did."""
+    result = job.result(cache)
+    return _labels(job) | result | {"enough_at": work.steps_to_enough(job.setting, result["probes"])}
 
 
 def _labels(job: Training) -> dict[str, Any]:

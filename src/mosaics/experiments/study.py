@@ -31,6 +31,8 @@ class Arrangement(Part):
         overrides: options that differ from the setting's.
         fixed_delay: train with the delay of evaluation, and not with drawn ones.
         match: `parameters` or `flops`: adjust the persistent memory to those of the first arrangement.
+        tuning: what is tried for this arrangement alone, beside what the setting tries (see `Setting.tuning`); in a
+            setting that tries nothing, it has the first of the values.
     """
 
     label: str
@@ -38,6 +40,7 @@ class Arrangement(Part):
     overrides: dict[str, Any] = Field(default_factory=dict)
     fixed_delay: bool = False
     match: Literal["parameters", "flops"] | None = "parameters"
+    tuning: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
 
 
 class Data(Part):
@@ -46,24 +49,26 @@ class Data(Part):
     Attributes:
         world: a task of the synthetic worlds, or `mixed`.
         loss: of a world: `answers` counts the tokens that answer a question, `all` every one.
-        named_classes: whether the classes of the world `in-context-learning` have names that mean something.
         settings: further ones of `World.episode`.
+        curriculum: of a world: (steps, length) pairs: shorter rows for so many steps each, before those of full length.
         corpus: text, as `mosaics prepare` takes it.
         field: field of .jsonl records.
         vocabulary_size: of the tokenizer that is trained on the text.
-        validation: share of documents that is held out.
+        validation: share of documents that is held out, for tuning; or another corpus of such documents.
+        test: the corpus that trained models are asked about; None: the documents that are held out for tuning.
         long_documents: whether documents longer than the context are split or truncated.
         automata: of RegBench, a sequence each.
     """
 
     world: str | None = None
     loss: Literal["answers", "all"] = "answers"
-    named_classes: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
+    curriculum: tuple[tuple[int, int], ...] = ()
     corpus: str | None = None
     field: str = "text"
     vocabulary_size: int = 2048
-    validation: float = 0.05
+    validation: float | str = 0.05
+    test: str | None = None
     long_documents: Literal["split", "truncate"] = "split"
     automata: int | None = None
 
@@ -84,6 +89,9 @@ class Evaluation(Part):
             `regbench-variation`.
         options: of the suite.
         without: memories that are taken out first.
+        changes: options of the config that are changed first, such as `long_term.delay`.
+        stretch: `linear` or `yarn`: rotary positions are stretched to each length beyond the training length.
+        only: labels of the arrangements that are asked; empty: all that have the memories and options named above.
         beside: points (x, y) by label that were published, for the plot and the table; they decide nothing.
     """
 
@@ -92,7 +100,25 @@ class Evaluation(Part):
     suite: Literal["world", "perplexity", "attention", "regbench", "regbench-variation"] = "world"
     options: dict[str, Any] = Field(default_factory=dict)
     without: tuple[str, ...] = ()
+    changes: dict[str, Any] = Field(default_factory=dict)
+    stretch: Literal["linear", "yarn"] | None = None
+    only: tuple[str, ...] = ()
     beside: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
+
+
+class Probe(Part):
+    """What is measured while a model is trained, and when it has learnt enough.
+
+    Attributes:
+        every: optimisation steps.
+        rows: new rows of the training side that are asked about: the share of right answers in percent, or on text the
+            loss in nats per token.
+        enough: training stops when two probes in a row are at least this (on text: at most); None: at its last step.
+    """
+
+    every: int = Field(50, ge=1)
+    rows: int = Field(64, ge=1)
+    enough: float | None = None
 
 
 class Setting(Part):
@@ -101,10 +127,14 @@ class Setting(Part):
     Attributes:
         name: unique in its study.
         data: what is trained on.
-        model: sizes; options of memories (window, delay ...) go to the arrangements that have them.
+        model: sizes; options of memories (`short_term.window` ...) go to the arrangements that have them.
         training: keys of a recipe's section `training`.
-        learning_rates: the tuning trials of every arrangement: each is trained on the first seed with all of them, and
-            all seeds with the best on held-out rows. Empty: that of `training`.
+        probe: what is measured meanwhile.
+        tuning: what is tried for every arrangement, by dotted key (`training.learning_rate`, `model....`): one key
+            after the other with the best values so far, the first of the values to begin with; on the first seed. All
+            seeds get the best: that which soonest learnt enough, or else has the lowest loss on held-out rows.
+        beyond: how many further learning rates are tried, by factors of 2, while the best is the largest or smallest.
+        tuning_steps: of the trials; None: as many as the training has.
         evaluations: what the trained models are asked.
         start: another setting, whose trained models this one goes on from.
         series: settings of one series are shown as one: what they are asked has one plot, in which each has its own x.
@@ -114,7 +144,10 @@ class Setting(Part):
     data: Data
     model: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
-    learning_rates: tuple[float, ...] = ()
+    probe: Probe | None = None
+    tuning: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    beyond: int = 0
+    tuning_steps: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
     start: Setting | None = None
     series: str | None = None

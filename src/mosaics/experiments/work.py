@@ -24,6 +24,7 @@ from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, di
 
 CHECKPOINT_SECONDS = 120
 HELD_OUT_ROWS = 64
+SPEED = 2e10  # operations a second of a thread, in training of small models
 
 
 def say(text: str) -> None:
@@ -32,11 +33,20 @@ def say(text: str) -> None:
 
 
 class Training:
-    """One model to be trained: an arrangement in a setting, with a seed and a learning rate.
+    """One model to be trained: an arrangement in a setting, with a seed and a variant.
 
     Attributes:
         recipe: model, optimisation and seed as the training package takes them.
         digest: of all that decides the trained model.
+
+    Args:
+        arrangement: the arrangement.
+        first: that of the study that it is matched to.
+        setting: the setting.
+        seed: of everything.
+        variant: values by dotted key, in the place of those of setting and arrangement.
+        start: the training that this one goes on from.
+        steps: in the place of the setting's.
 
     Raises:
         ValueError: impossible sizes, or an arrangement that can't be matched.
@@ -48,27 +58,34 @@ class Training:
         first: Arrangement,
         setting: Setting,
         seed: int,
-        learning_rate: float | None = None,
+        variant: dict[str, Any] | None = None,
         start: Training | None = None,
+        steps: int | None = None,
     ) -> None:
         from mosaics.training import make_recipe
 
         self.arrangement, self.setting, self.seed, self.start = arrangement, setting, seed, start
-        training = setting.training | ({} if learning_rate is None else {"learning_rate": learning_rate})
+        self.variant = variant or {}
+        training = setting.training | ({} if steps is None else {"steps": steps})
+        training |= {k.partition(".")[2]: v for k, v in self.variant.items() if k.startswith("training.")}
         sizes = _matched_sizes(arrangement, first, setting)
+        sizes |= {k.partition(".")[2]: v for k, v in self.variant.items() if k.startswith("model.") and v is not None}
         model = {"preset": arrangement.preset, **sizes}
         self.recipe = make_recipe({"seed": seed, "model": model, "training": training}, setting.name)
         resolved = self.recipe.resolved()
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
         decides |= {"world": _sample(setting.data.world, setting.data.automata is not None), "version": __version__}
+        if setting.probe is not None:
+            decides["probe"] = setting.probe.digest()
         if _is_prepared(setting.data):
             decides["prepared"] = digest((Path(setting.data.corpus) / "manifest.json").read_text(encoding="utf-8"))
         self.digest = digest(decides)
 
     def __str__(self) -> str:
-        rate = self.recipe.training.learning_rate
-        return f"{self.setting.name} · {self.arrangement.label} · seed {self.seed} · learning rate {rate:g}"
+        variant = {"training.learning_rate": self.recipe.training.learning_rate} | self.variant
+        about = ", ".join(f"{k.partition('.')[2].replace('_', ' ')} {_brief(v)}" for k, v in variant.items())
+        return f"{self.setting.name} · {self.arrangement.label} · seed {self.seed} · {about}"
 
     def folder(self, cache: Path) -> Path:
         """Where the trained model lies."""
@@ -80,17 +97,22 @@ class Training:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def _brief(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "as published" if value is None else str(value)
+
+
 def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
     """The configuration before matching; options of memories that it does not have are left out."""
     import mosaics
 
     plain = mosaics.MosaicConfig.from_preset(arrangement.preset)
     sizes = {key: value for key, value in setting.model.items() if hasattr(plain, key)} | arrangement.overrides
-    if arrangement.fixed_delay:
-        sizes["train_delay"] = [sizes.get("delay", plain.delay)] * 2
     context = setting.training.get("context_length", 512)
     known = {"vocab_size": vocabulary, "max_position_embeddings": context}
     config = mosaics.MosaicConfig.from_preset(arrangement.preset, **known | sizes)
+    if arrangement.fixed_delay:
+        sizes["long_term.train_delay"] = [getattr(config, "long_term.delay")] * 2
+        config = mosaics.MosaicConfig.from_preset(arrangement.preset, **known | sizes)
     return config, sizes
 
 
@@ -103,6 +125,9 @@ def _vocabulary(data: Data) -> int:
     return (RegBenchStream if data.world is None else WorldStream).vocab_size
 
 
+_widths: dict[str, int] = {}  # of twins, which take seconds to be found
+
+
 def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
     config, sizes = _config(arrangement, setting, _vocabulary(setting.data))
     if arrangement.match is None or arrangement == first:
@@ -111,7 +136,10 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
 
     other, _ = _config(first, setting, _vocabulary(setting.data))
     option = width_option(config)
-    return sizes | {option: getattr(matched(config, other, by=arrangement.match), option)}
+    key = digest([config.to_diff_dict(), other.to_diff_dict(), arrangement.match])
+    if key not in _widths:
+        _widths[key] = getattr(matched(config, other, by=arrangement.match), option)
+    return sizes | {option: _widths[key]}
 
 
 @lru_cache
@@ -129,15 +157,18 @@ class Source:
     """The rows of a setting: `train` and `held_out` offer `batch(first, count)`; and their tokenizer."""
 
     def __init__(self, data: Data, context_length: int, seed: int, cache: Path) -> None:
+        self._of_step = []
         if data.world is not None:
             from mosaics.data.worlds import World, WorldStream, world_tokenizer
-            from mosaics.experiments.labels import NamedClasses
 
-            world, stream = World(0), NamedClasses if data.named_classes else WorldStream
-            more = {"loss": data.loss, **data.settings}
-            self.train = stream(world, data.world, context_length, seed=seed, **more)
-            self.held_out = stream(world, data.world, context_length, seed=seed + 1_000_000, **more)
+            world, more = World(0), {"loss": data.loss, **data.settings}
+            self.train = WorldStream(world, data.world, context_length, seed=seed, **more)
+            self.held_out = WorldStream(world, data.world, context_length, seed=seed + 1_000_000, **more)
             self.tokenizer = world_tokenizer()
+            last = 0
+            for steps, length in data.curriculum:
+                last += steps
+                self._of_step.append((last, WorldStream(world, data.world, length, seed=seed, **more)))
             return
         if data.automata is not None:
             from mosaics.data.regbench import HELD_OUT, RegBenchStream, regbench_tokenizer
@@ -153,6 +184,10 @@ class Source:
         self.train = PackedDataset(folder, "train", context_length, seed=seed, **options)
         self.held_out = PackedDataset(folder, "validation", context_length, **options)
         self.tokenizer = PreparedCorpus(folder).tokenizer()
+
+    def at(self, step: int):
+        """The rows that a step, counted from 1, is trained on."""
+        return next((rows for last, rows in self._of_step if step <= last), self.train)
 
 
 def _is_prepared(data: Data) -> bool:
@@ -170,7 +205,10 @@ def prepared(data: Data, cache: Path) -> Path:
         if not (folder / "manifest.json").is_file():
             say(f"preparing {data.corpus}")
             corpus = open_corpus(data.corpus, field=data.field)
-            shares = {"vocab_size": data.vocabulary_size, "validation": data.validation}
+            held_out = data.validation
+            if isinstance(held_out, str):
+                held_out = open_corpus(held_out, field=data.field)
+            shares = {"vocab_size": data.vocabulary_size, "validation": held_out}
             prepare(corpus, folder, **shares, show_progress=sys.stderr.isatty())
     return folder
 
@@ -179,9 +217,9 @@ def train(job: Training, cache: Path) -> dict[str, Any]:
     """Train a model unless the cache has it; an interrupted training goes on from its last checkpoint.
 
     Returns:
-        `parameters`, `flops_per_token`, `learning_rate`, `steps`, `tokens`, `seconds` (of training), `held_out_loss`
-        (nats per counted target at the training length; None if the training diverged, with the reason in `error`) and
-        `curve` (step, loss).
+        `parameters`, `flops_per_token`, `learning_rate`, `variant`, `steps`, `tokens`, `seconds` (of training),
+        `held_out_loss` (nats per counted target at the training length; None if the training diverged, with the reason
+        in `error`), `curve` (step, loss) and `probes` (step, seconds of training, what was measured).
     """
     if job.start is not None:
         train(job.start, cache)
@@ -212,7 +250,8 @@ def adopt(job: Training, run: Path, cache: Path) -> None:
         seconds = ((line["tokens"] - b) / line["tokens_per_second"] for line, b in zip(steps, before, strict=False))
         curve = [[line["step"], round(line["loss"], 4)] for line in steps]
         _keep(folder, model, tokenizer)
-        write_json(folder / "training.json", result | {"seconds": round(sum(seconds), 1), "curve": curve})
+        result |= {"seconds": round(sum(seconds), 1), "curve": curve, "probes": []}
+        write_json(folder / "training.json", result)
 
 
 def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
@@ -238,21 +277,26 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
         load_model(model, job.start.folder(cache) / "model" / "model.safetensors", device=str(device))
     optimizer = make_optimizer(model.train(), training)
     newest, _ = newest_checkpoint(folder / "checkpoints")
-    state = load_checkpoint(newest, model, optimizer) if newest else {"step": 0, "seconds": 0.0, "curve": []}
+    fresh = {"step": 0, "seconds": 0.0, "curve": [], "probes": []}
+    state = load_checkpoint(newest, model, optimizer) if newest else fresh
     result = _figures(job, model, device, dtype)
-    clock, before = time.monotonic(), state["seconds"]
-    saved = told = clock
+    saved = told = time.monotonic()
     try:
         if lost:
             raise NonFinite("the training that this one goes on from diverged")
-        for step in range(state["step"] + 1, training.steps + 1):
-            done = optimisation_step(model, optimizer, source.train, recipe, step, dtype)
+        while state["step"] < training.steps and not _knows_enough(job, state["probes"]):
+            clock, step = time.monotonic(), state["step"] + 1
+            done = optimisation_step(model, optimizer, source.at(step), recipe, step, dtype)
             now = time.monotonic()
-            state["step"], state["seconds"] = step, before + now - clock
+            state["step"], state["seconds"] = step, state["seconds"] + now - clock
             state["curve"].append([step, round(done.loss, 4)])
+            if job.setting.probe is not None and step % job.setting.probe.every == 0:
+                found = _probe(model, source.held_out, job, dtype)
+                state["probes"].append([step, round(state["seconds"], 2), found])
             if now - told > 10 or step == training.steps:
                 left = state["seconds"] / step * (training.steps - step)
-                say(f"{job}: step {step}/{training.steps}, loss {done.loss:.3f}, {left:.0f} s left")
+                known = f", {state['probes'][-1][2]:.3g}" if state["probes"] else ""
+                say(f"{job}: step {step}/{training.steps}, loss {done.loss:.3f}{known}, {left:.0f} s left")
                 told = now
             if now - saved > CHECKPOINT_SECONDS and step < training.steps:
                 save_checkpoint(folder / "checkpoints", step, model, optimizer, state)
@@ -263,10 +307,32 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
         say(f"{job}: {error}")
         result |= {"held_out_loss": None, "error": str(error)}
     every = max(1, len(state["curve"]) // 200)
+    lengths = [source.at(step).context_length for step in range(1, state["step"] + 1)]
+    result |= {"steps": state["step"], "tokens": training.batch_size * sum(lengths), "probes": state["probes"]}
     result |= {"seconds": round(state["seconds"], 1), "curve": state["curve"][::every]}
     write_json(folder / "training.json", result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+_flops: dict[str, float] = {}
+
+
+def seconds_expected(job: Training) -> float:
+    """How long a training of all its steps takes on one thread, roughly."""
+    import torch
+
+    from mosaics import MosaicForCausalLM
+    from mosaics.training.setup import build_config
+
+    config = build_config(job.recipe)
+    config.vocab_size = _vocabulary(job.setting.data)
+    key = digest([config.to_diff_dict(), job.recipe.training.context_length])
+    if key not in _flops:
+        with torch.device("meta"):
+            model = MosaicForCausalLM(config)
+        _flops[key] = model.describe(job.recipe.training.context_length)["flops_per_token"]
+    return 3 * _flops[key] * job.recipe.training.steps * job.recipe.tokens_per_step / SPEED
 
 
 def _figures(job: Training, model, device, dtype) -> dict[str, Any]:
@@ -277,6 +343,7 @@ def _figures(job: Training, model, device, dtype) -> dict[str, Any]:
         "parameters": figures["parameters"]["total"],
         "flops_per_token": figures["flops_per_token"],
         "learning_rate": training.learning_rate,
+        "variant": job.variant,
         "steps": training.steps,
         "tokens": training.steps * job.recipe.tokens_per_step,
         "hardware": f"{device.type}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}",
@@ -291,7 +358,9 @@ def _keep(folder: Path, model, tokenizer) -> None:
     temporary.rename(folder / "model")
 
 
-def _held_out_loss(model, data, batch_size: int, dtype) -> float:
+def _held_out_loss(
+    model, data, batch_size: int, dtype, count_rows: int = HELD_OUT_ROWS, training: bool = False
+) -> float:
     import torch
 
     from mosaics.models import count_targets
@@ -300,45 +369,106 @@ def _held_out_loss(model, data, batch_size: int, dtype) -> float:
     total = count = 0.0
     model.eval()
     inputs = ("input_ids", "document_ids", "attention_mask", "labels")
-    for first in range(0, HELD_OUT_ROWS, batch_size):
-        rows = data.batch(first, min(batch_size, HELD_OUT_ROWS - first))
+    for first in range(0, count_rows, batch_size):
+        rows = data.batch(first, min(batch_size, count_rows - first))
         rows = {key: rows[key].to(model.device) for key in inputs if rows[key] is not None}
         targets = int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"]))
         with torch.no_grad(), autocast(model.device, dtype):
             total += float(model(**rows, use_cache=False).loss) * targets
         count += targets
+    model.train(training)
     loss = total / max(count, 1)
     return loss if math.isfinite(loss) else None
+
+
+def _probe(model, data, job: Training, dtype) -> float:
+    """The share of right answers in percent on held-out rows, or on text the loss in nats per token."""
+    import torch
+
+    from mosaics.training.setup import autocast
+
+    probe, size = job.setting.probe, job.recipe.training.batch_size
+    if job.setting.data.corpus is not None:
+        return round(_held_out_loss(model, data, size, dtype, probe.rows, training=True) or math.inf, 4)
+    right = asked = 0
+    model.eval()
+    for first in range(0, probe.rows, size):
+        rows = data.batch(first, min(size, probe.rows - first))
+        ids, where = rows["input_ids"].to(model.device), rows["answers"][:, 1:]
+        with torch.no_grad(), autocast(model.device, dtype):
+            said = model(ids, use_cache=False).logits[:, :-1].argmax(-1).cpu()
+        right += int((said == rows["input_ids"][:, 1:])[where].sum())
+        asked += int(where.sum())
+    model.train()
+    return round(100 * right / asked, 2)
+
+
+def _knows_enough(job: Training, probes: list[list[float]]) -> bool:
+    return steps_to_enough(job.setting, probes) is not None
+
+
+def steps_to_enough(setting: Setting, probes: list[list[float]]) -> int | None:
+    """The step of the first of two probes in a row that are good enough; None if there are none."""
+    probe = setting.probe
+    if probe is None or probe.enough is None:
+        return None
+    falls = setting.data.corpus is not None
+    good = [value <= probe.enough if falls else value >= probe.enough for _, _, value in probes]
+    return next((probes[i][0] for i in range(len(good) - 1) if good[i] and good[i + 1]), None)
 
 
 def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
     """Ask a trained model, unless the cache has its answers.
 
     Returns:
-        Rows with `x` (tokens, shots, multiple of the training length ...), `y`, and where there is one the interval
-        `low`, `high`.
+        Rows with `x` (tokens, shots, multiple of the training length ...), `y`, where there is one the interval `low`,
+        `high`, and the `scores` of single examples, in an order that is the same for all models; so many after the
+        other as `groups` says belong together: questions about one context, or stretches of one document.
 
     Raises:
         ValueError: the model's training diverged, or it has no such memory to take out.
     """
+    if evaluation.stretch is None:
+        return _asked(job, evaluation, evaluation.options, evaluation.changes, cache)
+    rows, length = [], _length(job)
+    for point in evaluation.options["lengths"]:
+        stretched = {"rotary_scaling": evaluation.stretch, "rotary_factor": float(max(1.0, point / length))}
+        changes = evaluation.changes | stretched | {"rotary_trained_length": length}
+        rows += _asked(job, evaluation, evaluation.options | {"lengths": [point]}, changes, cache)
+    return rows
+
+
+def _asked(
+    job: Training, evaluation: Evaluation, options: dict[str, Any], changes: dict[str, Any], cache: Path
+) -> list[dict[str, Any]]:
     from mosaics.experiments.questions import SUITES
 
     suite, table, x, y = SUITES[evaluation.suite]
-    options = dict(evaluation.options)
-    if "data" in suite.model_fields:  # it asks about text
-        options = {"data": str(prepared(job.setting.data, cache)), "training_length": _length(job)} | options
     sample = _sample(options.get("task"), "automata" in suite.model_fields)
-    key = digest([suite.name, evaluation.options, evaluation.without, sample])
+    key = digest([suite.name, options, evaluation.without, changes, job.setting.data.test, sample])
+    if "data" in suite.model_fields:  # it asks about text
+        text = job.setting.data.test or str(prepared(job.setting.data, cache))
+        options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)} | options
     with _locked(job.folder(cache) / "evaluations" / key) as folder:
         if not (folder / "results.json").is_file():
             say(f"{job}: asking {evaluation.name}")
             from mosaics.evaluation import evaluate as ask
 
-            scorer = _scorer(job.folder(cache) / "model", evaluation.without)
+            scorer = _scorer(job.folder(cache) / "model", evaluation.without, json.dumps(changes))
             more = {"without": list(evaluation.without)} if evaluation.without else None
             ask(suite(**options), scorer, folder, model=str(job), more_settings=more)
-        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["summary"]["tables"][table]
-    return [{"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row} for row in rows]
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    parts: dict[Any, dict[str, list[float]]] = {}
+    for example in found["examples"]:
+        meta = example["meta"]
+        here = parts.setdefault(meta.get("x", meta.get("multiple")), {})
+        here.setdefault(str(meta.get("episode", meta.get("document"))), []).append(example["score"])
+    rows = []
+    for row in found["summary"]["tables"][table]:
+        rows.append({"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row})
+        if groups := list(parts.get(row[x], {}).values()):
+            rows[-1] |= {"scores": [s for group in groups for s in group], "groups": list(map(len, groups))}
+    return rows
 
 
 def _length(job: Training) -> int:
@@ -347,37 +477,54 @@ def _length(job: Training) -> int:
 
 
 @lru_cache(maxsize=1)
-def _scorer(folder: Path, without: tuple[str, ...]):
+def _scorer(folder: Path, without: tuple[str, ...], changes: str):
     import transformers
 
+    from mosaics import MosaicConfig, MosaicForCausalLM
     from mosaics.evaluation import Scorer
+    from mosaics.evaluation.scorer import place
+    from mosaics.models.loading import load_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
-    return Scorer.load(folder, without=without)
+    config = MosaicConfig.from_pretrained(folder)
+    for key, value in json.loads(changes).items():
+        setattr(config, key, value)
+    model = place(MosaicForCausalLM.from_pretrained(folder, config=config).eval(), "auto", "float32", without)
+    return Scorer(model, load_tokenizer(folder))
 
 
-def baselines(evaluation: Evaluation, cache: Path) -> dict[str, float]:
-    """Accuracy in percent of what looks at last words or counts words only, at the evaluation's first point."""
-    from mosaics.data.worlds import World, baseline_accuracies
+def baselines(data: Data, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
+    """What simple predictors reach on the same questions, at every point.
 
-    path = cache / "baselines" / f"{digest(evaluation.options)}.json"
+    Returns:
+        For each point `x`, `chance` and the accuracy of each of `mosaics.data.worlds.predictors`, in percent.
+    """
+    from mosaics.data.worlds import World, predictors
+    from mosaics.experiments.questions import WorldQuestions
+
+    path = cache / "baselines" / f"{digest([evaluation.options, data.settings])}.json"
     if not path.is_file():
-        options = evaluation.options
-        key = "shots" if options.get("shots") else "length"
-        point = {key: (options.get("shots") or options["lengths"])[0]}
-        if options.get("facts") is not None:
-            point["facts"] = options["facts"]
-        task, samples = options["task"], options.get("samples", 64)
-        found = baseline_accuracies(World(options.get("seed", 0)), task, examples=samples, **point)
-        write_json(path, {name: 100 * value for name, value in found.items()})
+        suite = WorldQuestions(**evaluation.options)
+        able = predictors(World(suite.seed), suite.task, **data.settings)
+        found: dict[Any, dict[str, list[float]]] = {}
+        for x, example in suite.asked():
+            here = found.setdefault(x, {"chance": []})
+            here["chance"].append(1 / len(example.choices))
+            for name, predictor in able.items():
+                here.setdefault(name, []).append(predictor.predict(example) == example.answer)
+        rows = [
+            {"x": x} | {name: round(100 * sum(values) / len(values), 2) for name, values in here.items()}
+            for x, here in found.items()
+        ]
+        write_json(path, rows)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all."""
+def write_json(path: Path, values: Any, text: str | None = None) -> None:
+    """Write a JSON file whole or not at all; `text` is another form of the values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(text or json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -225,6 +225,10 @@ class MosaicConfig(PreTrainedConfig):
         """What transformers' caches make for each block."""
         return ["mosaic"] * self.num_hidden_layers
 
+    def has(self, key: str) -> bool:
+        """Whether there is a setting of the config, or an option of its memories, of that name (`name.option`)."""
+        return key in _FIELDS or key in _option_keys(self.blocks)
+
     def block_steps(self) -> list[list[list[dict[str, Any]]]]:
         """The steps of every block, groups written out."""
         return [group["steps"] for group in self.blocks for _ in range(group["repeat"])]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _MOST_VALUES = 10_000
 
@@ -23,21 +23,28 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """A preset's name; every further key is an override that `MosaicConfig.from_preset` checks."""
+    """A preset's name; every further key is an override that `MosaicConfig.from_preset` checks: `name.option`, or a
+    mapping under a memory's name, is about the memories of that name."""
 
     model_config = ConfigDict(extra="allow")
 
     preset: str = "memory-mosaics-v2-tiny"
 
-    def overrides(self) -> dict[str, Any]:
-        """The keys beside `preset`; those of a memory (a mapping under its name) as `name.option`."""
-        found = {}
-        for key, value in (self.model_extra or {}).items():
-            if isinstance(value, dict):
-                found |= {f"{key}.{option}": inner for option, inner in value.items()}
-            else:
-                found[key] = value
+    @model_validator(mode="before")
+    @classmethod
+    def _qualified(cls, values: Any) -> Any:
+        """Options of a memory, a mapping under its name, as `name.option`."""
+        if not isinstance(values, dict):
+            return values
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            inner = {f"{key}.{option}": v for option, v in value.items()} if isinstance(value, dict) else {key: value}
+            found |= inner
         return found
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys beside `preset`."""
+        return dict(self.model_extra or {})
 
 
 class DataSection(_Section):

@@ -1,6 +1,6 @@
 """Synthetic worlds with three separable kinds of knowledge, and recall."""
 
-from mosaics.data.worlds.baselines import LastWords, WordCounts, baseline_accuracies
+from mosaics.data.worlds.baselines import LastWords, NearestExamples, WordCounts, baseline_accuracies, predictors
 from mosaics.data.worlds.documents import open_world
 from mosaics.data.worlds.stream import WorldStream
 from mosaics.data.worlds.vocabulary import world_tokenizer
@@ -11,6 +11,7 @@ __all__ = [
     "TASKS",
     "Episode",
     "LastWords",
+    "NearestExamples",
     "Question",
     "WordCounts",
     "World",
@@ -18,5 +19,6 @@ __all__ = [
     "WorldStream",
     "baseline_accuracies",
     "open_world",
+    "predictors",
     "world_tokenizer",
 ]

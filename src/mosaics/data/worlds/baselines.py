@@ -91,6 +91,49 @@ class LabelledCounts:
         return max(example.choices, key=score)
 
 
+class NearestExamples:
+    """Labels of the examples in the prompt that have most words in common with the question: a majority of `count`, the
+    nearer first.
+
+    Args:
+        count: k.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def predict(self, example: WorldExample) -> str:
+        """The choice."""
+        asked, found = Counter(example.question.split()), []
+        for sentence in example.context.split(" . "):
+            *words, label = sentence.removesuffix(" .").split() or [""]
+            if label in example.choices:
+                shared = (asked & Counter(words)).total()
+                found.append((shared, len(found), label))  # of equal ones, the latest
+        nearest = [label for *_, label in sorted(found, reverse=True)[: self.count]]
+        return max(nearest, key=lambda label: (nearest.count(label), -nearest.index(label)), default=example.choices[0])
+
+
+def predictors(world: World, task: str, training_episodes: int = 500, **settings) -> dict[str, object]:
+    """What a model's answers are held against: each offers `predict(example)`. The first two have no memory for what
+    goes with what; the others are simple look-ups in the prompt, which recall and classification may be solvable by.
+
+    Args:
+        world: the world.
+        task: one of `TASKS`.
+        training_episodes: that the last-words baseline counts.
+        settings: of `World.episode`, for these episodes.
+    """
+    found = {
+        "last_words": LastWords(world.episode(task, number, **settings) for number in range(training_episodes)),
+        "word_counts": WordCounts(),
+        "repeated_ending": RepeatedEnding(),
+    }
+    if task == "in-context-learning":
+        found |= {"naive_bayes": LabelledCounts()} | {f"nearest_{k}": NearestExamples(k) for k in (1, 5, 15)}
+    return found
+
+
 def baseline_accuracies(
     world: World, task: str, *, examples: int = 200, training_episodes: int = 500, length: int | None = None, **settings
 ) -> dict[str, float]:
@@ -105,17 +148,10 @@ def baseline_accuracies(
         settings: further ones of `World.episode`, for the test episodes.
 
     Returns:
-        `chance` (one of the choices), `last_words`, `word_counts`: without a memory; `repeated_ending`,
-        `labelled_counts`: simple look-ups in the prompt, which recall and classification may be solvable by.
+        `chance` (one of the choices), and what each of `predictors` reaches.
     """
     asked = list(world.examples(task, examples, length, **settings))
-    predictors = {
-        "last_words": LastWords(world.episode(task, number) for number in range(training_episodes)),
-        "word_counts": WordCounts(),
-        "repeated_ending": RepeatedEnding(),
-        "labelled_counts": LabelledCounts(),
-    }
     accuracies = {"chance": float(np.mean([1 / len(example.choices) for example in asked]))}
-    for name, predictor in predictors.items():
+    for name, predictor in predictors(world, task, training_episodes).items():
         accuracies[name] = float(np.mean([predictor.predict(example) == example.answer for example in asked]))
     return accuracies

@@ -183,6 +183,8 @@ class World:
             for name in known
             for attribute, values in ATTRIBUTES.items()
         ]
+        meanings = np.random.default_rng([seed, 2]).permutation(len(PLAIN_WORDS))
+        self._meanings = meanings[: len(LABELS) * CLASS_WORDS // 2].reshape(len(LABELS), -1)  # no word of two labels
 
     def episode(
         self,
@@ -196,6 +198,8 @@ class World:
         questions: int | None = None,
         shots: int | None = None,
         noise: float | None = None,
+        classes: int | None = None,
+        meaning: bool = False,
     ) -> Episode:
         """Episode `number` of an endless stream; it depends on the arguments and the world's seed alone.
 
@@ -205,8 +209,8 @@ class World:
           another order of words. Difficulty: how many other facts of the context are about the same person or the same
           attribute.
         - `in-context-learning`: words are shown with a label. An example has 8 words, each of them from the 12 words of
-          its class or, by chance, any word (difficulty: this chance). What the 8 classes are, and which label belongs
-          to which, is drawn for each episode.
+          its class or, by chance, any word (difficulty: this chance). What the classes are, and which label belongs to
+          which, is drawn for each episode; with `meaning`, half of the words of a label's class are always the same.
         - `recall`: keys with their values, then keys alone. Each key is stored once and asked once at most, keys and
           values occur nowhere else. Difficulty: the number of pairs.
         - `mixed`: one of the four.
@@ -222,8 +226,11 @@ class World:
                 at most 90), in training a random number from half of that on.
             questions: how many are asked. By default as many as fit and facts there are; with `shots`, 8.
             shots: examples of every class before the questions. By default the episode is a row of examples, each a
-                question itself; in training there are 24 at most, none with more than 3 of its class before it.
+                question itself; in training there are 3 times as many as classes at most, none with more than 3 of its
+                class before it.
             noise: the chance that a word of an example is any word; by default 0.4.
+            classes: how many there are, by default 8, at most 16.
+            meaning: whether labels mean something that training can teach.
 
         Raises:
             ValueError: an unknown task or split, or numbers that are out of range or do not fit into the length.
@@ -234,9 +241,13 @@ class World:
         numbers = {"facts": facts, "questions": questions, "shots": shots}
         for name, value in numbers.items():
             _check(value is None or value >= 0, f"{name} is {value}; give 0 or more")
-        classes = task == "in-context-learning"
-        _check(classes or (shots is None and noise is None), f"{task} has no shots and no noise; leave them out")
-        _check(not classes or facts is None, "in-context-learning has no facts; leave them out")
+        labelled = task == "in-context-learning"
+        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None}
+        for option, value in own.items():
+            _check(labelled or value is None, f"{task} has no {option}; leave it out")
+        _check(not labelled or facts is None, "in-context-learning has no facts; leave them out")
+        classes = CLASSES if classes is None else classes
+        _check(2 <= classes <= len(LABELS), f"{classes} classes are not possible; choose from 2 to {len(LABELS)}")
         _check(shots is None or length is None, "shots decide on the length; give one of the two")
         _check(noise is None or 0 <= noise <= 1, f"noise is {noise}; choose from 0 to 1")
         length = 256 if length is None else length
@@ -245,9 +256,10 @@ class World:
         rng = np.random.default_rng([self.seed, 1, (*TASKS, MIXED).index(task), SPLITS.index(split), stream, number])
         if task == MIXED:
             task = str(rng.choice(TASKS))
-            classes = task == "in-context-learning"
-        if classes:
-            return self._classification(rng, name, split, length, shots, questions, NOISE if noise is None else noise)
+            labelled = task == "in-context-learning"
+        if labelled:
+            noise = NOISE if noise is None else noise
+            return self._classification(rng, name, split, length, shots, questions, noise, classes, meaning)
         if facts is None:
             facts = {"recall": min(length // 8, 90), "new-knowledge": length // 16}.get(task, min(length // 16, 128))
             if split == "train":
@@ -307,13 +319,15 @@ class World:
             questions.append((number, [KEYS[key]], value, VALUES, float(facts)))
         return statements, [questions[index] for index in rng.permutation(facts)]
 
-    def _classification(self, rng, name, split, length, shots, questions, noise) -> Episode:
-        labels = rng.choice(LABELS, CLASSES, replace=False).tolist()
-        firsts = rng.permutation(len(PLAIN_WORDS))[:CLASSES]
+    def _classification(self, rng, name, split, length, shots, questions, noise, classes, meaning) -> Episode:
+        labels = rng.choice(LABELS, classes, replace=False).tolist()
+        firsts = rng.permutation(len(PLAIN_WORDS))[:classes]
         words = []
-        for first in firsts:
+        for label, first in zip(labels, firsts, strict=True):
             seconds = np.flatnonzero(self._classes[first] == SPLITS.index(split))
             others = rng.choice(len(PLAIN_WORDS), CLASS_WORDS - 2, replace=False)
+            if meaning:
+                others[: CLASS_WORDS // 2] = self._meanings[LABELS.index(label)]
             words.append(np.array([first, rng.choice(seconds), *others]))
         choices = tuple(sorted(labels))
 
@@ -326,24 +340,24 @@ class World:
         context: list[str] = []
         last: dict[str, int] = {}
         if shots is not None:
-            for label in rng.permuted(np.tile(np.arange(CLASSES), (shots, 1)), axis=1).flat:
+            for label in rng.permuted(np.tile(np.arange(classes), (shots, 1)), axis=1).flat:
                 context += example(label)
                 last[labels[label]] = len(context)
                 context += [labels[label], "."]
-            asked = rng.integers(0, CLASSES, 8 if questions is None else questions).tolist()
+            asked = rng.integers(0, classes, 8 if questions is None else questions).tolist()
         else:
             fit = (length - 1) // each
-            most = min(fit, CLASSES * MOST_TRAINING_SHOTS) if split == "train" else fit
+            most = min(fit, classes * MOST_TRAINING_SHOTS) if split == "train" else fit
             wanted = most if questions is None else questions
             _check(
                 wanted <= most, f"{wanted} questions are more than the {most} that an episode of {length} tokens has"
             )
             context += (word for sentence in _sentences(rng, length - 1 - wanted * each) for word in sentence)
             # A label tells nothing about the next one, but for classes that have had their share.
-            shown = [0] * CLASSES
+            shown = [0] * classes
             asked = []
             while len(asked) < wanted:
-                label = int(rng.integers(CLASSES))
+                label = int(rng.integers(classes))
                 if split == "test" or shown[label] <= MOST_TRAINING_SHOTS:
                     shown[label] += 1
                     asked.append(label)
@@ -351,7 +365,9 @@ class World:
             Question(tuple(example(label)), labels[label], choices, (".",), last.get(labels[label]), noise)
             for label in asked
         )
-        return Episode(f"{name}/{length if shots is None else shots}-{noise}", tuple(context), made, shots)
+        unusual = (f"-{classes}" if classes != CLASSES else "") + ("-meaning" if meaning else "")
+        name = f"{name}/{length if shots is None else shots}-{noise}{unusual}"
+        return Episode(name, tuple(context), made, shots)
 
     def _draw_names(self, rng: np.random.Generator, split: str, count: int) -> list[tuple[int, int]]:
         """Names of a split, from few first and few second words, so that one of the two is not enough to tell them."""
