@@ -24,6 +24,7 @@ class Perplexity(Suite):
         split: of a prepared folder.
         training_length: tokens; by default the model's `max_position_embeddings`.
         multiples: windows as multiples of the training length; the largest must be a multiple of each.
+        stretch: how many training lengths a stretch has; by default the largest of the multiples.
         samples: stretches, from as many different documents as there are.
     """
 
@@ -32,6 +33,7 @@ class Perplexity(Suite):
     split: str = "validation"
     training_length: int | None = Field(None, ge=2)
     multiples: tuple[int, ...] = (1, 2, 4, 8)
+    stretch: int | None = Field(None, ge=1)
     samples: int = Field(8, ge=1)
 
     name: ClassVar[str] = "perplexity"
@@ -50,10 +52,11 @@ class Perplexity(Suite):
         return self.training_length or scorer.training_length
 
     def examples(self, scorer) -> list[Example]:
-        length, largest = self._length(scorer), max(self.multiples)
+        length, largest = self._length(scorer), self.stretch or max(self.multiples)
         for multiple in self.multiples:
             if multiple < 1 or largest % multiple:
-                raise ValueError(f"multiple {multiple} does not divide the largest, {largest}; choose as 1,2,4,8")
+                what = "the largest" if self.stretch is None else "the stretch"
+                raise ValueError(f"multiple {multiple} does not divide {what}, {largest}; choose as 1,2,4,8")
         found = []
         for number, name, ids in self._stretches(scorer, length * largest):
             text_bytes = len(scorer.decode(ids).encode())

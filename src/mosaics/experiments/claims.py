@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mosaics.experiments.compare import LENGTHS, MULTIPLES, text_setting, world_evaluation, world_setting
+from mosaics.experiments.compare import LENGTHS, MULTIPLES, SHOTS, text_setting, world_evaluation, world_setting
 from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study
 
 V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
@@ -142,6 +142,7 @@ def settings(
         asked(QA, f" with a delay of {delay}", only=(V2, FIXED), changes={"long_term.delay": delay})
         for delay in (1, 4, 8)
     )
+    stretched = tuple(asked(QA, f", {way}", stretch=way, only=(TRANSFORMER,)) for way in ("linear", "yarn"))
     mixed_length = (changes or {}).get("training.context_length", LENGTHS["mixed"])
     short = {PERSISTENT: {"multiples": (1,)}, QA: {"multiples": MULTIPLES}}
     parted = tuple(
@@ -157,9 +158,9 @@ def settings(
             "evaluations": (asked(ICL, name=NAMED, title="Classes whose labels mean something", options=_MEANING),),
         }
     )
-    text = text_setting(
-        corpus, field=field, held_out=held_out, test=test, samples=max(1, samples // 20), **common
-    ).model_copy(update={"probe": Probe(every=100, rows=32)})
+    more = common | {"changes": {"training.steps": 1000} | (changes or {}), "probe": Probe(every=100, rows=32)}
+    more |= {"tuning_steps": 150, "held_out": held_out, "test": test}
+    text = text_setting(corpus, field=field, samples=max(1, samples // 20), **more)
     look = {"samples": max(1, samples // 10)}
     attention = Evaluation(name="attention", title="What the last position reads", suite="attention", options=look)
     loss = text.evaluations[0]
@@ -167,13 +168,17 @@ def settings(
         loss.model_copy(update={"name": "loss" + suffix, "without": without})
         for suffix, without in (("", ()), (WITHOUT, LONG_TERM), (WITHOUT_SHORT, SHORT_TERM))
     )
+    longer = tuple(
+        loss.model_copy(update={"name": f"loss, {way}", "stretch": way, "only": (TRANSFORMER,)})
+        for way in ("linear", "yarn")
+    )
     found = [
         recall.model_copy(update={"evaluations": (asked(RECALL),)}),
-        documents.model_copy(update={"evaluations": (asked(QA), needle, *delays)}),
+        documents.model_copy(update={"evaluations": (asked(QA), needle, *delays, *stretched)}),
         world_setting("mixed", samples=samples, **common).model_copy(update={"evaluations": parted}),
         classes,
         named,
-        text.model_copy(update={"evaluations": (*losses, attention)}),
+        text.model_copy(update={"evaluations": (*losses, *longer, attention)}),
     ]
     for name, steps in (("one long mini-batch", 1), ("long fine-tuning", FINE_TUNING_STEPS)):
         training = documents.training | {
@@ -183,7 +188,13 @@ def settings(
             "learning_rate": documents.training["learning_rate"] / 4,
             "warmup_steps": 1,
         }
-        more = {"name": name, "training": training, "start": found[1], "probe": None, "evaluations": (asked(QA),)}
+        more = {
+            "name": name,
+            "training": training,
+            "start": found[1],
+            "probe": None,
+            "evaluations": (asked(QA), stretched[1]),
+        }
         rates = tuple(documents.training["learning_rate"] / by for by in (16, 4, 1))
         tried = {"training.learning_rate": rates} if tuning else {}
         found.append(documents.model_copy(update=more | {"tuning": tried, "beyond": 0}))
@@ -232,7 +243,7 @@ _LONG = " Then fine-tuning at 32768 tokens (--training.context_length 32768) on 
 _RULER = (
     " Ask: mosaics evaluate RUN --suite new-knowledge --data squad=… --data hotpotqa=… --lengths 4096,8192,16384,32768."
 )
-_SHOTS = (
+_MANY_SHOTS = (
     " Ask: mosaics evaluate RUN --suite in-context-learning with Banking77, GoEmotions and TACRED (licensed by the "
     "LDC; FewRel in its place)."
 )
@@ -513,7 +524,7 @@ CLAIMS: dict[str, Claim] = {
             "trained with at most 3.",
             asks=((NAMED, NAMED),),
             checks=_rises(NAMED),
-            full_scale=_LARGE + _SHOTS + " --labels semantic",
+            full_scale=_LARGE + _MANY_SHOTS + " --labels semantic",
         ),
         Claim(
             name="figure4",
@@ -521,7 +532,7 @@ CLAIMS: dict[str, Claim] = {
             here="Classes that exist only in the prompt, with 1 to 32 shots, trained with at most 3.",
             asks=((ICL, ICL),),
             checks=_rises(ICL),
-            full_scale=_LARGE + _SHOTS + " --labels anonymous",
+            full_scale=_LARGE + _MANY_SHOTS + " --labels anonymous",
         ),
         Claim(
             name="figure5",
@@ -544,7 +555,7 @@ CLAIMS: dict[str, Claim] = {
                     _of(TRANSFORMER, ICL),
                 ),
             ),
-            full_scale=_SMALL + " And once more with --model.preset transformer-long-short-small." + _SHOTS,
+            full_scale=_SMALL + " And once more with --model.preset transformer-long-short-small." + _MANY_SHOTS,
         ),
         Claim(
             name="figure8",
@@ -579,6 +590,144 @@ CLAIMS: dict[str, Claim] = {
                 for twin in (TRANSFORMER, EQUAL_FLOPS)
             ),
             full_scale=_SMALL + " `mosaics.models.matching.matched` gives the widths of the twins.",
+        ),
+    )
+}
+
+
+# What a reader who trusts Transformers would ask: not of the paper.
+PROOF: dict[str, Claim] = {
+    claim.name: claim
+    for claim in (
+        Claim(
+            name="learning",
+            paper="Asked by us: how many steps does each take to learn what must be looked up in the context?",
+            here=f"Steps until {ENOUGH:g} % of new questions at the training length are right, each at its best of all "
+            "that was tried; a Transformer that does not get there is counted with all steps it was given.",
+            asks=((RECALL, RECALL), (QA, QA)),
+            checks=tuple(
+                _least(
+                    f"{task}: the Transformer takes at least {times} times the steps of v2",
+                    _of(TRANSFORMER, task, measure="steps"),
+                    0,
+                    _of(V2, task, measure="steps"),
+                    factor=times,
+                    kind=kind,
+                )
+                for task in (RECALL, QA)
+                for times, kind in ((2, "claim"), (10, "control"))
+            ),
+            full_scale=_SMALL,
+        ),
+        Claim(
+            name="extrapolation",
+            paper="Asked by us: of models that have learnt the task, which still know it beyond the training length, "
+            "with the known remedies for Transformers?",
+            here="Facts of the context at 1 to 32 times the training length; Transformers as trained, with positions "
+            "stretched (linear, YaRN), without positions, with ALiBi, with a window, fine-tuned at 4 times.",
+            arrangements=(V2, TRANSFORMER, NO_POSITIONS, ALIBI, WINDOW),
+            asks=(
+                (QA, QA),
+                (QA, f"{QA}, linear"),
+                (QA, f"{QA}, yarn"),
+                ("long fine-tuning", QA),
+                ("long fine-tuning", f"{QA}, yarn"),
+            ),
+            checks=(
+                *_learnt(QA, V2, TRANSFORMER),
+                _least("v2 answers 95 % at 32 times the training length", _of(V2, QA), 95),
+                *(
+                    _least(
+                        f"at {times} times, v2 is 10 points above the {label}{how}",
+                        _of(V2, QA, at=FAR.index(times)),
+                        10,
+                        _of(label, name, setting, at=FAR.index(times)),
+                    )
+                    for times in (8, 32)
+                    for label, name, setting, how in (
+                        (TRANSFORMER, QA, QA, ""),
+                        (TRANSFORMER, f"{QA}, linear", QA, ", positions interpolated"),
+                        (TRANSFORMER, f"{QA}, yarn", QA, " with YaRN"),
+                        (TRANSFORMER, QA, "long fine-tuning", " fine-tuned at 4 times"),
+                        (TRANSFORMER, f"{QA}, yarn", "long fine-tuning", " fine-tuned at 4 times, with YaRN"),
+                        (NO_POSITIONS, QA, QA, ""),
+                        (ALIBI, QA, QA, ""),
+                        (WINDOW, QA, QA, ""),
+                    )
+                ),
+            ),
+            full_scale=_SMALL + _LONG + _RULER,
+        ),
+        Claim(
+            name="text",
+            paper="Asked by us: is v2 as good on text once both are better than counting, and does more context help?",
+            here="Loss on test documents at 1 to 8 times the training length; bigrams and trigrams counted in the same "
+            "tokens; Transformers also with positions stretched, without positions, with ALiBi, with a window.",
+            arrangements=(V2, TRANSFORMER, NO_POSITIONS, ALIBI, WINDOW),
+            asks=(("text", "loss"), ("text", "loss, linear"), ("text", "loss, yarn"), ("text", "attention")),
+            checks=(
+                *(
+                    _most(
+                        f"{label} is 0.1 nats below the {counted}",
+                        _of(label, "loss", "text", at=0),
+                        -0.1,
+                        _of(f"baseline: {counted}", "loss", "text", at=0),
+                        kind="premise",
+                    )
+                    for label in (V2, TRANSFORMER)
+                    for counted in ("bigram", "trigram")
+                ),
+                _most(
+                    "v2's loss at the training length is not 0.02 above the Transformer's",
+                    _of(V2, "loss", "text", at=0),
+                    0.02,
+                    _of(TRANSFORMER, "loss", "text", at=0),
+                ),
+                _most(
+                    "v2's loss at 8 times is below that at once",
+                    _of(V2, "loss", "text"),
+                    0,
+                    _of(V2, "loss", "text", at=0),
+                ),
+                *(
+                    _most(
+                        f"at 8 times, v2's loss is below that of the {label}{how}",
+                        _of(V2, "loss", "text"),
+                        0,
+                        _of(label, name, "text"),
+                    )
+                    for label, name, how in (
+                        (TRANSFORMER, "loss", ""),
+                        (TRANSFORMER, "loss, yarn", " with YaRN"),
+                        (TRANSFORMER, "loss, linear", ", positions interpolated"),
+                        (NO_POSITIONS, "loss", ""),
+                        (ALIBI, "loss", ""),
+                        (WINDOW, "loss", ""),
+                    )
+                ),
+            ),
+            full_scale=_SMALL,
+        ),
+        Claim(
+            name="classification",
+            paper="Asked by us: how near does v2 come to what counting words by label can reach?",
+            here="Classes that exist only in the prompt, with 1 to 32 shots; naive Bayes and nearest examples on the "
+            "same questions.",
+            asks=((ICL, ICL),),
+            checks=(
+                _most("v2 does not fall with shots by more than 3 points", _of(V2, ICL, measure="fall"), 3),
+                *(
+                    _least(
+                        f"with {shots} shots, v2 is not 5 points below {name.replace('_', ' ')}",
+                        _of(V2, ICL, at=SHOTS.index(shots)),
+                        -5,
+                        _of(f"baseline: {name}", ICL, at=SHOTS.index(shots)),
+                    )
+                    for shots in (1, 8, 32)
+                    for name in ("naive_bayes", "nearest_5")
+                ),
+            ),
+            full_scale=_LARGE + _MANY_SHOTS,
         ),
     )
 }

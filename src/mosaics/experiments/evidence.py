@@ -175,9 +175,9 @@ def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
         `claim`, `verdict`, `why` (the checks that decided) and `checks`: `says`, `kind`, `relation`, `verdict` and what
         `difference` gives.
     """
-    checks = []
+    checks, rows = [], results["rows"] + _baseline_rows(results)
     for check in claim.checks:
-        found = difference(check, results["rows"]) if check.left.measure != "steps" else _steps(check, results)
+        found = difference(check, rows) if check.left.measure != "steps" else _steps(check, results)
         if found is None:
             said = OPEN
         else:
@@ -195,6 +195,17 @@ def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
     else:
         verdict, why = HOLDS, []
     return {"claim": claim.name, "verdict": verdict, "why": [c["says"] for c in why], "checks": checks}
+
+
+def _baseline_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Simple predictors as arrangements, `baseline: NAME`, the same for every seed."""
+    return [
+        {"arrangement": f"baseline: {name}", "seed": seed, "y": y} | {k: row[k] for k in ("setting", "evaluation", "x")}
+        for row in results.get("baselines", [])
+        for name, y in row.items()
+        if name not in ("setting", "evaluation", "x")
+        for seed in results["study"]["seeds"]
+    ]
 
 
 def _steps(check: Check, results: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,13 +17,13 @@ from mosaics.experiments.report import shown, write_report
 from mosaics.experiments.run import Plan, run_study
 from mosaics.experiments.study import Setting
 
-CLAIMS = claims.CLAIMS | claims_v1.CLAIMS
-GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS)}
+CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
+GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS), "proof": tuple(claims.PROOF)}
 OWN = {three_moons.NAME: three_moons}  # experiments that are no study of language models
 
 
 def find_claims(name: str) -> list[Claim]:
-    """A claim by its name, or a group of them: `all` of Memory Mosaics v2, or those of `v1`.
+    """A claim by its name, or a group of them: `all` of Memory Mosaics v2, those of `v1`, or the `proof`, our own.
 
     Raises:
         ValueError: there is none; the nearest name is in the message.

@@ -55,8 +55,8 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             {"setting": setting.shown_as, "evaluation": evaluation.name} | row
             for setting in study.settings
             for evaluation in setting.evaluations
-            if evaluation.suite == "world" and not (evaluation.without or evaluation.changes or evaluation.stretch)
-            for row in work.baselines(setting.data, evaluation, cache)
+            if not (evaluation.without or evaluation.changes or evaluation.stretch)
+            for row in work.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
         ],
         "machine": machine(),
     }

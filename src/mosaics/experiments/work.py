@@ -431,10 +431,13 @@ def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[st
     if evaluation.stretch is None:
         return _asked(job, evaluation, evaluation.options, evaluation.changes, cache)
     rows, length = [], _length(job)
-    for point in evaluation.options["lengths"]:
-        stretched = {"rotary_scaling": evaluation.stretch, "rotary_factor": float(max(1.0, point / length))}
+    points, unit, same = "lengths", length, {}
+    if evaluation.suite == "perplexity":  # all of the same text
+        points, unit, same = "multiples", 1, {"stretch": max(evaluation.options["multiples"])}
+    for point in evaluation.options[points]:
+        stretched = {"rotary_scaling": evaluation.stretch, "rotary_factor": float(max(1.0, point / unit))}
         changes = evaluation.changes | stretched | {"rotary_trained_length": length}
-        rows += _asked(job, evaluation, evaluation.options | {"lengths": [point]}, changes, cache)
+        rows += _asked(job, evaluation, evaluation.options | same | {points: [point]}, changes, cache)
     return rows
 
 
@@ -493,31 +496,87 @@ def _scorer(folder: Path, without: tuple[str, ...], changes: str):
     return Scorer(model, load_tokenizer(folder))
 
 
-def baselines(data: Data, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
-    """What simple predictors reach on the same questions, at every point.
+def baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
+    """What simple predictors reach on the same questions, at every point, unless the cache has it.
 
     Returns:
-        For each point `x`, `chance` and the accuracy of each of `mosaics.data.worlds.predictors`, in percent.
+        For each point `x`, in a world `chance` and the accuracy of each of `mosaics.data.worlds.predictors` in percent;
+        on text the nats per token of counted bigrams and trigrams (`KneserNey`), counted in all that the model of `job`
+        was trained on. Nothing for other suites.
     """
+    of = {"world": _world_baselines, "perplexity": _text_baselines}.get(evaluation.suite)
+    if of is None:
+        return []
+    data = job.setting.data
+    path = cache / "baselines" / f"{digest([evaluation.options, data.model_dump(mode='json'), evaluation.suite])}.json"
+    if evaluation.suite == "perplexity":
+        path = job.folder(cache) / "baselines" / path.name
+    if not path.is_file():
+        write_json(path, of(job, evaluation, cache))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _world_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
     from mosaics.data.worlds import World, predictors
     from mosaics.experiments.questions import WorldQuestions
 
-    path = cache / "baselines" / f"{digest([evaluation.options, data.settings])}.json"
-    if not path.is_file():
-        suite = WorldQuestions(**evaluation.options)
-        able = predictors(World(suite.seed), suite.task, **data.settings)
-        found: dict[Any, dict[str, list[float]]] = {}
-        for x, example in suite.asked():
-            here = found.setdefault(x, {"chance": []})
-            here["chance"].append(1 / len(example.choices))
-            for name, predictor in able.items():
-                here.setdefault(name, []).append(predictor.predict(example) == example.answer)
-        rows = [
-            {"x": x} | {name: round(100 * sum(values) / len(values), 2) for name, values in here.items()}
-            for x, here in found.items()
-        ]
-        write_json(path, rows)
-    return json.loads(path.read_text(encoding="utf-8"))
+    suite = WorldQuestions(**evaluation.options)
+    able = predictors(World(suite.seed), suite.task, **job.setting.data.settings)
+    found: dict[Any, dict[str, list[float]]] = {}
+    for x, example in suite.asked():
+        here = found.setdefault(x, {"chance": []})
+        here["chance"].append(1 / len(example.choices))
+        for name, predictor in able.items():
+            here.setdefault(name, []).append(predictor.predict(example) == example.answer)
+    return [
+        {"x": x} | {name: round(100 * sum(values) / len(values), 2) for name, values in here.items()}
+        for x, here in found.items()
+    ]
+
+
+class _Counts:
+    """Stands in for a scorer: counted n-grams."""
+
+    def __init__(self, model, tokenizer, training_length: int) -> None:
+        self.model, self.tokenizer, self.training_length = model, tokenizer, training_length
+        self.start_id = tokenizer.bos_token_id
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        from mosaics.data.tokenizer import encode_pieces
+
+        return ([self.start_id] if begin else []) + encode_pieces(self.tokenizer, [text])[0].tolist()
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids)
+
+    def token_nats(self, rows):
+        import torch
+
+        return [torch.from_numpy(self.model.nats(row)) for row in rows]
+
+
+def _text_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from mosaics.evaluation import evaluate as ask
+    from mosaics.evaluation.kneser_ney import KneserNey
+    from mosaics.experiments.questions import SUITES
+
+    suite, table, x, y = SUITES[evaluation.suite]
+    training, steps = job.recipe.training, job.result(cache)["steps"]
+    source = Source(job.setting.data, training.context_length, job.seed, cache)
+    say(f"{job}: counting what it was trained on")
+    seen = [source.train.batch(step * training.batch_size, training.batch_size)["input_ids"] for step in range(steps)]
+    tokens = np.concatenate([rows.numpy().ravel() for rows in seen])
+    found: dict[Any, dict[str, Any]] = {}
+    for name, order in (("bigram", 2), ("trigram", 3)):
+        scorer = _Counts(KneserNey(tokens, order, len(source.tokenizer)), source.tokenizer, _length(job))
+        text = job.setting.data.test or str(prepared(job.setting.data, cache))
+        options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)}
+        answers = ask(suite(**options | evaluation.options), scorer, None)
+        for row in answers["summary"]["tables"][table]:
+            found.setdefault(row[x], {"x": row[x]})[name] = round(row[y], 4)
+    return list(found.values())
 
 
 def write_json(path: Path, values: Any, text: str | None = None) -> None:
