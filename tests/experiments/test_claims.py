@@ -22,7 +22,7 @@ def sides(check, good: bool) -> list[dict]:
     up = good == (check.relation == ">=")
     found = []
     for term, higher in ((check.left, up), (check.right, not up)):
-        if term is None:
+        if term is None or term.measure == "steps":
             continue
         values = [400.0 if higher else 0.0] * POINTS if term.measure == "value" else [0.0] * POINTS
         if term.measure == "fall" and higher:
@@ -48,7 +48,16 @@ def test_every_check_can_hold_and_can_fail(claim, number):
     check = claim.checks[number].model_copy(update={"kind": "claim"})
     alone = claim.model_copy(update={"checks": (check,)})
     for good, expected in ((True, HOLDS), (False, FAILS)):
-        found = judge(alone, {"rows": sides(check, good), "models": []})
+        models = []
+        for term, few in (
+            (check.left, good == (check.relation == "<=")),
+            (check.right, good != (check.relation == "<=")),
+        ):
+            about = {} if term is None else {"arrangement": term.arrangement, "setting": term.setting, "trial": False}
+            models += [
+                about | {"seed": seed, "enough_at": 10 if few else None, "steps": 900} for seed in range(3) if about
+            ]
+        found = judge(alone, {"rows": sides(check, good), "models": models})
         assert found["verdict"] == expected, (check.says, found)
 
 

@@ -20,7 +20,11 @@ def test_run_study_asks_every_model_everything(results, small_study):
         seen[row["setting"], row["arrangement"], row["seed"]].append(row["x"])
     assert len(seen) == 2 * 2 * 2
     assert all(xs == ([64, 128, 256, 512] if key[0] == "recall" else [1, 2, 4, 8]) for key, xs in seen.items())
-    assert {b["setting"] for b in results["baselines"]} == {"recall"}
+    found = {b["setting"]: [] for b in results["baselines"]}
+    for row in results["baselines"]:
+        found[row["setting"]].append(row)
+    assert [row["x"] for row in found["recall"]] == [64, 128, 256, 512] and "repeated_ending" in found["recall"][0]
+    assert [row["x"] for row in found["text"]] == [1, 2, 4, 8] and found["text"][0]["bigram"] > 1
 
 
 def test_run_study_trains_every_arrangement_with_every_trial_and_takes_the_best(results):
