@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import trained as program
 from trained import losses, trained
@@ -64,3 +64,40 @@ def test_trainer_gradient_checkpointing_changes_nothing(train):
     saving = train("saving", per_device_train_batch_size=4, gradient_checkpointing=True)
     assert saving.model.is_gradient_checkpointing
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.fixture
+def uneven(exported, texts) -> list[dict]:
+    """Rows of 60, 6, 60, 6 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = [tokenizer(text).input_ids for text in texts]
+    long = [row for row in ids if len(row) >= 60]
+    return [{"input_ids": long[i][:n]} for i, n in enumerate((60, 6, 60, 6))]
+
+
+@pytest.mark.parametrize("family", ["mosaic", "llama"])
+def test_trainer_weighs_tokens_alike_however_they_are_accumulated(family, exported, uneven, tmp_path):
+    """Batches of 4, 2 and 1 with accumulation 1, 2 and 4: the same losses, as with a Llama."""
+    source = exported
+    if family == "llama":
+        tokenizer = AutoTokenizer.from_pretrained(exported)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+        tokenizer.save_pretrained(tmp_path / "llama")
+        source = tmp_path / "llama"
+    found = [
+        losses(
+            trained(
+                source,
+                uneven,
+                tmp_path / f"{size}",
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+            )
+        )
+        for size in (4, 2, 1)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)

@@ -528,10 +528,83 @@ def test_cache_made_in_inference_mode_can_be_continued_outside():
     assert difference(logits, plain(model, ids)[:, 6:]) < BOUND
 
 
-def test_forward_auxiliary_losses_are_added_to_the_loss():
+def test_forward_auxiliary_losses_are_added_to_the_loss_in_training_alone():
     model, ids = tiny_model(), tokens(1, 9)
-    context = Context(auxiliary_losses=[torch.tensor(2.5)])
-    assert difference(model(ids, labels=ids, context=context).loss, model(ids, labels=ids).loss + 2.5) < BOUND
+
+    def loss(auxiliary=(), **more):
+        return model(ids, labels=ids, context=Context(auxiliary_losses=list(auxiliary)), draw=0.0, **more).loss
+
+    assert loss([torch.tensor(2.5)]) == loss()
+    model.train()
+    assert difference(loss([torch.tensor(2.5), torch.tensor(1.0)]), loss() + 3.5) < BOUND
+    found = loss([torch.tensor(2.5)], num_items_in_batch=32)  # of which 8 are counted here
+    assert difference(found, loss() * 8 / 32 + 2.5 * 8 / 32) < BOUND
+
+
+@pytest.mark.parametrize("items", [100, torch.tensor(100)], ids=["int", "tensor"])
+@pytest.mark.parametrize("loss_only", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_forward_divides_by_num_items_in_batch(items, loss_only, mode):
+    """As the models of transformers do: parts of a batch, each divided by what the whole has, add up to the whole."""
+    model = getattr(tiny_model(num_hidden_layers=1), mode)()
+    rows = [tokens(1, time, seed=time) for time in (60, 6, 40, 2)]
+    ids = torch.zeros(4, 60, dtype=torch.long)
+    mask = torch.zeros(4, 60, dtype=torch.long)
+    for line, row in enumerate(rows):
+        ids[line, : row.shape[1]], mask[line, : row.shape[1]] = row, 1
+    labels = ids.masked_fill(mask == 0, -100)
+    whole = model(ids, mask, labels=labels, draw=0.3).loss
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    assert int(count_targets(labels, mask)) == 104
+    parts = [
+        model(ids[[i]], mask[[i]], labels=labels[[i]], draw=0.3, num_items_in_batch=items, loss_only=loss_only).loss
+        for i in range(4)
+    ]
+    total = sum(parts)
+    total.backward()
+    assert difference(total * 100 / 104, whole) < BOUND
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert relative_error(p.grad * 100 / 104, e) < BOUND
+
+
+def test_forward_takes_labels_that_are_shifted_already():
+    model, ids = tiny_model(), tokens(2, 9)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    assert difference(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss) < BOUND
+    assert difference(model(ids, shift_labels=shifted, loss_only=True).loss, model(ids, labels=ids).loss) < BOUND
+
+
+UNUSED = dict(
+    token_type_ids=torch.zeros(2, 9, dtype=torch.long),
+    cache_position=torch.arange(9),
+    max_length_q=9,
+    max_length_k=9,
+    output_router_logits=False,
+    is_causal=True,
+    num_items_in_batch=None,
+    output_attentions=False,
+    cu_seq_lens_q=None,
+    position_ids=None,
+)
+
+
+@pytest.mark.parametrize("name", sorted(UNUSED))
+def test_forward_takes_what_a_llama_takes_and_does_not_change(name):
+    model, ids = tiny_model(), tokens(2, 9)
+    given = {name: UNUSED[name]}
+    assert torch.equal(model(ids, **given).logits, model(ids).logits)
+    assert torch.equal(model.model(ids, **given).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_forward_names_the_nearest_argument():
+    model, ids = tiny_model(), tokens(2, 9)
+    for call in (model, model.model):
+        with pytest.raises(TypeError, match="no argument 'document_id'; did you mean 'document_ids'"):
+            call(ids, document_id=ids)
+    with pytest.raises(ValueError, match="read the past alone"):
+        model(ids, is_causal=False)
 
 
 def test_forward_gives_zero_states_at_padding():

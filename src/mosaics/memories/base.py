@@ -298,6 +298,8 @@ class Context:
         draw: the step's random number in [0, 1), one for all layers, micro-batches and processes, from which a memory
             takes what it draws in training; None at evaluation and with a cache.
         embeddings: `(batch, time, d)`, the token embeddings in compact order.
+        layout: what each position of the pass is, as the memories are given it.
+        order: `(batch, time)`, the positions in compact order; None if they are so already.
         auxiliary_losses: losses that memories add for the trainer to sum.
         reads: when a list, every memory that reads stored pairs appends a `Read`.
         stream: what systems that pass memory from layer to layer carry.
@@ -305,6 +307,8 @@ class Context:
 
     draw: float | None = None
     embeddings: Tensor | None = None
+    layout: Layout | None = None
+    order: Tensor | None = None
     auxiliary_losses: list[Tensor] = field(default_factory=list)
     reads: list[Read] | None = None
     stream: dict[str, Any] = field(default_factory=dict)

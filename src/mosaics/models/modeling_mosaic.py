@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from mosaics.memories import Context, Layout, Memory, Read, Stack
 from mosaics.memories.base import init_clamped_normal, nearest
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
+from mosaics.models.documents import documents_of
 from mosaics.models.draws import checked, drawn
 
 _PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
@@ -61,6 +64,37 @@ class MosaicPreTrainedModel(PreTrainedModel):
             init_clamped_normal(weight, self.config.embedding_scale * self.config.hidden_size**-0.5)
 
 
+# What transformers' loops pass to models: that says where documents begin; is of the loss; or changes nothing.
+_BORDERS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
+_OF_THE_LOSS = {"num_items_in_batch", "shift_labels"}
+_UNUSED = {"token_type_ids", "cache_position", "max_length_q", "max_length_k"}
+_UNUSED |= {"output_attentions", "output_router_logits", "is_causal"}
+
+
+def _begins(kwargs: dict[str, Any], forward: Callable) -> dict[str, Tensor | None]:
+    """What of the keyword arguments of a forward pass says where documents begin: `seq_idx`, `cu_seq_lens`.
+
+    Raises:
+        ValueError: queries and keys have other documents, or attention is not to be causal.
+        TypeError: there is no such argument; the nearest is named.
+    """
+    found = {"seq_idx": kwargs.get("seq_idx"), "cu_seq_lens": kwargs.get("cu_seq_lens_q")}
+    of_keys = kwargs.get("cu_seq_lens_k")
+    if of_keys is not None:
+        if found["cu_seq_lens"] is not None and not torch.equal(found["cu_seq_lens"], of_keys.to(found["cu_seq_lens"])):
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k disagree; a mosaic's queries and keys are the same tokens."
+            )
+        found["cu_seq_lens"] = of_keys
+    if kwargs.get("is_causal") is False:
+        raise ValueError("A mosaic's memories read the past alone; leave out is_causal=False.")
+    known = _BORDERS | _OF_THE_LOSS | _UNUSED
+    for name in kwargs.keys() - known:
+        valid = known | set(inspect.signature(forward).parameters) - {"kwargs"}
+        raise TypeError(f"A mosaic's forward pass has no argument {name!r}; {nearest(name, valid)}")
+    return found
+
+
 def _is_loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
@@ -98,14 +132,17 @@ class MosaicModel(MosaicPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         context: Context | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """The hidden states; the arguments are those of `MosaicForCausalLM.forward`, and the pass's `context`."""
+        borders = _begins(kwargs, self.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -116,6 +153,10 @@ class MosaicModel(MosaicPreTrainedModel):
         batch, time = given.shape[:2]
         if time == 0:
             raise ValueError("The input has no tokens; give at least one for each row.")
+        if borders.get("seq_idx") is not None:
+            if document_ids is not None:
+                raise ValueError("seq_idx and document_ids both say which document a token is of; give one of them.")
+            document_ids = borders.pop("seq_idx")
         for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
             if x is not None and (x.dim() != 2 or x.shape[0] != batch or x.shape[1] < time):
                 raise ValueError(
@@ -138,10 +179,21 @@ class MosaicModel(MosaicPreTrainedModel):
                     f"attention_mask has {attention_mask.shape[1]} positions; give those of the input, {time}{also}."
                 )
             attention_mask = attention_mask[:, -time:]
+        if position_ids is not None or borders.get("cu_seq_lens") is not None:
+            document_ids = documents_of(
+                (batch, time),
+                attention_mask,
+                ids=document_ids,
+                position_ids=position_ids,
+                cu_seq_lens=borders.get("cu_seq_lens"),
+                open_document=None if rows is None else rows.document,
+                cached=stored > 0,
+            )
         layout, order, rows = Layout.of(batch, time, attention_mask, document_ids, rows, stored)
 
         if context is None:
             context = Context()
+        context.layout, context.order = layout, order
         if not self.training or state is not None:
             context.draw = None
         elif context.draw is None:
@@ -200,6 +252,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -211,6 +264,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         draw: float | None = None,
         loss_only: bool = False,
         context: Context | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each position, and the loss.
 
@@ -220,6 +274,9 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
                 may lie anywhere and changes nothing.
             document_ids: `(batch, time)` integers. A document begins wherever the id changes from the previous real
                 token; no memory sees another document. On a cached call without ids the open document goes on.
+            position_ids: `(time,)`, `(1, time)` or `(batch, time)`. A mosaic has no position encoding; where positions
+                restart (are not larger than that of the real token before, or 0 at the first of a cached call), a
+                document begins.
             inputs_embeds: `(batch, time, d)` in the place of `input_ids`.
             labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in
                 another document than their position are not counted.
@@ -237,17 +294,25 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             loss_only: whether to leave the logits out. The loss then need not hold those of all positions at once,
                 which takes less memory and time.
             context: a sink for what the pass leaves beside its output; made when not given.
+            kwargs: what transformers' loops pass to models. `num_items_in_batch`: what the sum of the loss is divided
+                by, in the place of the number of counted targets, so that accumulated gradients weigh all targets
+                alike; auxiliary losses are weighed by the counted share of it. `cu_seq_lens_q`, `cu_seq_lens_k` (of
+                one row) and `seq_idx` say where documents begin. `shift_labels`: targets that are shifted already.
+                `max_length_q`, `max_length_k`, `cache_position`, `token_type_ids` and the like change nothing.
 
         Returns:
             `loss` (mean nats over the counted targets), `logits` `(batch, kept, vocabulary)` or None,
             `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: shapes do not fit, the cache is of another kind, or something unsupported is asked for.
+            ValueError: shapes do not fit, the cache is of another kind, what says where documents begin disagrees, or
+                something unsupported is asked for.
+            TypeError: there is no such argument.
         """
+        shifted, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if output_attentions:
             raise ValueError("A mosaic has no attentions; call read_weights for what its memories read.")
-        if loss_only and labels is None:
+        if loss_only and labels is None and shifted is None:
             raise ValueError("loss_only is given without labels; give labels, or leave it out for the logits.")
         context = context or Context()
         if draw is not None:
@@ -258,12 +323,14 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             document_ids=document_ids,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             context=context,
+            **kwargs,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         scale = self.config.hidden_size**-0.5 if self.config.logit_scale is None else self.config.logit_scale
@@ -273,25 +340,31 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden)
             if scale != 1:
                 logits = logits * scale
-        if labels is not None:
-            if labels.shape != outputs.last_hidden_state.shape[:2]:
+        if labels is not None or shifted is not None:
+            targets = labels if shifted is None else shifted
+            if targets.shape != outputs.last_hidden_state.shape[:2]:
                 given = tuple(outputs.last_hidden_state.shape[:2])
                 raise ValueError(
-                    f"labels has shape {tuple(labels.shape)} and the input {given}; give one label a position."
+                    f"labels has shape {tuple(targets.shape)} and the input {given}; give one label a position."
                 )
-            labels = labels.long()
-            mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :]
-            targets = shifted_targets(labels, mask, document_ids)
+            targets = targets.long()
+            if shifted is None:
+                targets = _targets(targets, context.layout, context.order)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
             if pieces:
                 total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
             else:
                 wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
                 total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
-            # The sum over max(count, 1): a batch without a target has a loss of 0, not NaN.
-            loss = total / (kept != -100).sum().clamp(min=1)
-        for auxiliary in context.auxiliary_losses:
-            loss = auxiliary if loss is None else loss + auxiliary
+            counted = (kept != -100).sum()
+            if items is None:  # over max(count, 1): a batch without a target has a loss of 0, not NaN
+                loss, share = total / counted.clamp(min=1), 1.0
+            else:
+                items = items.to(total.device) if isinstance(items, Tensor) else items
+                loss, share = total / items, counted / items
+            if self.training:
+                for auxiliary in context.auxiliary_losses:
+                    loss = loss + share * auxiliary
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if loss_only else logits,
@@ -305,10 +378,18 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         """As transformers does it, without what a mosaic has no use for.
 
         Raises:
-            ValueError: `document_ids` are given: they are for scoring and training.
+            ValueError: `document_ids` are given, or positions that restart: they are for scoring and training.
         """
         if kwargs.get("document_ids") is not None:
             raise ValueError("generate takes no document_ids; give each document a row of its own, padded on the left.")
+        positions, mask = kwargs.pop("position_ids", None), kwargs.get("attention_mask")
+        if positions is not None and positions.shape[-1] > 1:
+            real = None if mask is None else mask[:, -positions.shape[-1] :]
+            if (
+                documents_of(tuple(input_ids[:, -positions.shape[-1] :].shape), real, position_ids=positions)
+                is not None
+            ):
+                raise ValueError("generate takes no positions that restart; give each document a row of its own.")
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)
         return inputs
@@ -402,15 +483,19 @@ def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, docume
     Raises:
         ValueError: the arguments are not of one shape.
     """
-    batch, time = labels.shape
     for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if x is not None and x.shape != labels.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)} and labels {tuple(labels.shape)}; give the same.")
-    if attention_mask is not None:
-        labels = labels.masked_fill(~attention_mask.bool(), -100)
-    layout, order, _ = Layout.of(batch, time, attention_mask, document_ids)
+    layout, order, _ = Layout.of(*labels.shape, attention_mask, document_ids)
+    return _targets(labels, layout, order)
+
+
+def _targets(labels: Tensor, layout: Layout, order: Tensor | None) -> Tensor:
+    """As `shifted_targets`, of rows whose layout and compact order are known."""
     if order is not None:
         labels = labels.gather(1, order)
+    if (padding := layout.is_padding) is not None:
+        labels = labels.masked_fill(padding, -100)
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     if (first := layout.is_first) is not None:
         targets = targets.masked_fill(F.pad(first[:, 1:], (0, 1), value=True), -100)
