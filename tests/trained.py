@@ -16,7 +16,8 @@ import mosaics  # noqa: F401
 
 def trained(exported, rows: list[dict], folder, **arguments) -> Trainer:
     """Train a few steps on rows of token ids."""
-    tokenizer = AutoTokenizer.from_pretrained(exported)
+    # Trainer counts every label but the first of a row as a target: with padding on the left, the first token too.
+    tokenizer = AutoTokenizer.from_pretrained(exported, padding_side="right")
     settings = dict(max_steps=4, learning_rate=0.01, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(exported),
