@@ -49,6 +49,8 @@ class AttentionMemory(Memory):
         ValueError: heads do not divide the width or each other, the head width is odd, or the reach is impossible.
     """
 
+    adapted = ("q_proj", "v_proj")
+
     @dataclass(frozen=True)
     class Options:
         """Heads for queries and (fewer, shared) for keys and values; how far back the newest and the oldest readable

@@ -372,7 +372,7 @@ class Memory(nn.Module):
     Parallel memories are added, so a memory can be taken out without touching the others. A subclass sets `Options`, a
     dataclass of what a config may say of it, and registers itself with `@register("its_type")`. `shared_options` are
     those that a setting without a memory's name sets in all memories that have them; any other has to be qualified
-    where memories of different names have it.
+    where memories of different names have it. `adapted` are the maps that adapters change if nobody says which.
 
     Args:
         options: this memory's `Options`.
@@ -384,6 +384,7 @@ class Memory(nn.Module):
     type: ClassVar[str]
     width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
     shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
+    adapted: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any, common: Common, layer_index: int) -> None:
         super().__init__()

@@ -117,6 +117,7 @@ class ContextualMemory(Memory):
         ValueError: the width is not a multiple of the number of heads.
     """
 
+    adapted = ("key_proj", "value_proj")
     window: int | None = None
     unit_norm_eps: float = 0.0
 

@@ -87,6 +87,7 @@ class LeakyContextualMemory(ContextualMemory):
     """
 
     shared_options = ContextualMemory.shared_options | {"unit_norm_eps"}
+    adapted = ("key_extractor.proj", "value_proj")
 
     @dataclass(frozen=True)
     class Options:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -162,6 +163,7 @@ class MosaicConfig(PreTrainedConfig):
                 f"num_hidden_layers is {self.num_hidden_layers}, but the blocks are {layers}; leave it out."
             )
         self.num_hidden_layers = layers
+        self.__dict__.setdefault("auto_map", {})  # code that a folder brings; who asks for it asks without a default
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
@@ -216,6 +218,23 @@ class MosaicConfig(PreTrainedConfig):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"Two memories of a block have the name {name!r}; give each a name of its own.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        self._tell_peft()
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
+
+    def _tell_peft(self) -> None:
+        """PEFT looks up what to adapt by the type of a model, in tables of its own, right after it has asked the model's
+        config for its values: the maps that the memories name are put there."""
+        tables = vars(sys.modules.get("peft.utils.constants", object))
+        targets = sorted({name for m in _memories(self.blocks) for name in REGISTRY[m["type"]].adapted})
+        for name, table in tables.items():
+            if name.endswith("_TARGET_MODULES_MAPPING") and "q_proj" in table.get("llama", ()) and targets:
+                table[self.model_type] = targets
 
     def validate_layer_type(self) -> None:
         """Every block has a cache layer of this project's own type."""
