@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import mosaics
 from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.data import open_corpus, prepare
 from mosaics.models.kept import read_context, save_memory
