@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mosaics.memories import Layout, Rows
-from mosaics.memories.base import Pairs
+from mosaics.memories.contract import Pairs
 
 
 def test_layout_of_plain_rows_is_empty():

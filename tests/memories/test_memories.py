@@ -7,8 +7,8 @@ from torch import nn
 
 from helpers import gradients, relative_error
 from mosaics.memories import REGISTRY, Common, Context, Layout, Stack
-from mosaics.memories.base import build
-from mosaics.memories.contextual import mapped
+from mosaics.memories.contract import build
+from mosaics.memories.mosaic.common import mapped
 
 OPTIONS = {
     "attention": dict(num_attention_heads=4, num_key_value_heads=2, window=5, delay=1),

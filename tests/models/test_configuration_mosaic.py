@@ -5,7 +5,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from helpers import tiny_config
 from mosaics import MosaicConfig
-from mosaics.memories.base import REGISTRY, named, option_names
+from mosaics.memories.contract import REGISTRY, named, option_names
 from mosaics.models import PRESETS
 
 

@@ -6,7 +6,7 @@ import torch
 from helpers import relative_error, tiny_config, tiny_model, tokens
 from mosaics import MosaicForCausalLM
 from mosaics.memories import State
-from mosaics.memories.base import Pairs
+from mosaics.memories.contract import Pairs
 from mosaics.models.cache import open_cache
 
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]

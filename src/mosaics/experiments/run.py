@@ -15,7 +15,7 @@ from typing import Any
 from mosaics.experiments import work
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
 from mosaics.experiments.work import Training, say
-from mosaics.memories.base import named
+from mosaics.memories.contract import named
 
 
 def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""Memories: one file per system, all behind one contract. Importing this package fills the registry."""
+"""Memories: one file per system, in folders by group, all behind one contract.
 
-from mosaics.memories import (  # noqa: F401
-    attention,
-    feed_forward,
-    kernel_persistent,
-    leaky_contextual,
-    long_term,
-    short_term,
-)
-from mosaics.memories.base import REGISTRY, Common, Context, Layout, Memory, Read, Rows, State, register
+Importing this package fills the registry; packages of others register theirs under entry points of the group
+`mosaics.memories`, by the names of their types.
+"""
+
+import importlib
+import pkgutil
+
+from mosaics.memories.contract import REGISTRY, Common, Context, Layout, Memory, Read, Rows, State, register
 from mosaics.memories.stack import Block, Stack, StackState
 
 __all__ = [
@@ -25,3 +24,6 @@ __all__ = [
     "State",
     "register",
 ]
+
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

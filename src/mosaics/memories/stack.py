@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, State, build, named
+from mosaics.memories.contract import Common, Context, Layout, Memory, State, build, named
 
 
 @dataclass

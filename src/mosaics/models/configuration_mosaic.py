@@ -12,12 +12,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mosaics.memories.base import (
+from mosaics.memories.contract import (
     LARGEST,
-    REGISTRY,
     Common,
     check_options,
     check_state_dtype,
+    memory_class,
     named,
     nearest,
     option_names,
@@ -228,10 +228,10 @@ class MosaicConfig(PreTrainedConfig):
         return values
 
     def _tell_peft(self) -> None:
-        """PEFT looks up what to adapt by the type of a model, in tables of its own, right after it has asked the model's
-        config for its values: the maps that the memories name are put there."""
+        """PEFT looks up what to adapt by the type of a model, in tables of its own, right after it has asked the
+        model's config for its values: the maps that the memories name are put there."""
         tables = vars(sys.modules.get("peft.utils.constants", object))
-        targets = sorted({name for m in _memories(self.blocks) for name in REGISTRY[m["type"]].adapted})
+        targets = sorted({name for m in _memories(self.blocks) for name in memory_class(m["type"]).adapted})
         for name, table in tables.items():
             if name.endswith("_TARGET_MODULES_MAPPING") and "q_proj" in table.get("llama", ()) and targets:
                 table[self.model_type] = targets
@@ -333,7 +333,7 @@ def _set_option(blocks: list[dict[str, Any]] | None, key: str, value: Any) -> bo
         if option in option_names(memory["type"]) and owner in ("", own)
     ]
     names = sorted({own for own, _ in found})
-    if len(names) > 1 and not all(option in REGISTRY[memory["type"]].shared_options for _, memory in found):
+    if len(names) > 1 and not all(option in memory_class(memory["type"]).shared_options for _, memory in found):
         choices = " or ".join(f"{own}.{option}" for own in names)
         raise ValueError(f"{option!r} is an option of several memories; say whose: {choices}.")
     for _, memory in found:

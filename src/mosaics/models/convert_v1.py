@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mosaics.memories.base import nearest
+from mosaics.memories.contract import nearest
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 

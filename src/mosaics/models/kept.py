@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mosaics.memories import Rows, StackState, State
-from mosaics.memories.base import STATE_DTYPES, Pairs
+from mosaics.memories.contract import STATE_DTYPES, Pairs
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.digest import digest_of
 from mosaics.models.modeling_mosaic import MosaicForCausalLM

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from mosaics.data.hub import where_to_look
-from mosaics.memories.base import check_state_dtype
+from mosaics.memories.contract import check_state_dtype
 from mosaics.models.configuration_mosaic import MosaicConfig
 
 MANIFEST, FORMAT = "manifest.json", "mosaics-exported-model"

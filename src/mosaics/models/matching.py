@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from mosaics.memories import REGISTRY
+from mosaics.memories.contract import memory_class
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
@@ -56,7 +56,7 @@ def width_option(config: MosaicConfig) -> str:
         ValueError: there is none, or there are several.
     """
     memories = {memory["type"] for steps in config.block_steps() for step in steps for memory in step}
-    options = {REGISTRY[name].width_option for name in memories} - {None}
+    options = {memory_class(name).width_option for name in memories} - {None}
     if len(options) != 1:
         raise ValueError(f"One option has to say how wide the persistent memories are; there are {len(options)}.")
     return options.pop()

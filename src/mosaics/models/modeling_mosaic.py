@@ -18,7 +18,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from mosaics.memories import Context, Layout, Memory, Read, Stack
-from mosaics.memories.base import init_clamped_normal, nearest
+from mosaics.memories.contract import init_clamped_normal, nearest
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.documents import documents_of

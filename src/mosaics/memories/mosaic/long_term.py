@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mosaics.memories.base import Common, Context, register
-from mosaics.memories.contextual import GatedContextualMemory
+from mosaics.memories.contract import Common, Context, register
+from mosaics.memories.mosaic.common import GatedContextualMemory
 
 
 @register("long_term")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.base import (
+from mosaics.memories.contract import (
     Common,
     Context,
     Layout,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, Read, linear_flops, register
-from mosaics.memories.contextual import KeyState, head_width, key_state_bytes, widened
-from mosaics.memories.leaky_contextual import SPEED, LeakyKeys, reset_map
+from mosaics.memories.contract import Common, Context, Layout, Memory, Read, linear_flops, register
+from mosaics.memories.mosaic.common import KeyState, head_width, key_state_bytes, widened
+from mosaics.memories.mosaic.leaky_contextual import SPEED, LeakyKeys, reset_map
 from mosaics.ops.kernel_regression import kernel_regression, weights
 
 

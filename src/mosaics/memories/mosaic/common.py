@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import (
+from mosaics.memories.contract import (
     Common,
     Context,
     Layout,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.base import Common, Context, Layout, Memory, check_deviation, init_map, linear_flops, register
+from mosaics.memories.contract import Common, Context, Layout, Memory, check_deviation, init_map, linear_flops, register
 
 
 @register("feed_forward")

@@ -1,0 +1,1 @@
+"""Attention: the Transformer's memory and its relatives."""

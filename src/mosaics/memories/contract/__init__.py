@@ -1,0 +1,52 @@
+"""The contract between memories and all else: a file for each of its subjects."""
+
+from mosaics.memories.contract.context import Context, Read
+from mosaics.memories.contract.helpers import (
+    check_deviation,
+    init_clamped_normal,
+    init_map,
+    linear_flops,
+    mean_pairs,
+)
+from mosaics.memories.contract.layout import Layout
+from mosaics.memories.contract.memory import Common, Memory
+from mosaics.memories.contract.pairs import STATE_DTYPES, Pairs, check_state_dtype
+from mosaics.memories.contract.registry import (
+    LARGEST,
+    REGISTRY,
+    build,
+    check_options,
+    memory_class,
+    named,
+    nearest,
+    option_names,
+    register,
+)
+from mosaics.memories.contract.state import Rows, State
+
+__all__ = [
+    "LARGEST",
+    "REGISTRY",
+    "STATE_DTYPES",
+    "Common",
+    "Context",
+    "Layout",
+    "Memory",
+    "Pairs",
+    "Read",
+    "Rows",
+    "State",
+    "build",
+    "check_deviation",
+    "check_options",
+    "check_state_dtype",
+    "init_clamped_normal",
+    "init_map",
+    "linear_flops",
+    "mean_pairs",
+    "memory_class",
+    "named",
+    "nearest",
+    "option_names",
+    "register",
+]

@@ -1,0 +1,121 @@
+"""What each position of a call is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mosaics.memories.contract.state import Rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What each position of a call is. Rows are compact: real tokens first, padding (if any) at the end.
+
+    `Layout.of` makes it from a mask with padding anywhere, together with the order that compacts a row, so that no
+    memory meets padding between tokens. A document begins wherever the id changes.
+
+    Attributes:
+        batch: the number of rows.
+        time: the number of positions.
+        start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
+            (negative for a document that an earlier call opened); None when every row is one document, opened at the
+            first stored pair.
+        length: `(batch,)`, the real tokens of each row; None when there is no padding.
+        stored: the positions of earlier calls.
+    """
+
+    batch: int
+    time: int
+    start: Tensor | None = None
+    length: Tensor | None = None
+    stored: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        time: int,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        rows: Rows | None = None,
+        stored: int = 0,
+    ) -> tuple[Layout, Tensor | None, Rows]:
+        """The layout of a call, the order that compacts its rows, and what the next call has to know.
+
+        Args:
+            batch: the number of rows.
+            time: the number of positions.
+            attention_mask: `(batch, time)`, true (or 1) for real tokens; None: all are real.
+            document_ids: `(batch, time)`; None: the open document goes on.
+            rows: what the call before returned; None for the first.
+            stored: the positions of earlier calls.
+
+        Returns:
+            The layout; `(batch, time)` positions in compact order, or None if they are so already; the rows.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        order, length = None, None
+        if mask is not None:
+            length = mask.sum(1)
+            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                order = torch.argsort(~mask, dim=1, stable=True)
+        rows = rows or Rows()
+        fresh = stored == 0
+        if length is None and document_ids is None and rows.tokens is None:
+            return cls(batch, time, stored=stored), None, rows
+
+        device = next(x.device for x in (length, document_ids, rows.tokens) if x is not None)
+        position = torch.arange(time, device=device).expand(batch, time)
+        tokens = position.new_full((batch,), stored) if rows.tokens is None else rows.tokens
+        document = rows.document
+        border = torch.zeros(batch, time, dtype=torch.bool, device=device)
+        if document_ids is not None:
+            ids = document_ids if order is None else document_ids.gather(1, order)
+            before = torch.zeros_like(ids[:, 0]) if document is None else document
+            border = ids != torch.cat([before[:, None].to(ids), ids[:, :-1]], dim=1)
+        border[:, 0] |= fresh
+        if length is not None:
+            border &= position < length[:, None]
+        start = torch.where(border, position, -tokens[:, None]).cummax(1).values
+        whole = fresh and not bool(border[:, 1:].any())
+        if whole and length is None:
+            return cls(batch, time), None, Rows(None, document if document_ids is None else ids[:, -1])
+
+        last = position[:, -1] if length is None else length - 1
+        seen = last.clamp(min=0)[:, None]
+        rows = Rows(
+            last + 1 - start.gather(1, seen)[:, 0],
+            document if document_ids is None else torch.where(last >= 0, ids.gather(1, seen)[:, 0], before.to(ids)),
+        )
+        return cls(batch, time, None if whole else start, length, stored), order, rows
+
+    @property
+    def is_first(self) -> Tensor | None:
+        """`(batch, time)`, whether a position begins a document; None when only the first of a fresh row may."""
+        return None if self.start is None else self.start == torch.arange(self.time, device=self.start.device)
+
+    @property
+    def is_padding(self) -> Tensor | None:
+        """`(batch, time)`, whether a position is padding; None when none is."""
+        return (
+            None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
+        )
+
+    def position(self, device: torch.device) -> Tensor:
+        """`(batch or 1, time)`, how many tokens of its document come before each position."""
+        own = torch.arange(self.time, device=device)
+        return (own + self.stored)[None] if self.start is None else own - self.start
+
+    def align(self, x: Tensor) -> Tensor:
+        """Shift each row of `x` `(batch, ..., slots, width)` right until its last real position is the last slot."""
+        if self.length is None:
+            return x
+        slots = x.shape[-2]
+        source = (torch.arange(slots, device=x.device) - (self.time - self.length)[:, None]) % slots
+        source = source.view(self.batch, *[1] * (x.dim() - 3), slots, 1).expand(x.shape)
+        return x.gather(-2, source)

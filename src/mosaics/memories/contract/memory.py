@@ -1,0 +1,115 @@
+"""The contract of a memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mosaics.memories.contract.context import Context
+from mosaics.memories.contract.layout import Layout
+from mosaics.memories.contract.pairs import check_state_dtype
+from mosaics.memories.contract.state import State
+
+
+@dataclass(frozen=True)
+class Common:
+    """What belongs to the whole model and every memory may use.
+
+    Attributes:
+        hidden_size: d.
+        bias: whether linear maps have a bias.
+        norm_eps: of the norms.
+        dropout: probability, in training, on what a step adds.
+        rotary_base: of memories that use rotary positions.
+        attention_dropout: probability, in training, on the weights of what a memory reads.
+        num_layers: blocks of the model.
+        state_dtype: in which memories keep pairs between calls, one of `STATE_DTYPES`; None: as they are computed.
+    """
+
+    hidden_size: int
+    bias: bool = False
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    rotary_base: float = 500000.0
+    attention_dropout: float = 0.0
+    num_layers: int = 1
+    state_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_state_dtype(self.state_dtype)
+
+
+class Memory(nn.Module):
+    """One memory: stores key-value pairs in some form and answers a key; owns everything up to its output map.
+
+    Parallel memories are added, so a memory can be taken out without touching the others. A subclass sets `Options`, a
+    dataclass of what a config may say of it, and registers itself with `@register("its_type")`. `shared_options` are
+    those that a setting without a memory's name sets in all memories that have them; any other has to be qualified
+    where memories of different names have it. `adapted` are the maps that adapters change if nobody says which.
+
+    Args:
+        options: this memory's `Options`.
+        common: what belongs to the whole model.
+        layer_index: the block's index, from 0.
+    """
+
+    Options: ClassVar[type]
+    type: ClassVar[str]
+    width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
+    shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
+    adapted: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Any, common: Common, layer_index: int) -> None:
+        super().__init__()
+        self.options, self.common, self.layer_index = options, common, layer_index
+        self.name = getattr(type(self), "type", "")  # in its block; a config may give another
+
+    def initial_state(self) -> State | None:
+        """The state before the first token; None for a memory that carries nothing."""
+        return None
+
+    def forward(self, x: Tensor, layout: Layout, state: State | None, context: Context) -> tuple[Tensor, State | None]:
+        """Answer every position of `x` and store what it brings.
+
+        The result for a sequence does not depend on how it is cut into calls.
+
+        Args:
+            x: `(batch, time, d)`, compact rows.
+            layout: what each position is.
+            state: None when nothing follows this call; else `initial_state()` or what the last call returned, consumed.
+            context: what belongs to this pass.
+
+        Returns:
+            `(batch, time, d)`, and the state after the last position (None if none was given).
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self, layer_index: int) -> None:
+        """Initialise all parameters as the memory's paper says, with `torch.nn.init`; `layer_index` counts from 0."""
+        raise NotImplementedError
+
+    def flops(self, context_length: int) -> float:
+        """Operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
+        raise NotImplementedError
+
+    def state_bytes(self, context_length: int, element_size: int) -> int:
+        """Bytes of decoding state for one sequence of `context_length` tokens with elements of `element_size` bytes."""
+        return 0
+
+    def pair_bytes(self, width: int, heads: int, element_size: int) -> int:
+        """Bytes of one stored pair whose key and value are `width` wide each in all `heads` together."""
+        narrow = self.common.state_dtype
+        if narrow is not None:
+            element_size = min(element_size, getattr(torch, narrow).itemsize)
+        return 2 * (width * element_size + (4 * heads if narrow == "int8" else 0))
+
+    def read_dropout(self) -> float:
+        """The dropout of the weights of this pass."""
+        return self.common.attention_dropout if self.training else 0.0
+
+    def undecayed_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: scalars, vectors and norms."""
+        return {name for name, parameter in self.named_parameters() if parameter.dim() < 2}

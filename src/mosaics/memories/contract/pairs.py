@@ -1,0 +1,112 @@
+"""Stored key-value pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaics.memories.contract.layout import Layout
+from mosaics.memories.contract.state import State
+from mosaics.ops.kernel_regression import Narrow, widened
+
+STATE_DTYPES = ("bfloat16", "int8")
+
+
+@dataclass
+class Pairs(State):
+    """Key-value pairs in buffers that grow by half, so that storing one more costs the same however many there are.
+
+    The rows are aligned on the right: the newest pair of every row lies in the last slot. With a `dtype` the pairs are
+    rounded when they come, and what is read are the rounded ones, also within the call that brings them: so the answer
+    does not depend on how a sequence is cut.
+
+    Attributes:
+        keys: `(batch, heads, capacity, width)`.
+        values: `(batch, heads, capacity, value width)`; the newest pair's value is not known yet.
+        key_scales: `(batch, heads, capacity, 1)` in float32, what 8 bits are multiples of; else None.
+        value_scales: the same for the values.
+        used: slots written.
+        limit: how many of the newest slots are kept; None keeps all.
+        dtype: in which pairs are kept, one of `STATE_DTYPES`; None: as they come.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    used: int = 0
+    limit: int | None = None
+    dtype: str | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
+        """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
+
+        `values` may have more entries at the front: they replace those of the newest pairs stored before.
+        """
+        kept = self.used if self.limit is None else min(self.used, self.limit)
+        time, computed = keys.shape[2], keys.dtype
+        total = kept + time
+        if self.dtype is None or getattr(torch, self.dtype) == computed:
+            new = {"keys": keys, "values": values}
+        else:
+            keys, values = (Narrow.of(x, getattr(torch, self.dtype)) for x in (keys, values))
+            new = {"keys": keys.data, "values": values.data}
+            if keys.scale is not None:
+                new |= {"key_scales": keys.scale, "value_scales": values.scale}
+        if kept == 0:
+            for name, x in new.items():
+                setattr(self, name, x)
+            self.used = time
+            return widened(keys), widened(values)  # nothing older: they are all at hand
+        begin = self.used - kept
+        needs_graph = any(x.requires_grad for x in (*new.values(), self.keys, self.values))
+        if torch.is_grad_enabled() and needs_graph:
+            for name, x in new.items():
+                older = getattr(self, name)[:, :, begin : begin + total - x.shape[2]]
+                setattr(self, name, torch.cat([older, x], dim=2))
+            self.used, begin = total, 0
+        else:
+            foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
+            if foreign or self.used + time > self.keys.shape[2]:
+                capacity = total + max(total // 2, 64)
+                for name in new:
+                    setattr(self, name, _grown(getattr(self, name)[:, :, begin : self.used], capacity))
+                self.used, begin = kept, 0
+            self.used += time
+            for name, x in new.items():
+                getattr(self, name)[:, :, self.used - x.shape[2] : self.used] = x
+        stored = {name: getattr(self, name)[:, :, begin : self.used] for name in new}
+        if stored["keys"].dtype == computed:
+            return stored["keys"], stored["values"]
+        return (
+            Narrow(stored["keys"], stored.get("key_scales"), computed),
+            Narrow(stored["values"], stored.get("value_scales"), computed),
+        )
+
+    def settle(self, layout: Layout) -> None:
+        """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""
+        if layout.length is not None:
+            self.map(lambda x: layout.align(x[:, :, : self.used]))
+        if self.limit is not None and self.used > 4 * self.limit + 64:
+            self.release()
+
+    def release(self) -> None:
+        kept = self.used if self.limit is None else min(self.used, self.limit)
+        if kept and self.keys.shape[2] > kept:
+            self.map(lambda x: x[:, :, self.used - kept : self.used].clone())
+            self.used = kept
+
+
+def _grown(x: Tensor, capacity: int) -> Tensor:
+    buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])  # what is not used takes no room until it is
+    buffer[:, :, : x.shape[2]] = x
+    return buffer
+
+
+def check_state_dtype(name: Any) -> None:
+    """Raises `ValueError` if `name` is neither one of `STATE_DTYPES` nor None."""
+    if name is not None and name not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {name!r}; choose {' or '.join(STATE_DTYPES)}, or leave it out.")

@@ -1,0 +1,73 @@
+"""What a memory carries from call to call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+class State:
+    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor in the state, however deep, by `function` of it."""
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _mapped(getattr(self, f.name), function))
+
+    def parts(self) -> Iterator[State]:
+        """This state and all that are in it, however deep."""
+        yield self
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, State):
+                    yield from part.parts()
+
+    @property
+    def batch(self) -> int | None:
+        """The rows; None where there is no tensor yet."""
+        held = (x for part in self.parts() for x in vars(part).values() if isinstance(x, Tensor))
+        return next((x.shape[0] for x in held), None)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order; a row may be kept more than once."""
+        self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, next to each other."""
+        self.map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def detach(self) -> None:
+        """Cut the state off the graph that made it."""
+        self.map(Tensor.detach)
+
+    def release(self) -> None:
+        """Let go of room that is only there to grow into."""
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, State):
+        value.map(function)
+    elif isinstance(value, list):
+        return [_mapped(v, function) for v in value]
+    return value
+
+
+@dataclass
+class Rows(State):
+    """What all memories of a model share about the rows of a batch between calls.
+
+    Attributes:
+        tokens: `(batch,)`, the real tokens of each row's open document so far; None while every row is one document
+            without padding, as long as the stored pairs.
+        document: `(batch,)`, the id of each row's open document; None until ids were given (then it counts as 0).
+    """
+
+    tokens: Tensor | None = None
+    document: Tensor | None = None

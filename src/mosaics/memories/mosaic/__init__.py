@@ -1,0 +1,1 @@
+"""Memories of the Memory Mosaics, v1 and v2."""

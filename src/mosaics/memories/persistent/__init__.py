@@ -1,0 +1,1 @@
+"""Persistent memories: filled by training."""
