@@ -23,9 +23,9 @@ REGISTRY: dict[str, type[Memory]] = {}
 ENTRY_POINTS = "mosaics.memories"  # the group under which packages of others name their memories
 # What belongs to the whole model in a config, so that no memory may have an option of the name.
 MODEL_SETTINGS = frozenset(
-    "vocab_size hidden_size blocks num_hidden_layers max_position_embeddings norm norm_eps bias dropout embedding_dropout "
-    "attention_dropout logit_scale embedding_scale rotary_base tie_word_embeddings state_dtype use_cache bos_token_id "
-    "eos_token_id pad_token_id dtype name type options repeat steps".split()
+    "vocab_size hidden_size blocks num_hidden_layers max_position_embeddings norm norm_eps bias dropout "
+    "embedding_dropout attention_dropout logit_scale embedding_scale rotary_base tie_word_embeddings state_dtype "
+    "use_cache bos_token_id eos_token_id pad_token_id dtype name type options repeat steps".split()
 )
 LARGEST = 2**31 - 1  # whole number in a config; beyond that the sizes of tensors overflow
 
@@ -42,9 +42,7 @@ def register(name: str) -> Callable[[type[Memory]], type[Memory]]:
         if known is not None and (known.__module__, known.__qualname__) != (memory.__module__, memory.__qualname__):
             raise ValueError(f"{known.__module__} has registered a memory of type {name!r}; take another name.")
         if taken := {f.name for f in dataclasses.fields(memory.Options)} & MODEL_SETTINGS:
-            raise ValueError(
-                f"{name!r} has an option of the name of a setting of the model, {min(taken)!r}; rename it."
-            )
+            raise ValueError(f"The option {min(taken)!r} of {name!r} is a setting of the whole model; rename it.")
         memory.type = name
         REGISTRY[name] = memory
         return memory
