@@ -230,16 +230,17 @@ def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results
         for seed in sorted({seed for found in points.values() for seed in found}):
             line = [(at, found[seed]) for at, found in points.items() if seed in found]
             curves.append((arrangement, seed, *zip(*line, strict=True)))
-    chance = [
-        b["chance"]
+    known = [
+        b
         for b in results["baselines"]
         if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"]
     ][:1]
+    lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
     title = evaluation["title"] or evaluation["name"]
     if evaluation["without"]:
         title += f" (without {', '.join(evaluation['without'])})"
     beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
-    more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "chance": chance}
+    more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "lines": lines}
     return {"title": title, "x": x, "y": y} | more
 
 
@@ -277,8 +278,8 @@ def draw(plot: dict[str, Any], png: Path) -> str:
         axes.plot(xs, ys, color=colour, marker=marker, markersize=3, linestyle="--", linewidth=1, label=label)
     for number, (label, x) in enumerate(plot.get("marks", [])):
         axes.axvline(x, color="#888888", linestyle=(":", "--")[number % 2], linewidth=1, label=label)
-    for chance in plot.get("chance", []):
-        axes.axhline(chance, color="#888888", linestyle=":", linewidth=1, label="chance")
+    for number, (label, y) in enumerate(plot.get("lines", [])):
+        axes.axhline(y, color="#888888", linestyle=(":", "--")[number % 2], linewidth=1, label=label)
     if plot["log_x"] and labels:
         axes.set_xscale("log", base=2)
         ticks = sorted({x for curve in [*plot["curves"], *plot.get("beside", [])] for x in curve[-2]})
