@@ -4,6 +4,8 @@ import json
 
 from tests.experiments.conftest import OPTIONS
 
+from mosaics.experiments.reproduce import CLAIMS
+
 
 def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
     words = ["--seeds", "0", "--samples", "2", "--output", tmp_path]
@@ -21,7 +23,7 @@ def test_reproduce_plans_without_doing_anything(mosaics, tmp_path):
 
 def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):
     code, output, _ = mosaics("reproduce", "--list")
-    assert code == 0 and output.count("at full scale: ") == 15 + 4
+    assert code == 0 and output.count("at full scale: ") == len(CLAIMS)
 
 
 def test_reproduce_refuses_in_one_sentence(refused):

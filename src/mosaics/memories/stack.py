@@ -133,12 +133,29 @@ class Stack(Memory):
                 trace.append(x)
             block_state = None if state is None else state.blocks[i]
             if self.gradient_checkpointing and self.training and state is None:
-                x, _ = self._gradient_checkpointing_func(block.__call__, x, layout, None, context)
+                x = self._recomputed(block, x, layout, context)
             else:
                 x, block_state = block(x, layout, block_state, context)
             if state is not None:
                 state.blocks[i] = block_state
         return x, state
+
+    def _recomputed(self, block: Block, x: Tensor, layout: Layout, context: Context) -> Tensor:
+        """A block whose activations are not kept: it is computed anew in the backward pass, with the same stream."""
+        names: list[str] = []
+
+        def run(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            own = context.apart()
+            own.stream = dict(zip(before, values, strict=True))
+            y, _ = block(x, layout, None, own)
+            names[:] = own.stream
+            return y, *own.stream.values(), *own.auxiliary_losses
+
+        before = list(context.stream)
+        x, *left = self._gradient_checkpointing_func(run, x, *context.stream.values())
+        context.stream = dict(zip(names, left, strict=False))
+        context.auxiliary_losses += left[len(names) :]
+        return x
 
     def memories(self) -> Iterator[Memory]:
         """All memories of all blocks, in order."""

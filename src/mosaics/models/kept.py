@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mosaics.memories import Rows, StackState, State
-from mosaics.memories.contract import STATE_DTYPES, Pairs
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.digest import digest_of
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
@@ -166,10 +165,8 @@ def _check_content(
     cache = DynamicCache(config=model.config)
     state, _, _ = open_cache(cache, model.model.stack)
     for own, part in zip(state.parts(), stored.parts(), strict=True):
-        if isinstance(own, Pairs):
-            if part.dtype not in (None, *STATE_DTYPES):
-                raise TypeError("dtype")
-            own.dtype = part.dtype
+        own.adopt(part)
+        part.check()
     close_cache(cache, model.model.stack, state, Rows(), 0)
     state, rows, _ = open_cache(read_context(model, input_ids[:, :256], cache=cache), model.model.stack)
     known: dict[str, Tensor] = {}
@@ -182,14 +179,13 @@ def _check_content(
         longer = isinstance(value, int) and input_ids.shape[1] > 256 and 0 <= plain[name] <= input_ids.shape[1]
         if type(plain[name]) is not type(value) or not (longer or plain[name] == value):
             raise TypeError(name)
+    grows = {name: dim for i, block in enumerate(stored.blocks) for name, dim in _growing(f"blocks.{i}", block)}
     for name in known.keys() & tensors.keys():
         shapes = [list(known[name].shape), list(tensors[name].shape)]
-        if ".pairs." in name and tensors[name].dim() == 4:  # (batch, heads, pairs, width)
-            stored = shapes[1][2]
-            if not min(shapes[0][2], input_ids.shape[1]) <= stored <= input_ids.shape[1]:
+        if (dim := grows.get(name)) is not None and min(map(len, shapes)) > dim:
+            if shapes[1][dim] > input_ids.shape[1]:
                 raise TypeError(name)
-            for shape in shapes:
-                shape[2] = 0
+            shapes[0][dim] = shapes[1][dim] = 0
         wrong = shapes[0] != shapes[1] or known[name].dtype != tensors[name].dtype
         if wrong or (tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all()):
             raise TypeError(name)
@@ -218,6 +214,17 @@ def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: dict[str,
             _flatten(f"{name}.{number}", part, tensors, plain)
     else:
         plain[name] = value
+
+
+def _growing(name: str, state: State) -> Iterator[tuple[str, int]]:
+    """Names of tensors whose length follows from how much was read, and in which dimension."""
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if "grows" in field.metadata:
+            yield f"{name}.{field.name}", field.metadata["grows"]
+        for number, part in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(part, State):
+                yield from _growing(f"{name}.{field.name}" + (f".{number}" if isinstance(value, list) else ""), part)
 
 
 def _fill(name: str, state: State, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:

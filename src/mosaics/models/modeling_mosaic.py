@@ -385,10 +385,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         positions, mask = kwargs.pop("position_ids", None), kwargs.get("attention_mask")
         if positions is not None and positions.shape[-1] > 1:
             real = None if mask is None else mask[:, -positions.shape[-1] :]
-            if (
-                documents_of(tuple(input_ids[:, -positions.shape[-1] :].shape), real, position_ids=positions)
-                is not None
-            ):
+            shape = positions.shape if real is None else real.shape  # of embeddings, input_ids are empty
+            if documents_of(tuple(shape), real, position_ids=positions) is not None:
                 raise ValueError("generate takes no positions that restart; give each document a row of its own.")
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)

@@ -80,9 +80,10 @@ def plan(
     micro = min(training.micro_batch_size or share, share)
     positions = micro * training.context_length
     layers, width = config.num_hidden_layers, config.hidden_size
-    hidden = getattr(config, "intermediate_size", 0)
-    of_width, of_inner = (104, 10) if half else (132, 12)
-    block = positions * (of_width * width + of_inner * hidden)
+    # What a step keeps beside its memories: what enters and leaves its norm, and the sum, in float32.
+    steps = sum(len(block.steps) for block in model.model.stack.blocks)
+    of_memories = sum(memory.activation_bytes(2 if half else 4) for memory in model.model.stack.memories())
+    block = positions * (of_memories + 3 * 4 * width * steps) / layers
     boundaries = positions * layers * width * 4
     memory = {
         "parameters": 4 * held,
@@ -116,8 +117,8 @@ def plan(
             "activations are checkpointed: each block's input is kept, one block is recomputed at a time"
             if training.activation_checkpointing
             else "the activations of all blocks are kept",
-            f"a block keeps {of_width} bytes a token and unit of width and {of_inner} a unit of the feed-forward "
-            "network (measured: what autograd saves for a block of Memory Mosaics v2)",
+            f"a block keeps about {block / positions:,.0f} bytes a token (what enters and leaves maps and norms, and "
+            "what its memories add)",
             "scratch memory of kernels and allocator comes on top",
         ],
     }

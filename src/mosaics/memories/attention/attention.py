@@ -50,6 +50,23 @@ class AttentionMemory(Memory):
     """
 
     adapted = ("q_proj", "v_proj")
+    EXAMPLES = (
+        {"num_attention_heads": 2},
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "window": 6,
+            "delay": 1,
+            "train_delay": [1, 4],
+            "initializer_range": 0.1,
+        },
+        {"num_attention_heads": 2, "positions": "alibi"},
+        {"num_attention_heads": 2, "positions": "none", "delay": 2},
+        {"num_attention_heads": 2, "rotary_scaling": "linear", "rotary_factor": 2.0},
+        {"num_attention_heads": 2, "rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_trained_length": 8},
+        {"num_attention_heads": 1, "rotary_scaling": "yarn", "rotary_factor": 2.0, "rotary_trained_length": 64},
+    )
 
     @dataclass(frozen=True)
     class Options:
@@ -159,6 +176,20 @@ class AttentionMemory(Memory):
         """As the maps of Memory Mosaics v2 (Table 6), since the paper gives none for its baseline."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_map(linear, layer_index, self.options.initializer_range)
+
+    def check(self, context_length: int) -> None:
+        longest = max(self.options.delay, *(self.options.train_delay or (0,)))
+        if context_length <= longest:
+            raise ValueError(
+                f"A context of {context_length} tokens is not longer than a delay of attention of up to {longest}, so "
+                "that it would read nothing; make it longer or lower train_delay and delay."
+            )
+
+    def reach(self) -> int | None:
+        return None if self.options.window is None else self.options.window - 1
+
+    def activation_bytes(self, element_size: int) -> float:
+        return super().activation_bytes(element_size) + 4 * 4 * self.heads * self.width  # turned, repeated, read
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self) + 4 * mean_pairs(context_length, self.options.window) * self.heads * self.width

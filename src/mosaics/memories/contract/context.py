@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import hashlib
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from mosaics.memories.contract.layout import Layout
@@ -20,9 +21,10 @@ class Context:
         embeddings: `(batch, time, d)`, the token embeddings in compact order.
         layout: what each position of the pass is, as the memories are given it.
         order: `(batch, time)`, the positions in compact order; None if they are so already.
-        auxiliary_losses: losses that memories add for the trainer to sum.
+        auxiliary_losses: losses that memories add; they count in training alone.
         reads: when a list, every memory that reads stored pairs appends a `Read`.
-        stream: what systems that pass memory from layer to layer carry.
+        stream: tensors by name that go into a block and come out of it: what systems carry from layer to layer. A block
+            that is computed anew in the backward pass gets what was there when it was first computed.
     """
 
     draw: float | None = None
@@ -31,7 +33,17 @@ class Context:
     order: Tensor | None = None
     auxiliary_losses: list[Tensor] = field(default_factory=list)
     reads: list[Read] | None = None
-    stream: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Tensor] = field(default_factory=dict)
+
+    def apart(self) -> Context:
+        """The same with a stream of its own and no auxiliary losses yet, for what may be computed twice."""
+        return replace(self, stream=dict(self.stream), auxiliary_losses=[])
+
+    def generator(self, name: str, layer_index: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator of random numbers for one use in one layer: always the same numbers within a step of training, in
+        all its micro-batches and processes and when a block is computed anew; at evaluation always the same."""
+        words = f"{0.0 if self.draw is None else self.draw!r}/{name}/{layer_index}".encode()
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8]) >> 1)
 
     def draw_integer(self, low: int, high: int) -> int:
         """The step's draw as an integer between `low` and `high`, both included and all equally likely."""

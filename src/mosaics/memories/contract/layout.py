@@ -106,6 +106,10 @@ class Layout:
             None if self.length is None else torch.arange(self.time, device=self.length.device) >= self.length[:, None]
         )
 
+    def segments(self, size: int, device: torch.device) -> Segments:
+        """The positions of the call in segments of `size` tokens of their document."""
+        return Segments.of(self, size, device)
+
     def position(self, device: torch.device) -> Tensor:
         """`(batch or 1, time)`, how many tokens of its document come before each position."""
         own = torch.arange(self.time, device=device)
@@ -119,3 +123,72 @@ class Layout:
         source = (torch.arange(slots, device=x.device) - (self.time - self.length)[:, None]) % slots
         source = source.view(self.batch, *[1] * (x.dim() - 3), slots, 1).expand(x.shape)
         return x.gather(-2, source)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Tokens of a call in segments of their document, for what is defined by chunks: however a sequence is cut, packed
+    or padded, a token lies at the same place of the same segment.
+
+    The segments of a row count from 0 in the order of the call; the first may be one that an earlier call opened.
+
+    Attributes:
+        size: tokens of a segment.
+        count: the most segments that a row has.
+        position: `(batch, time)`, the place of each token in its segment, from 0.
+        index: `(batch, time)`, the number of its segment; that of padding is the last one's.
+        source: `(batch, count, size)`, which position of the call lies there; `time` where none does.
+        opens: `(batch, count)`, whether a segment begins in this call.
+        begins: `(batch, count)`, whether a segment is the first of its document.
+    """
+
+    size: int
+    count: int
+    position: Tensor
+    index: Tensor
+    source: Tensor
+    opens: Tensor
+    begins: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, size: int, device: torch.device) -> Segments:
+        """The segments of a layout.
+
+        Raises:
+            ValueError: the size is below 1.
+        """
+        if size < 1:
+            raise ValueError(f"A segment of {size} tokens is none; give at least 1.")
+        batch, time, padding = layout.batch, layout.time, layout.is_padding
+        own = layout.position(device).expand(batch, time)
+        position = own % size
+        new = position == 0 if padding is None else (position == 0) & ~padding
+        index = new.cumsum(1) - new[:, :1].long()  # the first may be of an earlier call
+        count = int(index[:, -1].max()) + 1
+        place = index * size + position
+        if padding is not None:
+            place = place.masked_fill(padding, count * size)  # a place that is dropped
+        source = torch.full((batch, count * size + 1), time, device=device)
+        source.scatter_(1, place, torch.arange(time, device=device).expand(batch, time))
+        source = source[:, :-1].view(batch, count, size)
+        opens = source[..., 0] < time
+        begins = opens & (own.gather(1, source[..., 0].clamp(max=time - 1)) == 0)
+        return cls(size, count, position, index, source, opens, begins)
+
+    @property
+    def filled(self) -> Tensor:
+        """`(batch, count, size)`, where tokens of this call lie."""
+        return self.source < self.position.shape[1]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x` `(batch, time, ...)` as `(batch, count, size, ...)`, 0 where no token of this call lies."""
+        batch, _, *rest = x.shape
+        padded = torch.cat([x, x.new_zeros(batch, 1, *rest)], dim=1)
+        index = self.source.view(batch, -1, *[1] * len(rest)).expand(-1, -1, *rest)
+        return padded.gather(1, index).unflatten(1, (self.count, self.size))
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """`y` `(batch, count, size, ...)` back as `(batch, time, ...)`; at padding it means nothing."""
+        batch, _, _, *rest = y.shape
+        place = (self.index * self.size + self.position).view(batch, -1, *[1] * len(rest))
+        return y.flatten(1, 2).gather(1, place.expand(-1, -1, *rest))

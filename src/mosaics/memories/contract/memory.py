@@ -49,6 +49,7 @@ class Memory(nn.Module):
     dataclass of what a config may say of it, and registers itself with `@register("its_type")`. `shared_options` are
     those that a setting without a memory's name sets in all memories that have them; any other has to be qualified
     where memories of different names have it. `adapted` are the maps that adapters change if nobody says which.
+    `EXAMPLES` are options at a width of 16 with which `mosaics.testing` tries it: each option with two values at least.
 
     Args:
         options: this memory's `Options`.
@@ -61,6 +62,7 @@ class Memory(nn.Module):
     width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
     shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
     adapted: ClassVar[tuple[str, ...]] = ()
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def __init__(self, options: Any, common: Common, layer_index: int) -> None:
         super().__init__()
@@ -94,6 +96,20 @@ class Memory(nn.Module):
     def flops(self, context_length: int) -> float:
         """Operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
         raise NotImplementedError
+
+    def check(self, context_length: int) -> None:
+        """Raises `ValueError` if the memory makes no sense in training at a context of so many tokens."""
+
+    def reach(self) -> int | None:
+        """How many tokens back the newest and oldest that this memory alone answers from may lie, at evaluation: 0 is
+        the position's own; None is no limit."""
+        return None
+
+    def activation_bytes(self, element_size: int) -> float:
+        """Bytes per token that training keeps of this memory for the backward pass, about: what enters and leaves its
+        linear maps, with matrix products in elements of `element_size` bytes."""
+        linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        return element_size * sum(m.in_features + m.out_features for m in linear)
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         """Bytes of decoding state for one sequence of `context_length` tokens with elements of `element_size` bytes."""

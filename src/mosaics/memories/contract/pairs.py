@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mosaics.memories.contract.layout import Layout
-from mosaics.memories.contract.state import State
+from mosaics.memories.contract.state import State, growing
 from mosaics.ops.kernel_regression import Narrow, widened
 
 STATE_DTYPES = ("bfloat16", "int8")
@@ -33,10 +33,10 @@ class Pairs(State):
         dtype: in which pairs are kept, one of `STATE_DTYPES`; None: as they come.
     """
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
+    keys: Tensor | None = growing(2)
+    values: Tensor | None = growing(2)
+    key_scales: Tensor | None = growing(2)
+    value_scales: Tensor | None = growing(2)
     used: int = 0
     limit: int | None = None
     dtype: str | None = None
@@ -92,6 +92,19 @@ class Pairs(State):
             self.map(lambda x: layout.align(x[:, :, : self.used]))
         if self.limit is not None and self.used > 4 * self.limit + 64:
             self.release()
+
+    def adopt(self, other: Pairs) -> None:
+        if other.dtype not in (None, *STATE_DTYPES):
+            raise TypeError("dtype")
+        self.dtype = other.dtype
+
+    def check(self) -> None:
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            stored = getattr(self, name)
+            if stored is not None and (stored.dim() != 4 or stored.shape[2] < self.used):
+                raise TypeError(name)
+        if self.used and (self.keys is None or self.values is None):
+            raise TypeError("used")
 
     def release(self) -> None:
         kept = self.used if self.limit is None else min(self.used, self.limit)

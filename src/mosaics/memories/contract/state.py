@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 
+def growing(dim: int) -> Any:
+    """The field of a `State` for a tensor whose length in a dimension follows from how many tokens were read."""
+    return field(default=None, metadata={"grows": dim})
+
+
 class State:
-    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values."""
+    """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values.
+
+    All tensors have the same shape whatever was read, but for dimensions that are declared with `growing`.
+    """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor in the state, however deep, by `function` of it."""
@@ -47,6 +55,16 @@ class State:
 
     def release(self) -> None:
         """Let go of room that is only there to grow into."""
+
+    def adopt(self, other: State) -> None:
+        """Take over what was chosen when another state of the same memory was made, as the dtype of what is stored.
+
+        Raises:
+            TypeError: it is nothing that can be chosen.
+        """
+
+    def check(self) -> None:
+        """Raises `TypeError` if its parts can't belong together; it may come from a file."""
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

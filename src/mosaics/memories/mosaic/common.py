@@ -197,6 +197,12 @@ class ContextualMemory(Memory):
     def flops(self, context_length: int) -> float:
         return linear_flops(self) + 4 * mean_pairs(context_length, self.window) * self.common.hidden_size
 
+    def activation_bytes(self, element_size: int) -> float:
+        return super().activation_bytes(element_size) + 3 * 4 * self.common.hidden_size  # keys, values, what is read
+
+    def reach(self) -> int | None:
+        return None if self.window is None else self.window - 1
+
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.window is None else min(context_length, self.window - 1)
         d = self.common.hidden_size

@@ -88,6 +88,15 @@ class LeakyContextualMemory(ContextualMemory):
 
     shared_options = ContextualMemory.shared_options | {"unit_norm_eps"}
     adapted = ("key_extractor.proj", "value_proj")
+    EXAMPLES = (
+        {"num_attention_heads": 2},
+        {
+            "num_attention_heads": 4,
+            "max_log_bandwidth": 3.0,
+            "unit_norm_eps": 0.1,
+            "initializer_range": 0.1,
+        },
+    )
 
     @dataclass(frozen=True)
     class Options:

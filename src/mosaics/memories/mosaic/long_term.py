@@ -18,6 +18,11 @@ class LongTermMemory(GatedContextualMemory):
             heads.
     """
 
+    EXAMPLES = (
+        {"num_attention_heads": 2, "delay": 3, "train_delay": [3, 5]},
+        {"num_attention_heads": 4, "delay": 1, "train_delay": [1, 1], "initializer_range": 0.1},
+    )
+
     @dataclass(frozen=True)
     class Options:
         """`delay` is m at evaluation, `train_delay` the range of m in training, both ends included. `initializer_range`
@@ -35,6 +40,14 @@ class LongTermMemory(GatedContextualMemory):
         if low > high:
             raise ValueError(f"train_delay is [{low}, {high}]; give the smaller delay first.")
         super().__init__(options, common, layer_index)
+
+    def check(self, context_length: int) -> None:
+        longest = max(self.options.delay, *self.options.train_delay)
+        if context_length <= longest:
+            raise ValueError(
+                f"A context of {context_length} tokens is not longer than the long-term delay of up to {longest}, so "
+                "that memory would stay empty; make it longer or lower train_delay and delay."
+            )
 
     def delay(self, context: Context) -> int:
         return self.options.delay if context.draw is None else context.draw_integer(*self.options.train_delay)

@@ -16,6 +16,11 @@ class ShortTermMemory(GatedContextualMemory):
         ValueError: the window is below 2, or the width is not a multiple of the number of heads.
     """
 
+    EXAMPLES = (
+        {"num_attention_heads": 2, "window": 5},
+        {"num_attention_heads": 4, "window": 9, "initializer_range": 0.1},
+    )
+
     @dataclass(frozen=True)
     class Options:
         """`num_attention_heads` heads; `window` is h: a position reads the h-1 pairs before it. `initializer_range` is

@@ -19,6 +19,7 @@ class FeedForwardMemory(Memory):
     """
 
     width_option = "intermediate_size"
+    EXAMPLES = ({"intermediate_size": 24}, {"intermediate_size": 7, "initializer_range": 0.1})
 
     @dataclass(frozen=True)
     class Options:
@@ -45,6 +46,9 @@ class FeedForwardMemory(Memory):
         """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
             init_map(linear, layer_index, self.options.initializer_range)
+
+    def reach(self) -> int | None:
+        return 0
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self)

@@ -28,6 +28,17 @@ class KernelPersistentMemory(Memory):
 
     width_option = "num_pairs"
     shared_options = Memory.shared_options | {"unit_norm_eps"}
+    EXAMPLES = (
+        {"num_attention_heads": 2, "num_pairs": 11},
+        {
+            "num_attention_heads": 4,
+            "num_pairs": 5,
+            "num_banks": 2,
+            "max_log_bandwidth": 3.0,
+            "unit_norm_eps": 0.1,
+            "initializer_range": 0.1,
+        },
+    )
 
     @dataclass(frozen=True)
     class Options:
