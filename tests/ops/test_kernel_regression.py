@@ -389,6 +389,34 @@ def test_kernel_regression_compiled_keeps_no_weights():
 
 
 @needs_compiler
+@pytest.mark.parametrize("period", [10, 50, 500, None])
+@pytest.mark.parametrize("theta", [(1.5, 1.5, 1 / 3), (3.0, 4.0, 0.6)])
+@pytest.mark.parametrize("window", [None, 256])
+def test_kernel_regression_compiled_gradient_of_beta_keeps_its_digits_where_keys_repeat(period, theta, window):
+    """All logits of a repeated key are nearly the same: what is left of their sum is small."""
+
+    class Sharp(Bandwidth):
+        def at(self, count):
+            return beta
+
+    drawn = torch.randn(1, 2, 1000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys = F.normalize(drawn if period is None else drawn[:, :, torch.arange(1000) % period], dim=-1).float()
+    values, count = torch.randn(1, 2, 1000, 16), torch.arange(1000).clamp(1, window or 1000)
+    base, slope, exponent = (torch.full((2,), x) for x in theta)
+    sharp = Bandwidth(base.exp(), slope.exp(), exponent).at(count)[None]
+    grads = []
+    for form, dtype in (("compiled", torch.float32), ("naive", torch.float64)):
+        beta, k, v = (x.to(dtype).requires_grad_() for x in (sharp, keys, values))
+        out = kernel_regression(k, k, v, Sharp(base), delay=1, window=window, form=form)
+        grads.append(gradients(out, (k, v, beta)))
+    # A logit is rounded by up to a 2^-24th of beta, and its weight by as much of itself.
+    bound = max(1e-5, 2**-24 * sharp.max().item())
+    assert all(relative_error(g, e) < bound for g, e in zip(*grads, strict=True))
+    if period in (10, 50):
+        assert relative_error(grads[0][2], grads[1][2]) < bound / 5  # these lose less than their logits
+
+
+@needs_compiler
 def test_kernel_regression_takes_the_compiled_form_where_it_keeps_all_threads_busy(monkeypatch):
     keys, values, bandwidth = inputs(20, batch=1, heads=2)
     taken = []

@@ -68,7 +68,7 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx, inputs: Tensor, log_gate: Tensor, log_decay: Tensor, direction: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        steps = inputs.new_empty(*inputs.shape[:3], 3)
+        steps = inputs.new_empty(*inputs.shape[:3], 2, dtype=torch.float64)
         directions, log_scales = _forward(inputs, log_gate, log_decay, direction, log_scale, steps)
         ctx.save_for_backward(inputs, direction, directions, steps)
         ctx.set_materialize_grads(False)
