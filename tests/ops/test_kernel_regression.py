@@ -184,6 +184,26 @@ def test_kernel_regression_gradcheck(form, window):
     assert torch.autograd.gradcheck(function, (queries, keys, values, *bandwidth), fast_mode=form == "flex")
 
 
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("beta", [-800.0, -100.0, -61.0, -1.0, -0.05, 0.0, 0.05, 0.11])
+@pytest.mark.parametrize("slope", [None, 3.0])
+def test_kernel_regression_takes_bandwidths_of_either_sign(form, dtype, bound, beta, slope):
+    """With a slope the bandwidth is 0 at one number of pairs, and beyond it of the other sign."""
+    keys, values, _ = inputs(200, width=8)
+    parts = (beta, None, None) if slope is None else (beta, slope, 0.5 if beta > -100 else 0.9)
+    found = []
+    for f, of in ((form, dtype), ("naive", torch.float64)):
+        leaves = [x.detach().to(dtype).to(of).requires_grad_() for x in (keys, values)]
+        sizes = (None if x is None else torch.full((2,), x, dtype=torch.float64).to(dtype) for x in parts)
+        bandwidth = [None if x is None else x.to(of).requires_grad_() for x in sizes]
+        out = read(*leaves, Bandwidth(*bandwidth), 200, f, delay=1)
+        found.append([out, *gradients(out, (*leaves, *(x for x in bandwidth if x is not None)))])
+    for value, expected in zip(*found, strict=True):
+        # In float32 a logit is rounded by a part of beta.
+        assert relative_error(value, expected) < bound * (1 if dtype == torch.float64 else max(1, abs(beta) / 20))
+
+
 @pytest.mark.parametrize("access", [dict(delay=-1), dict(delay=1, window=0), dict(delay=1, form="shift")])
 def test_kernel_regression_refuses_impossible_access(access):
     keys, values, bandwidth = inputs(4)
