@@ -20,6 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mosaics.ops import has_numbers
+
 logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
 LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
@@ -157,4 +159,6 @@ def plain(*tensors: Tensor | None) -> list[c_void_p]:
 
 
 def _address(x: Tensor) -> c_void_p:
+    if type(x) is not Tensor and not has_numbers(x):
+        raise ValueError(f"A compiled form reads numbers, and a {type(x).__name__} has none; use the naive form.")
     return c_void_p(x.data_ptr())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mosaics.ops import has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
@@ -27,7 +28,7 @@ def available() -> bool:
 
 def pays(queries: Tensor) -> bool:
     """Whether the kernel can be used and keeps the cores busy: its backward pass works on whole heads."""
-    if queries.device.type != "cpu":
+    if queries.device.type != "cpu" or not has_numbers(queries):
         return False
     lines = queries.shape[0] * queries.shape[1]
     return (lines >= torch.get_num_threads() or not torch.is_grad_enabled()) and available()
