@@ -2,7 +2,11 @@ r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops import eager_on_cpu, has_numbers, run
@@ -23,6 +27,7 @@ FORMS = {
 
 FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
+HUGE = 1e30  # a key as large may make a logit infinite
 
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
@@ -80,7 +85,44 @@ def kernel_regression(
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
-    return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    read = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    if form == "single" or delay is None or _is_sound(read):
+        return read
+    return _without_unreadable(read, form, queries, widened(keys), widened(values), bandwidth, access)
+
+
+def _is_sound(read: Tensor) -> bool:
+    """Whether all of what was read are numbers; not asked where the host would have to wait for the answer."""
+    if read.device.type != "cpu" or torch.compiler.is_compiling() or not has_numbers(read):
+        return True
+    try:
+        return math.isfinite(read.detach().sum(dtype=torch.promote_types(read.dtype, torch.float32)))
+    except RuntimeError:  # within `torch.vmap`
+        return True
+
+
+def _without_unreadable(
+    read: Tensor,
+    form: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    access: dict[str, Any],
+) -> Tensor:
+    """What was `read`, where it is no number because of a pair that its position may not read: 0 times NaN is NaN, and
+    most forms multiply what they mask by 0."""
+    time, slots = queries.shape[2], keys.shape[2]
+    bad = ~((keys.abs() < HUGE).all(-1) & values.isfinite().all(-1))
+    if not bad.any():
+        return read
+    first, end = readable(time, slots - time, access["start"], access["delay"], access["window"], keys.device)
+    before = F.pad(bad.cumsum(-1), (1, 0))  # bad pairs before each slot
+    at = (x.clamp(0, slots).expand(len(queries), time)[:, None].expand(queries.shape[:3]) for x in (end, first))
+    reads_bad = torch.gt(*(before.gather(-1, x) for x in at))[..., None]
+    keys, values = (x.masked_fill(bad[..., None], 0) for x in (keys, values))
+    sound = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    return torch.where(reads_bad, read, sound) if reads_bad.any() else sound
 
 
 def _fastest(
