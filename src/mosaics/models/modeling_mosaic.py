@@ -106,6 +106,12 @@ class MosaicModel(MosaicPreTrainedModel):
             raise ValueError(
                 f"The input has shape {tuple(given.shape)}; give (batch, time), or (batch, time, d) embeddings."
             )
+        if given.is_floating_point() == (inputs_embeds is None) or given.dtype == torch.bool:
+            raise ValueError(f"The input is {given.dtype}; give input_ids as integers, or embeddings as floats.")
+        if inputs_embeds is not None and given.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds is {given.shape[2]} wide and the model {self.config.hidden_size}; give as wide ones."
+            )
         batch, time = given.shape[:2]
         if time == 0:
             raise ValueError("The input has no tokens; give at least one for each row.")
@@ -264,14 +270,25 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"labels has shape {tuple(labels.shape)} and the input {given}; give one label a position."
                 )
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise ValueError(f"labels is {labels.dtype}; give integers.")
             labels = labels.long()
             targets = shifted_targets(labels, attention_mask, document_ids)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
-            if pieces:
-                total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
-            else:
-                wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-                total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
+            try:
+                if pieces:
+                    total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
+                else:
+                    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+                    total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
+            except (IndexError, RuntimeError):
+                given = labels[labels != -100]
+                if not given.numel() or 0 <= given.min() <= given.max() < self.config.vocab_size:
+                    raise
+                raise ValueError(
+                    f"labels has tokens from {given.min()} to {given.max()}; give tokens from 0 to "
+                    f"{self.config.vocab_size - 1}, or -100 where none counts."
+                ) from None
             # The sum over max(count, 1): a batch without a target has a loss of 0, not NaN.
             loss = total / (kept != -100).sum().clamp(min=1)
         for auxiliary in context.auxiliary_losses:
