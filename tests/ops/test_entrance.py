@@ -132,6 +132,11 @@ def test_kernel_regression_refuses_narrow_pairs_that_are_misshapen(what, name, t
         (dict(queries=torch.randn(3, 2, 20, 5), start=None), "10 pairs for 20 positions"),
         (dict(delay=-1), "delay of 0 or more"),
         (dict(delay=None), "no positions"),
+        (dict(delay=1.5), "give whole numbers"),
+        (dict(window=5.0), "give whole numbers"),
+        (dict(window=0), "window of 1 or more"),
+        (dict(delay=2**64 + 1), "give whole numbers"),
+        (dict(window=2**70), "give whole numbers"),
     ],
 )
 @pytest.mark.parametrize("op, form", [(op, form) for op, form in FORMS if op in ("kernel_regression", "weights")])

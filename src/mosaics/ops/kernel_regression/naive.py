@@ -11,6 +11,7 @@ from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 NARROW = (torch.int8, *FLOATS)
+FARTHEST = 2**62  # positions; what they are added to stays within 64 bits
 
 
 def check_read(
@@ -29,10 +30,12 @@ def check_read(
     """
     if delay is None and (window is not None or start is not None):
         raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
-    if (delay is not None and delay < 0) or (window is not None and window < 1):
-        raise ValueError(
-            f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
-        )
+    for x, least in ((delay, 0), (window, 1)):
+        if x is not None and not (isinstance(x, int) and least <= x < FARTHEST):
+            raise ValueError(
+                f"The delay is {delay} and the window {window}; give whole numbers, a delay of 0 or more and a window "
+                "of 1 or more."
+            )
     if (bandwidth.slope is None) != (bandwidth.exponent is None):
         raise ValueError("A bandwidth has a slope and an exponent, or neither; give both or none.")
     op = "kernel_regression"
