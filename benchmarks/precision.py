@@ -3,12 +3,14 @@ against the blockwise form in float64, one head: a T x T array would not fit).
 
 `python benchmarks/precision.py` prints two tables of relative root mean square errors: `rounded` against the twin fed
 the same rounded inputs (what the form adds), `exact` against the twin fed the inputs before they were rounded. With
-TRITON_INTERPRET=1 the kernel of the leaky average is among the forms; `flex` is unfused here.
+TRITON_INTERPRET=1 the kernel of the leaky average is among the forms; `flex` is unfused here. `--gradients` prints the
+errors of float32 gradients instead: of reads where keys repeat, and of averages over long documents.
 """
 
 import argparse
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,14 +85,60 @@ def averages(time: int, spread: float) -> None:
             print(f"  {time:6d} {spread:<9g} {str(dtype)[6:]:9s} {form:21s} {error(out, expected)} {error(out, exact)}")
 
 
+def gradients(function: Callable[..., Tensor], arguments: list[Tensor], dtype: torch.dtype, form: str) -> list[Tensor]:
+    """Those of a random sum of what a form says."""
+    leaves = [x.to(dtype).requires_grad_() for x in arguments]
+    out = function(*leaves, form=form)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [x.double() for x in torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)]
+
+
+def gradients_of_reads(time: int, period: int, theta: tuple[float, float, float]) -> None:
+    """Keys that come back after `period` positions; `theta` are the logarithms of beta_0 and beta_1, and alpha."""
+
+    def ask(k: Tensor, v: Tensor, base: Tensor, slope: Tensor, exponent: Tensor, form: str) -> Tensor:
+        return read.kernel_regression(k, k, v, read.Bandwidth(base.exp(), slope.exp(), exponent), delay=1, form=form)
+
+    drawn = torch.randn(1, HEADS, period, WIDTH, dtype=torch.float64)
+    keys = F.normalize(drawn[:, :, torch.arange(time) % period], dim=-1).float()
+    values = F.normalize(torch.randn(1, HEADS, time, WIDTH), dim=-1)
+    arguments = [keys, values, *(torch.full((HEADS,), x) for x in theta)]
+    exact = gradients(ask, arguments, torch.float64, "naive")
+    for form in ("naive", "blockwise", "compiled"):
+        errors = map(error, gradients(ask, arguments, torch.float32, form), exact)
+        print(f"  {time:6d} {period:5d} {str(theta[:2]):12s} {form:10s}", *errors)
+
+
+def gradients_of_averages(time: int, decay: float) -> None:
+    """Log gates of deviation 1, log decays of deviation `decay`."""
+    ones = torch.ones(1, 2, time)
+    arguments = [torch.randn(1, 2, time, 64), torch.randn_like(ones), -decay * torch.randn_like(ones).abs()]
+    ask = lambda *x, form: average.leaky_average(*x, form=form)[0]  # noqa: E731
+    exact = gradients(ask, arguments, torch.float64, "compiled")
+    for form in ("chunked", "compiled"):
+        print(f"  {time:6d} {decay:6g} {form:10s}", *map(error, gradients(ask, arguments, torch.float32, form), exact))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096], help="tokens")
-    lengths = parser.parse_args().lengths
+    parser.add_argument("--gradients", action="store_true", help="errors of gradients in float32 instead")
+    given = parser.parse_args()
+    lengths = given.lengths
     torch.manual_seed(0)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     print(f"commit {commit}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU; heads of {WIDTH}")
+    if given.gradients:
+        print("kernel_regression: length, period, theta, form, error of the gradients of k, v and each theta")
+        for period in (500, 50):
+            for theta in ((1.5, 1.5, 1 / 3), (3.0, 4.0, 0.6)):
+                gradients_of_reads(1000, period, theta)
+        print("leaky_average: length, log decays, form, error of the gradients of inputs, gates and decays")
+        for time in (20_000, 100_000):
+            for decay in (0.1, 1e-4):
+                gradients_of_averages(time, decay)
+        return
     counts = torch.tensor([255, 500, 4096, 32768])
     for count, beta in zip(counts.tolist(), bandwidth(torch.float64).at(counts)[0].tolist(), strict=True):
         spacing = 2.0 ** (torch.tensor(beta).log2().floor().item() - 7)

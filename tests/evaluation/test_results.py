@@ -86,3 +86,12 @@ def test_wilson_equals_the_textbook():
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
     assert wilson(1, 20)[1] == 1
+
+
+@pytest.mark.parametrize("change", [{"(": None}, {"more": 1}, {"id": 3}, {"score": float("nan")}, {"meta": []}])
+def test_record_from_dict_refuses_what_to_dict_never_gives(change):
+    values = Record("a", "0", "x", ["y"], 1.0, {}).to_dict()
+    assert Record.from_dict(values).to_dict() == values
+    for wrong in (values | change, {name: x for name, x in values.items() if name not in (*change, "id")}, [], None):
+        with pytest.raises(TypeError, match="of an answer is|score of a is|an answer has id, .* and nothing else"):
+            Record.from_dict(wrong)

@@ -164,3 +164,35 @@ def test_scorer_fingerprint_tells_weights_apart(tokenizer):
 def test_scorer_refuses_impossible_numbers(tokenizer, options):
     with pytest.raises(ValueError, match="at least 1"):
         Scorer(None, tokenizer, **options)
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 700, 2**31, -(2**63)])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_scorer_refuses_tokens_that_are_none_of_the_model_wherever_they_stand(model, tokenizer, bad, place):
+    scorer, ids = Scorer(model, tokenizer), [5, 6, 7, 8]
+    ids[{"first": 0, "middle": 2, "last": -1}[place]] = bad
+    asked = Example("odd", ids, ["x"], choices=["a", ""])
+    single = Example("odd", [bad], ["x"], choices=[""])  # all of it is asked for, none is passed
+    assert len(tokenizer) <= 700
+    for ask in (
+        lambda: scorer.choose([asked]),
+        lambda: scorer.best([asked]),
+        lambda: scorer.best([single]),
+        lambda: scorer.complete([asked], 2),
+        lambda: scorer.token_nats([[5, 6], ids]),
+        lambda: scorer.next_logprobs(ids, [1]),
+        lambda: scorer.loglikelihoods([(ids, [5])]),
+        lambda: scorer.loglikelihoods([([5], ids)]),
+    ):
+        with pytest.raises(ValueError, match=f"{bad}.*those of this model are 0 to"):
+            ask()
+
+
+def test_scorer_refuses_an_empty_context_and_positions_beyond_the_end(model, tokenizer):
+    scorer = Scorer(model, tokenizer)
+    for ask in (lambda: scorer.loglikelihoods([([], [5])]), lambda: scorer.token_nats([[5, 6], []])):
+        with pytest.raises(ValueError, match="a context is empty"):
+            ask()
+    for ids, positions in (([5, 6], [2]), ([5, 6], [-1]), ([5, 6], []), ([], [0])):
+        with pytest.raises(ValueError, match="the positions are"):
+            scorer.next_logprobs(ids, positions)

@@ -1,5 +1,6 @@
 """The targets: every kind of input that comes from outside."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -73,21 +74,34 @@ def config_values(folder, draw):
     command("info", folder)
 
 
-@target
-def preset_overrides(folder, draw):
-    """Odd overrides of a preset."""
+def config_keys() -> list[str]:
+    """All that a preset lets one set: fields of a config, those of transformers among them, and options."""
+    from mosaics import MosaicConfig
+    from mosaics.memories.contract import option_names
+
+    config = MosaicConfig.from_preset("memory-mosaics-v2-tiny")
+    memories = [memory for block in config.block_steps() for step in block for memory in step]
+    options = {option for memory in memories for option in option_names(memory["type"])}
+    return sorted({field.name for field in dataclasses.fields(config)} | options)
+
+
+def odd_config(**values):
+    """A config of odd values, and its model without numbers: right, or refused in a sentence."""
     from mosaics import MosaicConfig
     from mosaics.training.setup import build_model
 
-    names = st.sampled_from(
-        ["hidden_size", "num_hidden_layers", "num_attention_heads", "window", "delay", "train_delay", "vocab_size",
-         "intermediate_size", "dropout", "norm", "blocks", "widow", "max_position_embeddings", *NAMES]
-    )  # fmt: skip
-    overrides = draw(st.dictionaries(names, ODD_VALUES, min_size=1, max_size=3))
-    overrides.pop("cls", None)  # Python itself refuses it: from_preset is a method of the class
-    config = result_or_sentence(lambda: MosaicConfig.from_preset("memory-mosaics-v2-tiny", **overrides))
+    config = result_or_sentence(lambda: MosaicConfig.from_preset("memory-mosaics-v2-tiny", **values))
     if config is not None:
         result_or_sentence(lambda: build_model(config, meta=True))
+
+
+@target
+def preset_overrides(folder, draw):
+    """Odd overrides of a preset."""
+    names = st.sampled_from([*config_keys(), "widow", *NAMES])
+    overrides = draw(st.dictionaries(names, ODD_VALUES, min_size=1, max_size=3))
+    overrides.pop("cls", None)  # Python itself refuses it: from_preset is a method of the class
+    odd_config(**overrides)
 
 
 # Text and tokenizers
@@ -608,14 +622,31 @@ def generate_calls(folder, draw):
 
 
 @target
+def loss_calls(folder, draw):
+    """Odd labels, and inputs of odd kinds."""
+    model, odd = _model(), st.sampled_from([-1, -100, -101, 0, 5, 299, 300, 2**31, -(2**63)])
+    ids = torch.tensor(draw(st.lists(st.integers(0, 299), min_size=4, max_size=4)))[None]
+    labels = torch.tensor(draw(st.lists(odd, min_size=4, max_size=4)))[None]
+    kinds = [torch.int64, torch.int64, torch.int32, torch.float32, torch.bool, torch.complex64]
+    kind = draw(st.sampled_from(kinds))
+    asked = ids.to(draw(st.sampled_from(kinds[:4])))
+    output = result_or_sentence(lambda: model(asked, labels=labels.to(kind), loss_only=draw(st.booleans())))
+    counted = labels.to(kind)[:, 1:] if kind in kinds[:3] else None
+    right = counted is not None and bool(((counted == -100) | ((counted >= 0) & (counted < 300))).all())
+    assert (output is not None) == (right and not asked.is_floating_point())
+    assert output is None or torch.isfinite(output.loss)
+
+
+@target
 def score_calls(folder, draw):
     """Odd questions to a scorer."""
     from mosaics.evaluation import Example, Scorer
 
     scorer = Scorer(_model(), _tokenizer(), limit=draw(st.sampled_from([None, 8, 64])))
     text = st.text(max_size=12)
-    prompt = draw(text | st.lists(st.integers(-2, 302), max_size=4))
-    choices = draw(st.lists(text, min_size=0, max_size=3))
+    ids = st.integers(0, 299) | st.sampled_from([-1, -2, -100, 300, 2**31, -(2**63)])
+    prompt = draw(text | st.lists(ids, max_size=4))
+    choices = draw(st.lists(text | st.just(""), min_size=0, max_size=3))
     example = Example("odd", prompt, ["x"], choices=choices, prefix=draw(text) if isinstance(prompt, str) else "")
     result_or_sentence(lambda: scorer.best([example]))
     answers = result_or_sentence(lambda: scorer.complete([example], draw(st.sampled_from([0, 2, -1])), ["\n"]))

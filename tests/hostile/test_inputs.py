@@ -5,10 +5,15 @@ import os
 
 import pytest
 
+from mosaics import MosaicConfig
+from mosaics.models.configuration_mosaic import _TRANSFORMERS_KEYS
+from mosaics.training.setup import build_model
+
 from . import inputs, targets
 from .inputs import NotRefusedInOneSentence, attempts, result_or_sentence
 from .large import empty_documents, endless_line
 
+PRESET = "memory-mosaics-v2-tiny"
 EXAMPLES = {
     "corpus_texts": 5,
     "corpus_files": 6,
@@ -19,12 +24,40 @@ EXAMPLES = {
     "checkpoint_by_stranger": 8,
     "run_folder": 5,
     "memory_by_stranger": 8,
+    # Ten draws of a large space find little; these take a fiftieth of a second each.
+    "preset_overrides": 150,
+    "score_calls": 150,
+    "generate_calls": 100,
+    "loss_calls": 100,
+    "question_files": 80,
+    "tokenizer_files": 60,
+    "result_files": 60,
 }
 
 
 @pytest.mark.parametrize("name", inputs.TARGETS)
 def test_every_target_is_right_or_refused_in_one_sentence(name):
     assert attempts(name, EXAMPLES.get(name, 10)) >= 5
+
+
+def test_every_key_of_a_config_takes_every_odd_value_or_refuses_it_in_one_sentence():
+    built = set()
+    for key in targets.config_keys():
+        for value in inputs.ODD:
+            if (key, type(value)) not in built or not isinstance(value, int | float | str):
+                built.add((key, type(value)))
+                targets.odd_config(**{key: value})
+            else:
+                result_or_sentence(lambda key=key, value=value: MosaicConfig.from_preset(PRESET, **{key: value}))
+
+
+@pytest.mark.parametrize("key", sorted(_TRANSFORMERS_KEYS | {"_attn_implementation"}))
+def test_every_key_of_transformers_takes_every_odd_value_or_refuses_it_in_one_sentence(key):
+    values = MosaicConfig.from_preset(PRESET, num_hidden_layers=1).to_diff_dict()
+    for value in inputs.ODD:
+        config = result_or_sentence(lambda value=value: MosaicConfig(**values | {key: value}))
+        if config is not None:
+            result_or_sentence(lambda config=config: build_model(config, meta=True))
 
 
 def test_prepare_takes_a_line_without_end_whole(tmp_path):

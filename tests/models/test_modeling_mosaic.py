@@ -443,11 +443,28 @@ def test_training_lowers_the_loss_on_real_text():
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), loss_only=True), "without labels"),
         (dict(input_ids=torch.zeros(4, dtype=torch.long)), "(batch, time)"),
         (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 3)), "one label a position"),
+        (dict(input_ids=torch.zeros(1, 4)), "input_ids as integers"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.bool)), "input_ids as integers"),
+        (dict(inputs_embeds=torch.zeros(1, 4, 16, dtype=torch.long)), "embeddings as floats"),
+        (dict(inputs_embeds=torch.zeros(1, 4, 15)), "15 wide and the model 16"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4)), "labels is torch.float32"),
+        (dict(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.ones(1, 4).bool()), "labels is torch.bool"),
     ],
 )
 def test_forward_refuses_what_does_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**arguments)
+
+
+@pytest.mark.parametrize("bad", [-1, -101, VOCABULARY, 2**31])
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_forward_refuses_labels_that_are_no_tokens(bad, loss_only):
+    ids = tokens(1, 5)
+    labels = ids.clone()
+    labels[0, 3] = bad
+    with pytest.raises(ValueError, match=f"labels has tokens from .*{bad}.*from 0 to {VOCABULARY - 1}, or -100"):
+        tiny_model()(ids, labels=labels, loss_only=loss_only)
+    assert tiny_model()(ids, labels=labels.masked_fill(labels == bad, -100), loss_only=loss_only).loss.isfinite()
 
 
 def test_importing_mosaics_registers_the_model_with_transformers(tmp_path):

@@ -164,6 +164,47 @@ def test_kernel_regression_does_not_depend_on_unreadable_pairs(form):
         assert reached == set(range(20 if t >= 20 else 0, t - 3 + 1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", [None, *HERE])
+@pytest.mark.parametrize("what, bad", [("values", math.nan), ("values", math.inf), ("keys", math.nan), ("keys", 1e38)])
+@pytest.mark.parametrize("stored, window", [(0, None), (0, 20), (30, None), (30, 20)])
+@pytest.mark.parametrize("documents, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_kernel_regression_passes_nothing_on_from_a_pair_that_may_not_be_read(
+    form, what, bad, stored, window, documents, dtype
+):
+    start = torch.where(torch.arange(150) >= 70, 70, -5 if stored else 0).expand(2, 150) if documents else None
+    access = dict(delay=3, window=window, start=start)
+    if not serves(form, stored, access):
+        return
+    keys, values, bandwidth = inputs(150, stored, width=8, dtype=dtype)
+    queries, bandwidth = keys[:, :, stored:].detach(), Bandwidth(*(x.float() for x in bandwidth))
+    expected = kernel_regression(queries, keys, values, bandwidth, form=form, **access)
+    for slot in (stored // 2, stored + 65, stored + 149):
+        spoilt = {"keys": keys.detach().clone(), "values": values.detach().clone()}
+        spoilt[what][1, 0, slot, 1] = bad
+        found = kernel_regression(queries, *spoilt.values(), bandwidth, form=form, **access)
+        clean = torch.ones(2, 2, 150, dtype=torch.bool)
+        clean[1, 0] = weights(queries, keys, bandwidth, **access)[1, 0, :, slot] == 0
+        # The form may compute the others in another order.
+        assert relative_error(found[clean], expected[clean]) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert bad == 1e38 or not found[1, 0][~clean[1, 0]].isfinite().all(-1).any()
+
+
+def test_kernel_regression_gives_gradients_where_only_a_pair_that_nobody_reads_is_no_number():
+    keys, values, bandwidth = inputs(100)
+    values.data[:, :, -1] = torch.nan
+    spoilt = gradients(read(keys, values, bandwidth, 100, "blockwise", delay=1), (keys, values, *bandwidth))
+    values.data[:, :, -1] = 0
+    sound = gradients(read(keys, values, bandwidth, 100, "blockwise", delay=1), (keys, values, *bandwidth))
+    assert all(relative_error(g, e) < 1e-9 for g, e in zip(spoilt, sound, strict=True))
+
+
+def test_kernel_regression_can_be_vectorised():
+    keys, values, bandwidth = inputs(20)
+    found = torch.vmap(lambda q: kernel_regression(q, keys, values, bandwidth, delay=1, form="naive"))(keys[None])
+    assert relative_error(found[0], read(keys, values, bandwidth, 20, "naive", delay=1)) < 1e-12
+
+
 def test_kernel_regression_weights_sum_to_one_or_zero():
     keys, _, bandwidth = inputs(30)
     sums = weights(keys, keys, bandwidth, delay=4, window=9).sum(-1)
@@ -182,6 +223,26 @@ def test_kernel_regression_gradcheck(form, window):
         q, k, v, Bandwidth(*beta), delay=2, window=window, start=start, form=form
     )
     assert torch.autograd.gradcheck(function, (queries, keys, values, *bandwidth), fast_mode=form == "flex")
+
+
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("beta", [-800.0, -100.0, -61.0, -1.0, -0.05, 0.0, 0.05, 0.11])
+@pytest.mark.parametrize("slope", [None, 3.0])
+def test_kernel_regression_takes_bandwidths_of_either_sign(form, dtype, bound, beta, slope):
+    """With a slope the bandwidth is 0 at one number of pairs, and beyond it of the other sign."""
+    keys, values, _ = inputs(200, width=8)
+    parts = (beta, None, None) if slope is None else (beta, slope, 0.5 if beta > -100 else 0.9)
+    found = []
+    for f, of in ((form, dtype), ("naive", torch.float64)):
+        leaves = [x.detach().to(dtype).to(of).requires_grad_() for x in (keys, values)]
+        sizes = (None if x is None else torch.full((2,), x, dtype=torch.float64).to(dtype) for x in parts)
+        bandwidth = [None if x is None else x.to(of).requires_grad_() for x in sizes]
+        out = read(*leaves, Bandwidth(*bandwidth), 200, f, delay=1)
+        found.append([out, *gradients(out, (*leaves, *(x for x in bandwidth if x is not None)))])
+    for value, expected in zip(*found, strict=True):
+        # In float32 a logit is rounded by a part of beta.
+        assert relative_error(value, expected) < bound * (1 if dtype == torch.float64 else max(1, abs(beta) / 20))
 
 
 @pytest.mark.parametrize("access", [dict(delay=-1), dict(delay=1, window=0), dict(delay=1, form="shift")])
@@ -354,6 +415,34 @@ def test_kernel_regression_compiled_has_accurate_exponentials(dtype, bound):
     out = kernel_regression(logits[None, None, :, None], keys, values, one, delay=None, form="compiled")[0, 0].double()
     expected = torch.stack([torch.sigmoid(-logits.double()), torch.sigmoid(logits.double())], dim=-1)
     assert ((out - expected).abs() / expected).max() < bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("period", [10, 50, 500, None])
+@pytest.mark.parametrize("theta", [(1.5, 1.5, 1 / 3), (3.0, 4.0, 0.6)])
+@pytest.mark.parametrize("window", [None, 256])
+def test_kernel_regression_compiled_gradient_of_beta_keeps_its_digits_where_keys_repeat(period, theta, window):
+    """All logits of a repeated key are nearly the same: what is left of their sum is small."""
+
+    class Sharp(Bandwidth):
+        def at(self, count):
+            return beta
+
+    drawn = torch.randn(1, 2, 1000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys = F.normalize(drawn if period is None else drawn[:, :, torch.arange(1000) % period], dim=-1).float()
+    values, count = torch.randn(1, 2, 1000, 16), torch.arange(1000).clamp(1, window or 1000)
+    base, slope, exponent = (torch.full((2,), x) for x in theta)
+    sharp = Bandwidth(base.exp(), slope.exp(), exponent).at(count)[None]
+    grads = []
+    for form, dtype in (("compiled", torch.float32), ("naive", torch.float64)):
+        beta, k, v = (x.to(dtype).requires_grad_() for x in (sharp, keys, values))
+        out = kernel_regression(k, k, v, Sharp(base), delay=1, window=window, form=form)
+        grads.append(gradients(out, (k, v, beta)))
+    # A logit is rounded by up to a 2^-24th of beta, and its weight by as much of itself.
+    bound = max(1e-5, 2**-24 * sharp.max().item())
+    assert all(relative_error(g, e) < bound for g, e in zip(*grads, strict=True))
+    if period in (10, 50):
+        assert relative_error(grads[0][2], grads[1][2]) < bound / 5  # these lose less than their logits
 
 
 @needs_compiler

@@ -138,6 +138,7 @@ def test_kernel_regression_takes_flex_on_cuda_for_windows_and_documents(monkeypa
     start = torch.zeros(2, 40, dtype=torch.long)
     monkeypatch.setattr(flex, "HAS_TRITON", True)
     monkeypatch.setattr(op.compiled, "pays", lambda *_: False)
+    monkeypatch.setattr(op, "has_numbers", lambda *_: True)
     assert asked(window=8) == asked(start=start) == asked(window=8, start=start) == "flex"
     assert asked() == asked(delay=None) == "shifted" and asked(time=1, window=8) == "naive"
     for without in (dict(slots=50), dict(width=8), dict(dtype=torch.float64), dict(dropout=0.1), dict(cuda=False)):

@@ -110,6 +110,19 @@ def test_leaky_average_form_equals_naive_in_float32(form, time):
         assert relative_error(g, e) < 1e-5
 
 
+@pytest.mark.parametrize("form", [form for form in FAST if form != "triton"])
+@pytest.mark.parametrize("decays", [0.0, 1e-4])
+def test_leaky_average_does_not_add_up_rounding_over_a_long_document(form, decays):
+    """A sum over all that came before, with gates far apart, and nothing forgotten but slowly."""
+    (x, gate, decay), _ = inputs(20000, batch=1, heads=1, width=16)
+    found = []
+    for dtype, f in ((torch.float32, form), (torch.float64, "chunked")):
+        tensors = [t.detach().float().to(dtype).requires_grad_() for t in (x, gate, decays * decay)]
+        keys = leaky_average(*tensors, form=f)[0]
+        found.append([keys, *gradients(keys, tensors)])
+    assert all(relative_error(g, e) < 1e-6 for g, e in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_leaky_average_bfloat16_is_near_the_float32_twin(form):
     rounded = [t.detach().bfloat16() for t in inputs(300, width=16)[0]]

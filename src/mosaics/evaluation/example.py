@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -60,6 +60,9 @@ class Record:
         Raises:
             TypeError: something else.
         """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise TypeError(f"an answer has {', '.join(names)} and nothing else")
         record = cls(**values)
         kinds = {"id": str, "prompt_digest": str, "references": list, "score": int | float, "meta": dict}
         for name, kind in kinds.items():

@@ -230,6 +230,9 @@ class Scorer:
 
     def next_logprobs(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Log-probabilities of the token after each of the positions of one row: float32 `(positions, vocabulary)`."""
+        self._check_ids(ids)
+        if not positions or not 0 <= min(positions) <= max(positions) < len(ids):
+            raise ValueError(f"the positions are {list(positions)}; give some from 0 to {len(ids) - 1}")
         found = []
         for start, logits in self._pass(torch.tensor([ids]), None, min(positions)):
             here = [p - start for p in positions if start <= p < start + logits.shape[1]]
@@ -254,7 +257,13 @@ class Scorer:
 
         Returns:
             Nats (negative or 0) of each token, for each request.
+
+        Raises:
+            ValueError: an id is none of the model's, or a context is empty.
         """
+        if not all(len(context) for context, _ in requests):
+            raise ValueError("a context is empty; give at least one token before what is asked for")
+        self._check_ids(*(ids for request in requests for ids in request))
         results: list[list[float]] = [[] for _ in requests]
         # Requests that differ in their last token only, as answers of one token do, are one row.
         asked: dict[tuple[int, ...], list[int]] = {}
@@ -395,6 +404,7 @@ class Scorer:
 
     def _ids(self, example: Example) -> list[int]:
         if not isinstance(example.prompt, str):
+            self._check_ids(example.prompt)
             return list(example.prompt)
         ids = self.encode(example.prefix + example.prompt)
         if not ids:
@@ -429,6 +439,14 @@ class Scorer:
             return self.encode(prompt + text)
 
         return encode
+
+    def _check_ids(self, *rows: Sequence[int]) -> None:
+        words = self.model.config.get_text_config().vocab_size
+        for ids in rows:
+            if len(ids) and not 0 <= min(ids) <= max(ids) < words:
+                raise ValueError(
+                    f"the tokens go from {min(ids)} to {max(ids)}; those of this model are 0 to {words - 1}"
+                )
 
     def _check_length(self, name: str, length: int) -> None:
         if self.limit is not None and length > self.limit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 import sys
 from typing import Any
@@ -22,8 +21,11 @@ from mosaics.memories.contract import (
     nearest,
     option_names,
 )
+from mosaics.ops import FLOATS
 
 _MOST_BLOCKS = 10_000  # building more would seem to hang
+_MOST_LABELS = 10_000
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 # Keys that transformers itself writes or accepts beside the fields of a config.
@@ -125,6 +127,8 @@ class MosaicConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
         values = copy.deepcopy(PRESETS[name])
+        if overrides.get("blocks") is not None:
+            cls(blocks=overrides["blocks"])  # refuses what are none, before options are set in them
         fields = {f.name for f in dataclasses.fields(cls)}
         for key, value in overrides.items():
             if key == "num_hidden_layers" and "blocks" not in overrides:
@@ -155,6 +159,7 @@ class MosaicConfig(PreTrainedConfig):
             self.blocks = PRESETS["memory-mosaics-v2-small"]["blocks"]
         self.blocks = copy.deepcopy(self.blocks)
         self._check()
+        _check_inherited(vars(self) | kwargs)
         layers = sum(group["repeat"] for group in self.blocks)
         if layers > _MOST_BLOCKS:
             raise ValueError(f"The config has {layers} blocks; give at most {_MOST_BLOCKS}.")
@@ -180,7 +185,8 @@ class MosaicConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is None and name in ("embedding_dropout", "logit_scale"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            # Compared, as an integer may be too large to be asked whether it is finite.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value!r}; give a number.")
             if name in _DROPOUTS and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; give a probability below 1.")
@@ -339,6 +345,30 @@ def _set_option(blocks: list[dict[str, Any]] | None, key: str, value: Any) -> bo
     for _, memory in found:
         memory.setdefault("options", {})[option] = list(value) if isinstance(value, tuple) else value
     return bool(found)
+
+
+def _check_inherited(values: dict[str, Any]) -> None:
+    """Raises `ValueError` for what transformers, whose keys these are, would stumble over, or build for ever."""
+    for name in ("dtype", "torch_dtype"):
+        if (value := values.get(name)) is not None and value not in (*_DTYPES, *_DTYPES.values()):
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(_DTYPES)}, or leave it out.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = values.get(name)
+        ids = value if name.startswith("eos") and isinstance(value, list) and value else [value]
+        if value is not None and not all(_is_whole(x) and -1 <= x <= LARGEST for x in ids):
+            raise ValueError(f"{name} is {value!r}; give the number of a token, or leave it out.")
+    for name in ("attn_implementation", "experts_implementation"):
+        for value in (values.get(name), values.get(f"_{name}")):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}; give its name, or leave it out.")
+    quantization = values.get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
+        raise ValueError(f"quantization_config is {quantization!r}; give its settings, or leave it out.")
+    labels, names = values.get("num_labels", 2), values.get("id2label")
+    if not _is_whole(labels) or not 0 <= labels <= _MOST_LABELS:
+        raise ValueError(f"num_labels is {labels!r}; a mosaic has no labels, so leave it out.")
+    if names is not None and not (isinstance(names, dict) and all(str(key).isdecimal() for key in names)):
+        raise ValueError(f"id2label is {names!r}; a mosaic has no labels, so leave it out.")
 
 
 def _is_whole(value: Any) -> bool:

@@ -150,6 +150,12 @@ class MosaicModel(MosaicPreTrainedModel):
             raise ValueError(
                 f"The input has shape {tuple(given.shape)}; give (batch, time), or (batch, time, d) embeddings."
             )
+        if given.is_floating_point() == (inputs_embeds is None) or given.dtype == torch.bool:
+            raise ValueError(f"The input is {given.dtype}; give input_ids as integers, or embeddings as floats.")
+        if inputs_embeds is not None and given.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds is {given.shape[2]} wide and the model {self.config.hidden_size}; give as wide ones."
+            )
         batch, time = given.shape[:2]
         if time == 0:
             raise ValueError("The input has no tokens; give at least one for each row.")
@@ -347,15 +353,26 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"labels has shape {tuple(targets.shape)} and the input {given}; give one label a position."
                 )
+            if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+                raise ValueError(f"labels is {targets.dtype}; give integers.")
             targets = targets.long()
             if shifted is None:
                 targets = _targets(targets, context.layout, context.order)
             kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
-            if pieces:
-                total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
-            else:
-                wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-                total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
+            try:
+                if pieces:
+                    total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
+                else:
+                    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+                    total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
+            except (IndexError, RuntimeError):
+                given = targets[targets != -100]
+                if not given.numel() or 0 <= given.min() <= given.max() < self.config.vocab_size:
+                    raise
+                raise ValueError(
+                    f"labels has tokens from {given.min()} to {given.max()}; give tokens from 0 to "
+                    f"{self.config.vocab_size - 1}, or -100 where none counts."
+                ) from None
             counted = (kept != -100).sum()
             if items is None:  # over max(count, 1): a batch without a target has a loss of 0, not NaN
                 loss, share = total / counted.clamp(min=1), 1.0

@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 logger = logging.getLogger(__name__)
 _reported: set[tuple[str, str]] = set()
+FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+Given = tuple[str, Tensor | None, tuple[int | str, ...], tuple[torch.dtype, ...]]
 
 
 def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: Any, **options: Any) -> Any:
@@ -30,10 +34,47 @@ def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: An
     if not torch.compiler.is_compiling() and (op, form) not in _reported:
         _reported.add((op, form))
         logger.info("%s uses its %s form", op, form)
-    if not torch.is_autocast_enabled(first.device.type):  # to enter the context takes longer than a small op
+    if first.is_meta or not torch.is_autocast_enabled(first.device.type):  # to enter the context takes longer
         return forms[form](first, *rest, **options)
     with torch.autocast(first.device.type, enabled=False):
         return forms[form](first, *rest, **options)
+
+
+def check(op: str, device: torch.device, given: Iterable[Given]) -> None:
+    """Refuse what an op can't compute before a form sees it: one would read beyond a tensor's end, another broadcast.
+
+    Args:
+        op: its name.
+        device: where all tensors have to be.
+        given: of every argument what it is called, the tensor (None is left out), the shape and the dtypes that it may
+            have.
+
+    Raises:
+        ValueError: a tensor has another shape or dtype, or is on another device.
+    """
+    for name, x, shape, dtypes in given:
+        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != device):
+            names = [str(dtype).removeprefix("torch.") for dtype in (x.dtype, *dtypes)]
+            raise ValueError(
+                f"{op} got {name} of shape {tuple(x.shape)} in {names[0]} on {x.device}; with its other arguments that "
+                f"has to be ({', '.join(map(str, shape))}) in {' or '.join(names[1:])} on {device}."
+            )
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which alone takes ten times as long to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether a tensor holds numbers, and does not only say what is computed (on the meta device, in `FakeTensorMode`,
+    while something is exported)."""
+    if type(x) is Tensor or type(x) is nn.Parameter:
+        return not x.is_meta
+    try:
+        return not isinstance(x, FakeTensor) and x.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def eager_on_cpu(function: Callable) -> Callable:

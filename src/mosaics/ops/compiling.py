@@ -2,66 +2,134 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
 from ctypes import c_int64, c_void_p
 from pathlib import Path
 
 from torch import Tensor
 
+from mosaics.ops import has_numbers
+
 logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
 LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
+SCRATCH = "making-"  # begins the name of a folder in which something is compiled
+ABANDONED = 3600  # seconds after which nobody compiles in it any more
+_told: list[str] = []
 
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """The shared library of a C++ file; None, with the reason in the log, where it can't be made.
+    """The shared library of a C++ file; None where it can't be made: the first time a warning says why.
 
-    The compiler is `$CXX`, or else `c++`; `MOSAICS_COMPILE=0` forbids it. Libraries are kept in `$MOSAICS_CACHE`, or
-    else in `mosaics` under the user's cache folder, a file for each source, compiler and processor. OpenMP is not
+    The compiler is `$CXX`, which may have options, or else `c++`; `MOSAICS_CXXFLAGS` adds options after our own, and
+    `MOSAICS_COMPILE=0` forbids it all. Libraries are kept in `$MOSAICS_CACHE`, or else in `mosaics` under the user's
+    cache folder, a file for each source, compiler and processor. Others must not be able to write there. The file's
+    name ends with the SHA-256 of what is in it: what does not fit it, or can't be loaded, is made again. OpenMP is not
     linked: the one that torch has loaded is used, so that both share their threads.
     """
     if os.environ.get("MOSAICS_COMPILE") == "0":
         return None
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if compiler is None:
-        logger.info("%s is not compiled: there is no C++ compiler; slower forms are used", source.name)
-        return None
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        about = [source.read_bytes(), version, " ".join(FLAGS + LIBRARIES).encode(), _processor()]
-        name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
+        compiler = _compiler()
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+        options = [*FLAGS, *shlex.split(os.environ.get("MOSAICS_CXXFLAGS", ""))]
+        about = [source.read_bytes(), version, shlex.join([*compiler, *options, *LIBRARIES]).encode(), _processor()]
+        name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}"
         folder = _folder()
-        if not (folder / name).exists():
-            logger.info("compiling %s for this processor, once", source.name)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may do the same
-                made = Path(scratch) / name
-                subprocess.run(
-                    [compiler, *FLAGS, str(source), "-o", str(made), *LIBRARIES], capture_output=True, check=True
-                )
-                os.replace(made, folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
-        reason = getattr(error, "stderr", None) or str(error).encode()
-        logger.info(
-            "%s is not compiled; slower forms are used: %s", source.name, reason.decode(errors="replace")[-500:]
+        for path in folder.glob(f"{name}-*.so"):
+            with contextlib.suppress(OSError):
+                if _is_ours(path.lstat()) and path.stem == f"{name}-{_digest(path)}":
+                    return ctypes.CDLL(str(path))
+            logger.info("%s is damaged, or not ours, and is made again", path)
+            path.unlink(missing_ok=True)
+        logger.info("compiling %s for this processor, once", source.name)
+        return _made([*compiler, *options, str(source), *LIBRARIES], folder, name)
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        # RuntimeError: there is no home; ValueError: half a quotation in `$CXX`.
+        reason = _line(error)
+        logger.log(
+            logging.INFO if _told else logging.WARNING,
+            "%s is not compiled, so slower forms are used (MOSAICS_COMPILE=0 accepts that): %s",
+            "/".join(source.parts[-2:]),
+            reason,
         )
+        _told.append(reason)
         return None
+
+
+def _compiler() -> list[str]:
+    words = shlex.split(os.environ.get("CXX") or "c++")
+    if not words or shutil.which(words[0]) is None:
+        raise OSError(f"there is no C++ compiler {' '.join(words)!r}; install one, or name it in CXX")
+    return words
 
 
 def _folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("MOSAICS_CACHE") or Path(cache) / "mosaics")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder.stat()):
+        raise PermissionError(
+            f"others own the folder {folder} or may write to it; chmod it to 700, or name another in MOSAICS_CACHE"
+        )
+    for left in folder.glob(f"{SCRATCH}*"):  # by a process that was killed
+        if time.time() - left.lstat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def _is_ours(about: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else may write to it."""
+    kind = stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)
+    return kind and about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _made(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
+    """Compile and load a library; it has its name only when it can be loaded and all of it is on the disk."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:  # another process may do the same
+        path = Path(scratch) / f"{name}.so"
+        subprocess.run([*command, "-o", str(path)], capture_output=True, check=True)
+        path.chmod(0o700)
+        made = ctypes.CDLL(str(path))
+        _sync(path)
+        os.replace(path, folder / f"{name}-{_digest(path)}.so")
+    _sync(folder)
+    return made
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _line(error: Exception) -> str:
+    """An error in one line; of a compiler the first that speaks of one."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = [line.strip() for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
+    logger.debug("%s", "\n".join(lines))
+    said = next((line for line in lines if "error" in line), lines[-1] if lines else "it said nothing")
+    return f"{error.cmd[0]} ended with {error.returncode}: {said}"
 
 
 def _processor() -> bytes:
@@ -79,12 +147,18 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def strided(*tensors: Tensor) -> list[ctypes.c_void_p | ctypes.Array]:
+def strided(*tensors: Tensor) -> list[c_void_p | ctypes.Array]:
     """Arguments for a function of a library: the address of each tensor and the strides of its first three
     dimensions."""
-    return [x for t in tensors for x in (c_void_p(t.data_ptr()), (c_int64 * 3)(*t.stride()[:3]))]
+    return [x for t in tensors for x in (_address(t), (c_int64 * 3)(*t.stride()[:3]))]
 
 
-def plain(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+def plain(*tensors: Tensor | None) -> list[c_void_p]:
     """Arguments for a function of a library: the address of each tensor, which is contiguous; null for None."""
-    return [c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    return [c_void_p(None) if t is None else _address(t) for t in tensors]
+
+
+def _address(x: Tensor) -> c_void_p:
+    if type(x) is not Tensor and not has_numbers(x):
+        raise ValueError(f"A compiled form reads numbers, and a {type(x).__name__} has none; use the naive form.")
+    return c_void_p(x.data_ptr())

@@ -2,13 +2,17 @@ r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import eager_on_cpu, run
+from mosaics.ops import eager_on_cpu, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, single, sliced
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
-from mosaics.ops.kernel_regression.naive import weights
+from mosaics.ops.kernel_regression.naive import check_read, weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 FORMS = {
@@ -23,6 +27,7 @@ FORMS = {
 
 FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
+HUGE = 1e30  # a key as large may make a logit infinite
 
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
 
@@ -54,8 +59,9 @@ def kernel_regression(
         delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal). None: the slots are no
             positions but a fixed set of pairs, and every position reads them all.
         window: a pair this far back or farther is out of reach; None is no limit.
-        start: `(batch, time)`, where the document of each position begins, counted from the first position of this call
-            (negative: so many pairs before it); None: all stored pairs and positions are one document.
+        start: `(batch, time)`, integers, where the document of each position begins, counted from the first position of
+            this call (negative: so many pairs before it; never decreasing); None: all stored pairs and positions are
+            one document.
         dropout: probability with which a weight is set to 0, the others growing to make up for it.
         form: force one of `FORMS`; by default the fastest for this input.
 
@@ -63,15 +69,15 @@ def kernel_regression(
         `(batch, heads, time, value width)` in the dtype of `values`.
 
     Raises:
-        ValueError: the delay is negative, the window is below 1, a fixed set is cut by a window or a start, or the form
-            is unknown or cannot serve this input.
+        ValueError: the delay is negative, the window is below 1, the dropout no probability below 1, a fixed set is cut
+            by a window or a start, a tensor has a wrong shape, device or dtype, or the form is unknown or cannot serve
+            this input.
     """
-    if delay is None and (window is not None or start is not None):
-        raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
-    if (delay is not None and delay < 0) or (window is not None and window < 1):
-        raise ValueError(
-            f"The delay is {delay} and the window {window}; give a delay of 0 or more and a window of 1 or more."
-        )
+    check_read(queries, keys, values, bandwidth, delay, window, start)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
+    if queries.numel() == 0 or keys.shape[2] == 0:
+        form = "naive"  # nothing is asked, or nothing stored
     if form is None and single.pays(queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:
@@ -79,7 +85,44 @@ def kernel_regression(
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
-    return run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    read = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    if form == "single" or delay is None or _is_sound(read):
+        return read
+    return _without_unreadable(read, form, queries, widened(keys), widened(values), bandwidth, access)
+
+
+def _is_sound(read: Tensor) -> bool:
+    """Whether all of what was read are numbers; not asked where the host would have to wait for the answer."""
+    if read.device.type != "cpu" or torch.compiler.is_compiling() or not has_numbers(read):
+        return True
+    try:
+        return math.isfinite(read.detach().sum(dtype=torch.promote_types(read.dtype, torch.float32)))
+    except RuntimeError:  # within `torch.vmap`
+        return True
+
+
+def _without_unreadable(
+    read: Tensor,
+    form: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth: Bandwidth,
+    access: dict[str, Any],
+) -> Tensor:
+    """What was `read`, where it is no number because of a pair that its position may not read: 0 times NaN is NaN, and
+    most forms multiply what they mask by 0."""
+    time, slots = queries.shape[2], keys.shape[2]
+    bad = ~((keys.abs() < HUGE).all(-1) & values.isfinite().all(-1))
+    if not bad.any():
+        return read
+    first, end = readable(time, slots - time, access["start"], access["delay"], access["window"], keys.device)
+    before = F.pad(bad.cumsum(-1), (1, 0))  # bad pairs before each slot
+    at = (x.clamp(0, slots).expand(len(queries), time)[:, None].expand(queries.shape[:3]) for x in (end, first))
+    reads_bad = torch.gt(*(before.gather(-1, x) for x in at))[..., None]
+    keys, values = (x.masked_fill(bad[..., None], 0) for x in (keys, values))
+    sound = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    return torch.where(reads_bad, read, sound) if reads_bad.any() else sound
 
 
 def _fastest(
@@ -94,8 +137,8 @@ def _fastest(
     time = queries.shape[2]
     if isinstance(keys, Narrow) and time < FEW:
         return "sliced"  # the others would widen all that is stored
-    if time == 1:
-        return "naive"  # one query needs no tiles
+    if time == 1 or (not queries.is_cuda and not has_numbers(queries)):
+        return "naive"  # one query needs no tiles; without numbers there is nothing to ask them
     if not dropout and compiled.pays(queries):
         return "compiled"
     if dropout and queries.device.type == "cpu":

@@ -48,7 +48,7 @@ def readable(
     if delay is None:
         return torch.zeros_like(own), torch.full_like(own, stored + time)
     end = own - delay + 1
-    first = torch.zeros_like(own) if start is None else (start + stored).clamp(min=0)
+    first = torch.zeros_like(own) if start is None else (start.to(torch.int64) + stored).clamp(min=0)
     if window is not None:
         first = torch.maximum(first, own - window + 1)
     return first, end.expand_as(first)

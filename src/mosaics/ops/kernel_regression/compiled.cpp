@@ -117,11 +117,11 @@ void product(int64_t rows, int64_t from, int64_t to, int64_t depth, const T* a, 
 // exp of `count` numbers between LOWEST and HIGHEST, others moved there: what lies below is no normal float32.
 constexpr double LOWEST = -80, HIGHEST = 64;
 
-inline void exponentials(double* x, int64_t count) {
-    for (int64_t i = 0; i < count; i++) x[i] = std::exp(std::min(std::max(x[i], LOWEST), HIGHEST));
+inline void exponentials(const double* x, double* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = std::exp(std::min(std::max(x[i], LOWEST), HIGHEST));
 }
 
-inline void exponentials(float* x, int64_t count) {
+inline void exponentials(const float* x, float* out, int64_t count) {
     using V = Vector<float>::type;
     constexpr int64_t w = Vector<float>::width;
     for (int64_t i = 0; i < count; i += w) {
@@ -138,13 +138,13 @@ inline void exponentials(float* x, int64_t count) {
         p = p * r + 1.0f;
         p = p * r + 1.0f;
 #ifdef __AVX512F__
-        *(V*)(x + i) = (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+        *(V*)(out + i) = (V)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
         typedef int32_t I __attribute__((vector_size(BYTES)));
         const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
         V scale;
         std::memcpy(&scale, &exponent, BYTES);
-        *(V*)(x + i) = p * scale;
+        *(V*)(out + i) = p * scale;
 #endif
     }
 }
@@ -163,6 +163,16 @@ struct Array {
     T* data;
     const int64_t* stride;
     T* at(int64_t b, int64_t h) const { return data + b * stride[0] + h * stride[1]; }
+};
+
+// What the gradient of a query's beta is made from, over all slots that it reads, with weights p, their gradients g
+// (of the logits) and their logarithms: the sums of g, of g log p and of p log p.
+struct OfBeta {
+    double grads, grads_logs, logs;
+
+    // As the sum of g is 0 but for rounding, logits may be counted from their mean: then rounding is not multiplied by
+    // all of them, but by what they differ.
+    double value(double beta) const { return (grads_logs - grads * logs) / beta; }
 };
 
 struct Sizes {
@@ -213,16 +223,37 @@ struct Tile {
         product<T>(rows, from, to, width, queries, padded<T>(width), 1, keys, p, p * width, out, SLOTS, false);
     }
 
-    // exp(logit - shift), 0 where a query may not read.
-    void weights(int64_t width, const T* queries, const T* keys, const T* shift, T* out) const {
-        logits(width, queries, keys, out);
+    // exp(logit - shift), 0 where a query may not read. `logs`, which may be `out`, is left with logit - shift.
+    void weights(int64_t width, const T* queries, const T* keys, const T* shift, T* logs, T* out) const {
+        logits(width, queries, keys, logs);
         for (int64_t i = 0; i < rows; i++) {
-            T* row = out + i * SLOTS;
-            for (int64_t j = from; j < to; j++) row[j] -= shift[i];
-            exponentials(row + from, to - from);
+            T *log = logs + i * SLOTS, *row = out + i * SLOTS;
+            for (int64_t j = from; j < to; j++) log[j] -= shift[i];
+            exponentials(log + from, row + from, to - from);
             std::fill(row + from, row + begin(i), T(0));
             std::fill(row + stop(i), row + to, T(0));
         }
+    }
+
+    // Gradients of the logits in the place of those of the weights, which sum to `total` over all slots and whose mean
+    // gradient is `along`.
+    void softmax_backward(int64_t i, const T* weights, const T* logs, T along, T total, T* grads, OfBeta& sums) const {
+        const T *p = weights + i * SLOTS, *log = logs + i * SLOTS, largest = std::log(total);
+        const int64_t low = begin(i), high = stop(i);
+        T *row = grads + i * SLOTS, g = 0, g_log = 0, p_log = 0;
+        std::fill(row + from, row + low, T(0));
+        std::fill(row + high, row + to, T(0));
+#pragma omp simd reduction(+ : g, g_log, p_log)
+        for (int64_t j = low; j < high; j++) {
+            const T x = log[j] - largest;
+            row[j] = (row[j] - along) * p[j];
+            g += row[j];
+            g_log += row[j] * x;
+            p_log += p[j] * x;
+        }
+        sums.grads += g;
+        sums.grads_logs += g_log;
+        sums.logs += p_log / total;
     }
 };
 
@@ -277,7 +308,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                                 sums[(i + r) * w] = std::max(sums[(i + r) * w], tile[r * SLOTS + j]);
                         continue;
                     }
-                    t.weights(s.width, asked.data() + i * wide, packed_keys.data(), move + i, tile.data());
+                    t.weights(s.width, asked.data() + i * wide, packed_keys.data(), move + i, tile.data(), tile.data());
                     for (int64_t r = 0; r < rows; r++) {
                         V& sum = *(V*)&sums[(i + r) * w];
                         for (int64_t j = t.from; j < t.to; j += w) sum += *(V*)&tile[r * SLOTS + j];
@@ -315,7 +346,8 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
         std::vector<T> asked(s.time * wide), asked_grad(s.time * wide), answer_grad(s.time * value_wide), along(s.time);
         std::vector<T> key_columns(SLOTS * s.width), key_rows(SLOTS * wide), value_columns(SLOTS * s.value_width);
         std::vector<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
-        std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS);
+        std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS), logs(QUERIES * SLOTS);
+        std::vector<OfBeta> of_beta(s.time);
 #pragma omp for schedule(dynamic)
         for (int64_t line = 0; line < s.batch * s.heads; line++) {
             const int64_t b = line / s.heads, h = line % s.heads;
@@ -323,6 +355,7 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
             const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time;
             scaled(queries, b, h, beta + line * s.time, 0, s.time, s.width, asked.data());
             std::fill(asked_grad.begin(), asked_grad.end(), T(0));
+            std::fill(of_beta.begin(), of_beta.end(), OfBeta{});
             // The weights below are not divided by their sum; this is.
             rows_of<T>(grad.at(b, h), grad.stride[2], 0, s.time, s.time, s.value_width, answer_grad.data());
             for (int64_t i = 0; i < s.time; i++) {
@@ -345,14 +378,14 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
                     const int64_t read = t.to - t.from;
                     const T* query = asked.data() + i * wide;
                     const T* answer = answer_grad.data() + i * value_wide;
-                    t.weights(s.width, query, key_columns.data(), shift + line * s.time + i, tile.data());
+                    t.weights(s.width, query, key_columns.data(), shift + line * s.time + i, logs.data(), tile.data());
                     product<T>(read, 0, value_wide, rows, tile.data() + t.from, 1, SLOTS, answer, value_wide, p,
                                value_grad.data() + t.from * value_wide, value_wide, true);
                     product<T>(rows, t.from, t.to, s.value_width, answer, value_wide, 1, value_columns.data(), p,
                                p * s.value_width, tile_grad.data(), SLOTS, false);
                     for (int64_t r = 0; r < rows; r++)
-                        for (int64_t j = r * SLOTS + t.from; j < r * SLOTS + t.to; j++)
-                            tile_grad[j] = (tile_grad[j] - along[i + r]) * tile[j];
+                        t.softmax_backward(r, tile.data(), logs.data(), along[i + r], totals[line * s.time + i + r],
+                                           tile_grad.data(), of_beta[i + r]);
                     product<T>(rows, 0, wide, read, tile_grad.data() + t.from, SLOTS, 1,
                                key_rows.data() + t.from * wide, wide, p, asked_grad.data() + i * wide, wide, true);
                     product<T>(read, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
@@ -368,8 +401,11 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
             for (int64_t i = 0; i < s.time; i++) {
                 const T* query = queries.at(b, h) + i * queries.stride[2];
                 T* row = grad_queries.at(b, h) + i * grad_queries.stride[2];
-                grad_beta[line * s.time + i] = dot<T>(&asked_grad[i * wide], query, s.width);
-                for (int64_t d = 0; d < s.width; d++) row[d] = asked_grad[i * wide + d] * beta[line * s.time + i];
+                const T sharpness = beta[line * s.time + i];
+                // Near 0 the logarithms of the weights say nothing of the logits.
+                grad_beta[line * s.time + i] = std::abs(sharpness) < T(0.1) ? dot<T>(&asked_grad[i * wide], query, s.width)
+                                                                            : T(of_beta[i].value(sharpness));
+                for (int64_t d = 0; d < s.width; d++) row[d] = asked_grad[i * wide + d] * sharpness;
             }
         }
     }

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mosaics.ops import has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-# Logits are beta times at most the product of two norms, so their exponentials need no maximum (the README has more).
+# No logit is larger than |beta| times the product of two norms, so exponentials need no maximum (the README has more).
 PLAIN = 60.0  # up to here a sum of very many exponentials is a float32
 SHIFTED = 40.0  # what the largest possible logit is moved to if it is larger
 ENOUGH = math.exp(-40.0)  # a sum of exponentials from here on does not notice that none is taken below e^-80
@@ -27,7 +28,7 @@ def available() -> bool:
 
 def pays(queries: Tensor) -> bool:
     """Whether the kernel can be used and keeps the cores busy: its backward pass works on whole heads."""
-    if queries.device.type != "cpu":
+    if queries.device.type != "cpu" or not has_numbers(queries):
         return False
     lines = queries.shape[0] * queries.shape[1]
     return (lines >= torch.get_num_threads() or not torch.is_grad_enabled()) and available()
@@ -99,7 +100,7 @@ def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:
     asked = norms if queries is keys else torch.linalg.vector_norm(queries, dim=-1)
     last = (end - 1).clamp(min=0).expand(queries.shape[0], queries.shape[2])
     longest = norms.cummax(-1).values.gather(-1, last[:, None].expand_as(beta))
-    bound = beta * asked * longest
+    bound = (beta * asked * longest).abs_()
     return torch.where(bound <= PLAIN, 0.0, bound - SHIFTED)
 
 

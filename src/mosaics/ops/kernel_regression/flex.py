@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
 BLOCK = 128
+SMALLEST = 1e-6  # of what a query may be divided by
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -48,10 +49,11 @@ def kernel_regression(
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     beta = bandwidth.at((end - first).clamp(min=0)).to(wide).expand(batch, heads, time)
     # The kernel multiplies its float32 logits by beta: no query is rounded. It gives beta no gradient: that comes
-    # through the queries, which are multiplied by 1, as q . dq / beta.
+    # through the queries, which are multiplied by 1, as q . dq / beta. A beta near 0 is left to the queries.
     fixed = beta.detach().contiguous()
     if torch.is_grad_enabled() and beta.requires_grad:
-        queries = queries * (beta / fixed.clamp(min=torch.finfo(wide).tiny)).to(queries.dtype)[..., None]
+        fixed = torch.where(fixed.abs() < SMALLEST, SMALLEST, fixed)
+        queries = queries * (beta / fixed).to(queries.dtype)[..., None]
     blocks = _block_mask(first, end, batch, slots)
     scale = lambda score, b, h, q, kv: score * fixed[b, h, q]  # noqa: E731
     attend = _compiled() if queries.is_cuda and not torch.compiler.is_compiling() else flex_attention

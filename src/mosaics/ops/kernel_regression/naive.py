@@ -6,8 +6,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaics.ops import FLOATS, INTEGERS, check
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
+
+NARROW = (torch.int8, *FLOATS)
+FARTHEST = 2**62  # positions; what they are added to stays within 64 bits
+
+
+def check_read(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow | None,
+    bandwidth: Bandwidth,
+    delay: int | None,
+    window: int | None,
+    start: Tensor | None,
+) -> None:
+    """Refuse a read that is none; see `mosaics.ops.kernel_regression.kernel_regression`.
+
+    Raises:
+        ValueError: as there.
+    """
+    if delay is None and (window is not None or start is not None):
+        raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
+    for x, least in ((delay, 0), (window, 1)):
+        if x is not None and not (isinstance(x, int) and least <= x < FARTHEST):
+            raise ValueError(
+                f"The delay is {delay} and the window {window}; give whole numbers, a delay of 0 or more and a window "
+                "of 1 or more."
+            )
+    if (bandwidth.slope is None) != (bandwidth.exponent is None):
+        raise ValueError("A bandwidth has a slope and an exponent, or neither; give both or none.")
+    op = "kernel_regression"
+    batch, heads, time, width = queries.shape if queries.dim() == 4 else ("batch", "heads", "time", "width")
+    slots = keys.shape[2] if len(keys.shape) == 4 else "slots"
+    value_width = None if values is None else values.shape[3] if len(values.shape) == 4 else "value width"
+    given = [("queries", queries, (batch, heads, time, width), FLOATS)]
+    for name, x, wide in (("keys", keys, width), ("values", values, value_width)):
+        if isinstance(x, Narrow):
+            given.append((name, x.data, (batch, heads, slots, wide), NARROW))
+            given.append((f"scales of {name}", x.scale, (batch, heads, slots, 1), FLOATS[:1]))
+        else:
+            given.append((name, x, (batch, heads, slots, wide), FLOATS))
+    for x in bandwidth:
+        given.append(("bandwidths", x, (heads,), FLOATS))
+    given.append(("starts", start, (batch, time), INTEGERS))
+    check(op, queries.device, given)
+    if delay is not None and slots < time:
+        raise ValueError(f"{op} got {slots} pairs for {time} positions; give those of all positions, the newest last.")
 
 
 def weights(
@@ -19,15 +66,31 @@ def weights(
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs."""
+    """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs.
+
+    Raises:
+        ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
+    """
+    check_read(queries, keys, None, bandwidth, delay, window, start)
+    return _weights(queries, keys, bandwidth, delay, window, start)
+
+
+def _weights(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    delay: int | None,
+    window: int | None,
+    start: Tensor | None,
+) -> Tensor:
     keys = widened(keys)
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time, start, delay, window, keys.device)
     slot = torch.arange(slots, device=keys.device)
     allowed = (slot >= first[..., None]) & (slot < end[..., None])
     allowed = allowed[:, None] if allowed.dim() == 3 else allowed
-    if queries.dtype != torch.float64:
-        queries, keys = queries.float(), keys.float()
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    queries, keys = queries.to(wide), keys.to(wide)
     beta = bandwidth.at((end - first).clamp(min=0))
     logits = beta[..., None] * (queries @ keys.transpose(-1, -2))
     logits = logits.masked_fill(~allowed, -torch.inf)
@@ -48,6 +111,5 @@ def kernel_regression(
 ) -> Tensor:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
-    read = weights(queries, keys, bandwidth, delay=delay, window=window, start=start)
-    read = F.dropout(read, dropout)
+    read = F.dropout(_weights(queries, keys, bandwidth, delay, window, start), dropout)
     return (read @ values.to(read.dtype)).to(dtype)

@@ -37,27 +37,28 @@ def kernel_regression(
     beta = bandwidth.at((end - first).clamp(min=0))
     # In the queries' dtype, which the fused kernels ask for: in bfloat16 this moves a logit by up to beta / 512.
     scaled = beta[..., None].to(queries.dtype) * queries
+    dtype, keys, values = values.dtype, keys.to(queries.dtype), values.to(queries.dtype)
 
     if delay is None:
-        return F.scaled_dot_product_attention(scaled, keys, values, dropout_p=dropout, scale=1.0)
+        return F.scaled_dot_product_attention(scaled, keys, values, dropout_p=dropout, scale=1.0).to(dtype)
     rows: dict[tuple[int, int], list[int]] = defaultdict(list)
     if start is not None:
         for row, begin, stop in documents(start):
             rows[begin, stop].append(row)
     if start is None or (len(rows) == 1 and (0, time) in rows):
-        return _read(scaled, keys, values, delay, dropout)
+        return _read(scaled, keys, values, delay, dropout).to(dtype)
     out = torch.zeros_like(values)
     for (begin, stop), members in rows.items():
         here = slice(None) if len(members) == len(start) else torch.tensor(members, device=start.device)
         part = (x[here, :, begin:stop] for x in (scaled, keys, values))
         out[here, :, begin:stop] = _read(*part, delay, dropout)
-    return out
+    return out.to(dtype)
 
 
 def documents(start: Tensor) -> list[tuple[int, int, int]]:
     """Row, first position and end of every document in `start` `(batch, time)`, in order."""
     time = start.shape[1]
-    borders = torch.nonzero(start == torch.arange(time, device=start.device)).tolist()
+    borders = torch.nonzero(start.clamp(min=0) == torch.arange(time, device=start.device)).tolist()
     following = borders[1:] + [[-1, 0]]
     return [
         (row, begin, stop if row == after else time)

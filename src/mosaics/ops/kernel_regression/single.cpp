@@ -41,7 +41,7 @@ struct Array {
 inline void exponentials(float* x, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
-        const float y = x[i] < -80.0f ? -80.0f : x[i];
+        const float y = x[i] >= -80.0f ? x[i] : -80.0f;  // also where x is no number: then the difference below is none
         const float n = std::rint(y * 1.44269504f);
         const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
         float sum = 1.0f / 5040;
@@ -55,7 +55,7 @@ inline void exponentials(float* x, int64_t count) {
         const int32_t power = (int32_t(n) + 127) << 23;
         float scale;
         std::memcpy(&scale, &power, sizeof scale);
-        x[i] = x[i] < -80.0f ? 0.0f : sum * scale;
+        x[i] = x[i] < -80.0f ? 0.0f : sum * scale + (x[i] - y);
     }
 }
 

@@ -3,13 +3,14 @@ when it is first wanted."""
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mosaics.ops.compiling import library
+from mosaics.ops import cast, has_numbers
+from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.narrow import Narrow
 
@@ -36,8 +37,8 @@ def _why_not(
     stored = [x.data if isinstance(x, Narrow) else x for x in (keys, values)]
     if queries.shape[2] != 1:
         return f"there are {queries.shape[2]} queries, not one"
-    if queries.device.type != "cpu":
-        return "it runs on a processor and is compiled by itself"
+    if queries.device.type != "cpu" or not has_numbers(queries):
+        return "it reads numbers on a processor, and is compiled by itself"
     if dropout:
         return "there is dropout"
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (queries, *stored, *bandwidth)):
@@ -76,23 +77,23 @@ def kernel_regression(
     wide = _computed(queries)
     batch, heads, _, width = queries.shape
     out = torch.empty(batch, heads, 1, values.shape[3], dtype=wide)
-    kept = [queries.to(wide).contiguous()]
-    given = [c_void_p(kept[0].data_ptr())]
+    kept = [cast(queries, wide).contiguous()]
+    given = plain(kept[0])
     for x in (keys, values):
         data, scale = (x.data, x.scale) if isinstance(x, Narrow) else (x, None)
-        data = data if data.stride(3) == 1 else data.contiguous()
+        data = dense(data)
         kept += [data, scale]
         for part in (data, scale):
-            given += [None, None] if part is None else [c_void_p(part.data_ptr()), (c_int64 * 3)(*part.stride()[:3])]
+            given += [None, None] if part is None else strided(part)
     for x, dtype in (*((x, wide) for x in bandwidth), (start, torch.int64)):
-        x = None if x is None else x.to(dtype).contiguous()
+        x = None if x is None else cast(x, dtype).contiguous()
         kept.append(x)
-        given.append(None if x is None else c_void_p(x.data_ptr()))
+        given += plain(x)
     slots = keys.shape[2]
     read = slots if window is None else min(slots, window)
     threads = torch.get_num_threads() if batch * heads * read * width >= WORTH else 1
     limits = (-1 if x is None else x for x in (delay, window))
     sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
     kind = str(kept[1].dtype).removeprefix("torch.")
-    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, c_void_p(out.data_ptr()))
-    return out.to(values.dtype)
+    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out))
+    return cast(out, values.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaics.ops import eager_on_cpu, run
+from mosaics.ops import FLOATS, check, eager_on_cpu, has_numbers, run
 from mosaics.ops.leaky_average import chunked, compiled, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
@@ -61,8 +61,20 @@ def leaky_average(
         The keys in the shape and dtype of `inputs` (0 where the average is 0), and the state after the last position.
 
     Raises:
-        ValueError: the form is unknown or cannot run here.
+        ValueError: the form is unknown or cannot run here, there is no position, or a tensor has a wrong shape, device
+            or dtype.
     """
+    named = inputs.dim() == 4 and inputs.shape[2]
+    batch, heads, time, width = inputs.shape if named else ("batch", "heads", "time of 1 or more", "width")
+    given = [
+        ("inputs", inputs, (batch, heads, time, width), FLOATS),
+        ("gates", log_gate, (batch, heads, time), FLOATS),
+        ("decays", log_decay, (batch, heads, time), FLOATS),
+    ]
+    if state is not None:
+        given.append(("directions", state[0], (batch, heads, width), FLOATS))
+        given.append(("log scales", state[1], (batch, heads), FLOATS))
+    check("leaky_average", inputs.device, given)
     if form is None:
         form = _fastest(inputs)
     return run(FORMS, form, "leaky_average", inputs, log_gate, log_decay, state, eps=eps)
@@ -71,8 +83,8 @@ def leaky_average(
 def _fastest(inputs: Tensor) -> str:
     if compiled.pays(inputs):
         return "compiled"
-    if inputs.shape[2] == 1:
-        return "naive"  # one position is one step of the recurrence
+    if inputs.shape[2] == 1 or (not inputs.is_cuda and not has_numbers(inputs)):
+        return "naive"  # one position is one step of the recurrence; without numbers there is nothing to ask them
     # A tile of the kernel holds all of a head's width in registers.
     fits = inputs.is_cuda and inputs.dtype != torch.float64 and inputs.shape[3] <= 128
     return "triton" if fits and HAS_TRITON else "chunked"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mosaics.ops import cast, has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, floor_of, shortened
 
@@ -23,7 +24,7 @@ def available() -> bool:
 
 def pays(inputs: Tensor) -> bool:
     """Whether the loop can be used."""
-    return inputs.device.type == "cpu" and available()
+    return inputs.device.type == "cpu" and has_numbers(inputs) and available()
 
 
 def leaky_average(
@@ -39,12 +40,12 @@ def leaky_average(
     dtype, inputs = inputs.dtype, at_least_float32(inputs)
     if state is None:
         state = LeakyAverageState.empty(inputs)
-    given = (inputs, *(x.to(inputs.dtype) for x in (log_gate, log_decay, *state)))
+    given = (inputs, *(cast(x, inputs.dtype) for x in (log_gate, log_decay, *state)))
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         directions, log_scales = _Compiled.apply(*given)
     else:
         directions, log_scales = _forward(*given, None)
-    keys = shortened(directions, log_scales, eps).to(dtype)
+    keys = cast(shortened(directions, log_scales, eps), dtype)
     return keys, LeakyAverageState(directions[..., -1, :].clone(), log_scales[..., -1].clone())  # lets go of the others
 
 
@@ -68,7 +69,7 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx, inputs: Tensor, log_gate: Tensor, log_decay: Tensor, direction: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        steps = inputs.new_empty(*inputs.shape[:3], 3)
+        steps = inputs.new_empty(*inputs.shape[:3], 2, dtype=torch.float64)
         directions, log_scales = _forward(inputs, log_gate, log_decay, direction, log_scale, steps)
         ctx.save_for_backward(inputs, direction, directions, steps)
         ctx.set_materialize_grads(False)

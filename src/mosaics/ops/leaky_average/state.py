@@ -29,7 +29,7 @@ class LeakyAverageState(NamedTuple):
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or as it is when it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def floor_of(average: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import eager_on_cpu, run
+from mosaics.ops import FLOATS, check, eager_on_cpu, has_numbers, run
 from mosaics.ops.unit_values import compiled, in_place, naive
 
 FORMS = {"naive": naive.unit_values, "in_place": in_place.unit_values, "compiled": compiled.unit_values}
@@ -31,8 +31,11 @@ def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0, f
         The values, contiguous, in the shape and dtype of `raw`; 0 without a gradient where the norm is 1e-12 or less.
 
     Raises:
-        ValueError: the form is unknown or cannot run here.
+        ValueError: the form is unknown or cannot run here, or a tensor has a wrong shape, device or dtype.
     """
+    batch, heads, time, width = raw.shape if raw.dim() == 4 else ("batch", "heads", "time", "width")
+    each = (("shares", mix, (heads,), FLOATS), ("lengths", length, (heads,), FLOATS))
+    check("unit_values", raw.device, (("raw values", raw, (batch, heads, time, width), FLOATS), *each))
     if form is None:
-        form = "compiled" if compiled.pays(raw) else "in_place"
+        form = "compiled" if compiled.pays(raw) else "in_place" if has_numbers(raw) else "naive"
     return run(FORMS, form, "unit_values", raw, mix, length, eps=eps)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mosaics.ops import cast, has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.unit_values.naive import SMALLEST
 
@@ -23,7 +24,7 @@ def available() -> bool:
 
 def pays(raw: Tensor) -> bool:
     """Whether the loop can be used."""
-    return raw.device.type == "cpu" and available()
+    return raw.device.type == "cpu" and has_numbers(raw) and available()
 
 
 def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0) -> Tensor:
@@ -35,10 +36,10 @@ def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0) -
     if raw.device.type != "cpu" or not available():
         raise ValueError("The compiled form works on a processor with a C++ compiler (the log says more); use another.")
     dtype, wide = raw.dtype, torch.promote_types(raw.dtype, torch.float32)
-    raw, mix, length = (x.to(wide) for x in (raw, mix, length))
+    raw, mix, length = (cast(x, wide) for x in (raw, mix, length))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (raw, mix, length)):
-        return _Compiled.apply(raw, mix, length, eps).to(dtype)
-    return _forward(raw, mix, length, eps, None).to(dtype)
+        return cast(_Compiled.apply(raw, mix, length, eps), dtype)
+    return cast(_forward(raw, mix, length, eps, None), dtype)
 
 
 def _forward(raw: Tensor, mix: Tensor, length: Tensor, eps: float, norms: Tensor | None) -> Tensor:
