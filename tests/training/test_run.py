@@ -157,14 +157,56 @@ def test_train_resume_insists_on_something_to_continue(tmp_path, run, tiny):
 
 def test_train_refuses_what_cannot_work_before_writing_anything(tmp_path, tiny):
     for changes, said in [
-        ({"training.context_length": 8}, "not longer than the long-term delay of up to 8"),
+        ({"training.context_length": 8}, "not longer than the delay of long_term, up to 8"),
         ({"model.preset": "memory-mosaic-v2"}, "no preset"),
         ({"model.hidden_sise": 8}, "hidden_sise"),
         ({"model.num_attention_heads": 3}, "heads"),
     ]:
         with pytest.raises(ValueError, match=said):
             train(tiny(changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training.context_length": 8}, "not longer than the delay of long_term, up to 8"),
+        ({"model.hidden_size": 2**31 - 1, "model.num_attention_heads": 1}, "no tensor can be as large"),
+        ({"model.num_attention_heads": 3}, "heads"),
+        ({"model.vocab_size": 290}, "data.vocabulary_size asks for 300 tokens and model.vocab_size is 290"),
+        ({"model.vocab_size": 290, "data.tokenizer": "TOKENIZER"}, "the tokenizer has 300 tokens"),
+        ({"data.tokenizer": "not/here/at/all"}, "not/here/at/all"),
+    ],
+)
+def test_train_refuses_what_cannot_work_before_it_reads_the_corpus(
+    tmp_path, tiny, corpus, prepared, monkeypatch, changes, said
+):
+    monkeypatch.setattr("mosaics.data.corpus._read_files", lambda *args: pytest.fail("reads the corpus"))
+    changes = {k: str(prepared / "tokenizer") if v == "TOKENIZER" else v for k, v in changes.items()}
+    recipe = tiny({"data.prepared": None, "data.corpus": str(corpus)} | changes)
+    with pytest.raises((ValueError, OSError), match=said):
+        train(recipe, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_leaves_nothing_of_a_start_that_failed_and_all_that_was_there(tmp_path, tiny, monkeypatch):
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "one.txt").write_text("a")
+    recipe = tiny({"data.prepared": None, "data.corpus": str(tmp_path / "short")})
+    with pytest.raises(ValueError, match="too short to hold out a part"):
+        train(recipe, tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".mine").write_text("")
+    monkeypatch.setattr(module, "_open_data", _failing)
+    with pytest.raises(ValueError, match="after the text was prepared"):
+        train(tiny({"data.prepared": None, "data.corpus": __file__}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".mine"]
+
+
+def _failing(recipe, folder, verify):
+    assert (folder / "data" / "manifest.json").is_file()
+    raise ValueError("after the text was prepared")
 
 
 def test_train_refuses_a_tokenizer_larger_than_the_model(tmp_path, tiny):

@@ -16,6 +16,7 @@ from mosaics.memories.base import (
     Pairs,
     Read,
     State,
+    check_delay,
     check_deviation,
     init_map,
     linear_flops,
@@ -157,6 +158,9 @@ class AttentionMemory(Memory):
         """As the maps of Memory Mosaics v2 (Table 6), since the paper gives none for its baseline."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_map(linear, layer_index, self.options.initializer_range)
+
+    def check(self, context_length: int) -> None:
+        check_delay(self.name, max([self.options.delay, *(self.options.train_delay or ())]), context_length)
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self) + 4 * mean_pairs(context_length, self.options.window) * self.heads * self.width

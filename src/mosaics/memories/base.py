@@ -410,6 +410,9 @@ class Memory(nn.Module):
         """Initialise all parameters as the memory's paper says, with `torch.nn.init`; `layer_index` counts from 0."""
         raise NotImplementedError
 
+    def check(self, context_length: int) -> None:
+        """Raise `ValueError` if this memory makes no sense in training at so many tokens; works on the meta device."""
+
     def flops(self, context_length: int) -> float:
         """Operations per token, forward, averaged over a context: two per weight of a linear map, plus the reads."""
         raise NotImplementedError
@@ -532,6 +535,15 @@ def init_map(linear: nn.Linear, layer_index: int, deviation: float | None = None
     init_clamped_normal(linear.weight, deviation or 1 / math.sqrt(2 * linear.in_features * (layer_index + 1)))
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def check_delay(name: str, delay: int, context_length: int) -> None:
+    """Raises `ValueError` if a memory of that name that reads so far back finds nothing in a context."""
+    if context_length <= delay:
+        raise ValueError(
+            f"A context of {context_length} tokens is not longer than the delay of {name}, up to {delay}, so that memory "
+            f"would stay empty; train at a longer context, or lower {name}.delay and {name}.train_delay."
+        )
 
 
 def check_deviation(deviation: float | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mosaics.memories.base import Common, Context, register
+from mosaics.memories.base import Common, Context, check_delay, register
 from mosaics.memories.contextual import GatedContextualMemory
 
 
@@ -35,6 +35,9 @@ class LongTermMemory(GatedContextualMemory):
         if low > high:
             raise ValueError(f"train_delay is [{low}, {high}]; give the smaller delay first.")
         super().__init__(options, common, layer_index)
+
+    def check(self, context_length: int) -> None:
+        check_delay(self.name, max(self.options.delay, *self.options.train_delay), context_length)
 
     def delay(self, context: Context) -> int:
         return self.options.delay if context.draw is None else context.draw_integer(*self.options.train_delay)

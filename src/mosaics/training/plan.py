@@ -8,7 +8,7 @@ import torch
 
 from mosaics.training.distribution import pretended, shard
 from mosaics.training.recipe import Recipe
-from mosaics.training.setup import build_config, build_model, check_sharing, pick_device, pick_precision
+from mosaics.training.setup import build_config, check_model, check_sharing, pick_device, pick_precision
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plan(
         and (gpu is not None or pick_precision(training, pick_device(training)) == torch.bfloat16)
     )
     dtype = torch.bfloat16 if half else torch.float32
-    model = build_model(config, meta=True)
+    model = check_model(config, training.context_length)
     described = model.describe(context_length=training.context_length)
     parameters = described["parameters"]["total"]
     held, gathered = parameters, 0

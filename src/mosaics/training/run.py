@@ -13,11 +13,12 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,9 @@ from mosaics.training.progress import Progress
 from mosaics.training.recipe import Recipe, differences, load_recipe
 from mosaics.training.setup import (
     build_config,
-    build_model,
+    check_model,
     check_sharing,
+    known_tokenizer,
     pick_device,
     pick_precision,
     place_model,
@@ -90,7 +92,8 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
         OSError: the folder can't be written. Checkpoints that were there stay whole.
     """
     folder = Path(folder)
-    build_config(recipe)  # whatever is wrong with the recipe alone is said before anything is written
+    # Whatever is wrong with the recipe alone is said before anything is read or written.
+    check_model(build_config(recipe), recipe.training.context_length)
     device = pick_device(recipe.training)
     with processes(device) as group, ExitStack() as held:
         data: dict[str, PackedDataset] = {}
@@ -98,12 +101,19 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
         def begin() -> dict[str, Any]:
             check_sharing(recipe, group.size)
             _check_folder(folder, recipe, resume)
+            undo = _undo(folder)
             held.enter_context(_locked(folder))
-            if not (folder / "recipe.yaml").exists():  # a run that has started needs its corpus no more
-                prepare_data(recipe, data_of(folder, recipe))
-            data.update(_open_data(recipe, folder, verify=True))
-            build_model(build_config(recipe, data["train"].prepared.tokenizer()), meta=True)
-            _write_recipe(folder, recipe)
+            started = (folder / "recipe.yaml").exists()
+            try:
+                if not started:  # a run that has started needs its corpus no more
+                    prepare_data(recipe, data_of(folder, recipe), known_tokenizer(recipe))
+                data.update(_open_data(recipe, folder, verify=True))
+                check_model(build_config(recipe, data["train"].prepared.tokenizer()), recipe.training.context_length)
+                _write_recipe(folder, recipe)
+            except BaseException:
+                if not started:
+                    undo()
+                raise
             return _choose_start(recipe, folder, resume) | {
                 "precision": str(pick_precision(recipe.training, device)).removeprefix("torch.")
             }
@@ -317,6 +327,21 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     foreign = sorted(name for name in foreign if not name.startswith(".") and name != "data")
     if foreign:
         raise ValueError(f"{folder} is not empty ({foreign[0]}) and holds no run; choose another --run")
+
+
+def _undo(folder: Path) -> Callable[[], None]:
+    """What takes away again all that comes into a folder from now on, and the folder itself if it is not there yet."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    there = set(folder.iterdir()) if folder.exists() else set()
+
+    def undo() -> None:
+        for path in set(folder.iterdir()) - there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in new:
+            with suppress(OSError):  # others have come into it
+                path.rmdir()
+
+    return undo
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> None:

@@ -13,6 +13,8 @@ from mosaics.training.draws import seed_step
 from mosaics.training.recipe import Recipe, TrainingSection
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mosaics import MosaicConfig, MosaicForCausalLM
 
 
@@ -26,8 +28,7 @@ def build_config(recipe: Recipe, tokenizer=None) -> "MosaicConfig":
             says).
 
     Raises:
-        ValueError: an unknown preset or option, a tokenizer that is larger than the model's vocabulary, or a
-            training context that is not longer than the long-term delay.
+        ValueError: an unknown preset or option, or a tokenizer that is larger than the model's vocabulary.
     """
     import mosaics
 
@@ -40,18 +41,8 @@ def build_config(recipe: Recipe, tokenizer=None) -> "MosaicConfig":
             if overrides.get(name) is None and getattr(tokenizer, name) is not None:
                 overrides[name] = getattr(tokenizer, name)
     config = mosaics.MosaicConfig.from_preset(recipe.model.preset, **overrides)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and model.vocab_size is {config.vocab_size}; set it "
-            f"to at least {len(tokenizer)}, or to null"
-        )
-    delays = [getattr(config, "delay", 0), *getattr(config, "train_delay", ())]
-    if recipe.training.context_length <= max(delays):
-        raise ValueError(
-            f"training.context_length is {recipe.training.context_length}, not longer than the long-term "
-            f"delay of up to {max(delays)}, so that memory would stay empty; make it longer or lower "
-            "model.train_delay and model.delay"
-        )
+    if tokenizer is not None:
+        _check_vocabulary("the tokenizer has", len(tokenizer), config.vocab_size)
     return config
 
 
@@ -70,6 +61,17 @@ def build_model(config: "MosaicConfig", *, meta: bool = False) -> "MosaicForCaus
         if "overflow" not in str(error):
             raise
         raise ValueError(f"no tensor can be as large as the model's sizes say ({error}); lower them") from None
+
+
+def check_model(config: "MosaicConfig", context_length: int) -> "MosaicForCausalLM":
+    """The model without any storage, if it can be built and trained at so many tokens.
+
+    Raises:
+        ValueError: the sizes are impossible, or a memory makes no sense at that length.
+    """
+    model = build_model(config, meta=True)
+    model.model.stack.check(context_length)
+    return model
 
 
 def check_sharing(recipe: Recipe, processes: int) -> None:
@@ -111,8 +113,37 @@ def place_model(
     return model
 
 
-def prepare_data(recipe: Recipe, folder: Path) -> None:
-    """Prepare the recipe's corpus into `folder`, unless the recipe names a prepared folder."""
+def known_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of the data, if that can be said before the corpus is read; None if it will be trained on it.
+
+    Raises:
+        ValueError: the model's vocabulary is too small for it.
+        OSError: there is none where the recipe says.
+    """
+    from mosaics.data import PreparedCorpus, load_tokenizer
+
+    if recipe.data.prepared is not None:
+        tokenizer = PreparedCorpus(recipe.data.prepared).tokenizer()
+    elif recipe.data.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+    else:
+        largest, given = recipe.data.vocabulary_size, recipe.model.overrides().get("vocab_size")
+        _check_vocabulary("data.vocabulary_size asks for", largest, largest if given is None else given)
+        return None
+    build_config(recipe, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(whose: str, tokens: int, vocab_size: int) -> None:
+    if tokens > vocab_size:
+        raise ValueError(
+            f"{whose} {tokens} tokens and model.vocab_size is {vocab_size}; set it to at least {tokens}, or to null"
+        )
+
+
+def prepare_data(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    """Prepare the recipe's corpus into `folder`, unless the recipe names a prepared folder; `tokenizer` is the known
+    one."""
     if recipe.data.prepared is not None:
         return
     from mosaics.data import open_corpus, prepare
@@ -121,7 +152,7 @@ def prepare_data(recipe: Recipe, folder: Path) -> None:
     report = prepare(
         open_corpus(data.corpus, field=data.field),
         folder,
-        tokenizer=data.tokenizer,
+        tokenizer=tokenizer,
         vocab_size=data.vocabulary_size,
         validation=data.validation,
         seed=recipe.seed,
