@@ -231,7 +231,7 @@ def adopt(job: Training, run: Path, cache: Path) -> None:
     """Take the finished run of `mosaics train` in the folder `run` for a training of the same recipe and data."""
     from mosaics.models.loading import load_exported
     from mosaics.training.metrics import read_metrics
-    from mosaics.training.run import open_recipe
+    from mosaics.training.recipe import open_recipe
     from mosaics.training.setup import pick_device, pick_precision
 
     recipe, training = open_recipe(run), job.recipe.training

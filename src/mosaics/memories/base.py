@@ -541,8 +541,8 @@ def check_delay(name: str, delay: int, context_length: int) -> None:
     """Raises `ValueError` if a memory of that name that reads so far back finds nothing in a context."""
     if context_length <= delay:
         raise ValueError(
-            f"A context of {context_length} tokens is not longer than the delay of {name}, up to {delay}, so that memory "
-            f"would stay empty; train at a longer context, or lower {name}.delay and {name}.train_delay."
+            f"A context of {context_length} tokens is not longer than the delay of {name}, up to {delay}, so that "
+            f"memory would stay empty; train at a longer context, or lower {name}.delay and {name}.train_delay."
         )
 
 

@@ -4,18 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mosaics._version import __version__
 from mosaics.training.checkpoint import (
     checkpoint_folder,
     checkpoint_steps,
-    load_checkpoint,
     newest_checkpoint,
     verify_checkpoint,
 )
 from mosaics.training.metrics import is_number, last_validation
-from mosaics.training.recipe import Recipe
+from mosaics.training.recipe import Recipe, data_of, open_recipe
 
 _FIGURES = ("bits_per_byte", "nats_per_token", "tokens", "bytes")
 _CARD = """\
@@ -87,21 +84,16 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     """
     import transformers
 
-    import mosaics
     from mosaics.data import PreparedCorpus
     from mosaics.models.loading import write_manifest
-    from mosaics.training.run import data_of, open_recipe
+    from mosaics.training.sources import checkpoint_model
 
     recipe = open_recipe(run)
     checkpoint = find_checkpoint(run, step)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; name a new folder with --output")
     transformers.utils.logging.disable_progress_bar()
-    with torch.device("meta"):
-        model = mosaics.MosaicForCausalLM(mosaics.MosaicConfig.from_pretrained(checkpoint))
-    model.to_empty(device="cpu").tie_weights()
-    load_checkpoint(checkpoint, model)
-    model.eval()
+    model = checkpoint_model(checkpoint)
     tokenizer = PreparedCorpus(data_of(run, recipe)).tokenizer()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.new")

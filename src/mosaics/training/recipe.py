@@ -174,6 +174,22 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     return make_recipe(values, str(path))
 
 
+def open_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} is no run folder (it has no recipe.yaml)")
+    return load_recipe(folder / "recipe.yaml")
+
+
+def data_of(folder: Path, recipe: Recipe) -> Path:
+    """Where the prepared data of a run lie."""
+    return Path(recipe.data.prepared) if recipe.data.prepared is not None else folder / "data"
+
+
 def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
     """Check plain values and make a `Recipe`; `name` is where they came from, for error messages.
 

@@ -42,7 +42,7 @@ from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.metrics import Metrics, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
-from mosaics.training.recipe import Recipe, differences, load_recipe
+from mosaics.training.recipe import Recipe, data_of, differences, load_recipe
 from mosaics.training.setup import (
     build_config,
     check_model,
@@ -284,22 +284,6 @@ def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
         export_run(folder, folder / "export")
         print(f"exported to {folder / 'export'}")
     return last_validation(folder / "metrics.jsonl")
-
-
-def open_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        ValueError: the folder is no run.
-    """
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder (it has no recipe.yaml)")
-    return load_recipe(folder / "recipe.yaml")
-
-
-def data_of(folder: Path, recipe: Recipe) -> Path:
-    """Where the prepared data of a run lie."""
-    return Path(recipe.data.prepared) if recipe.data.prepared is not None else folder / "data"
 
 
 def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> "dict[str, PackedDataset]":
