@@ -301,3 +301,17 @@ def test_torchrun_ends_soon_when_a_process_dies(tiny, tmp_path):
     assert "SIGKILL" in output  # in torchrun's own report
     step = checkpoint_steps(run / "checkpoints")[-1]
     verify_checkpoint(checkpoint_folder(run / "checkpoints", step))
+
+
+def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, tiny, tmp_path):
+    changes = {"training.init_from": str(alone / "export"), "model": {"preset": None}, "training.steps": 2}
+    recipe = tiny(SHARED | changes)
+    assert train(recipe, tmp_path / "one").finished
+    printed = _together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
+    assert printed[0].endswith("done\n") and printed[0].count("begins with the weights of") == 1, printed
+    assert _close(tmp_path / "one", tmp_path / "two")
+    verify_checkpoint(checkpoint_folder(tmp_path / "two" / "checkpoints", 0))
+    run = tmp_path / "two"  # and goes on from the checkpoint of step 0 with another number
+    shutil.rmtree(checkpoint_folder(run / "checkpoints", 2))
+    shutil.rmtree(run / "export")
+    assert train(recipe, run).finished and _close(tmp_path / "one", run)

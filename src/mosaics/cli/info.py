@@ -62,7 +62,7 @@ def find_config(source: str):
     from mosaics.models.loading import load_config
     from mosaics.models.presets import PRESETS
     from mosaics.training.recipe import load_recipe, shipped_recipes
-    from mosaics.training.setup import build_config
+    from mosaics.training.setup import build_config, start_source
 
     path = Path(source)
     if path.is_dir():
@@ -77,7 +77,8 @@ def find_config(source: str):
     if source in PRESETS:
         return mosaics.MosaicConfig.from_preset(source)
     if path.is_file() or source in shipped_recipes():
-        return build_config(load_recipe(source))
+        recipe = load_recipe(source)
+        return build_config(recipe, source=start_source(recipe))
     return mosaics.MosaicConfig.from_preset(source)  # refused, with the nearest name
 
 
@@ -86,10 +87,10 @@ def _of_run(run: Path):
     from mosaics.data import PreparedCorpus
     from mosaics.training.checkpoint import checkpoint_steps
     from mosaics.training.recipe import data_of, open_recipe
-    from mosaics.training.setup import build_config
+    from mosaics.training.setup import build_config, start_source
     from mosaics.training.sources import find_source
 
     if checkpoint_steps(run / "checkpoints") or (run / "export").is_dir():
         return find_source(run).config()
     recipe = open_recipe(run)
-    return build_config(recipe, PreparedCorpus(data_of(run, recipe)).tokenizer())
+    return build_config(recipe, PreparedCorpus(data_of(run, recipe)).tokenizer(), start_source(recipe))

@@ -69,7 +69,7 @@ def show_plan(recipe, gpu: str | None = None, gpus: int | None = None, utilisati
             (f"memory of {gpu.upper()}", size(planned["gpu_memory_bytes"])),
             (f"time on {planned['devices']:,} {gpu.upper()}", _duration(planned["seconds"])),
         ]
-    show_table(f"Plan of {recipe.model.preset}", rows)
+    show_table(f"Plan of {recipe.model.preset or recipe.training.init_from}", rows)
     if planned["devices"] == 1:
         print("Memory is that of one device that holds the whole model, in GiB (2^30 bytes). Assumed:")
     else:

@@ -73,6 +73,7 @@ class Training:
         model = {"preset": arrangement.preset, **sizes}
         self.recipe = make_recipe({"seed": seed, "model": model, "training": training}, setting.name)
         resolved = self.recipe.resolved()
+        del resolved["training"]["init_from"]  # is `start` here; older caches don't know it
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
         decides |= {"world": _sample(setting.data.world, setting.data.automata is not None), "version": __version__}

@@ -23,12 +23,12 @@ pipeline_tag: text-generation
 tags:
 - mosaics
 - associative-memory
-- {preset}
+- {tag}
 ---
 
 # {name}
 
-A language model made of associative memories (`{preset}`), trained with
+A language model made of associative memories ({arrangement}), trained with
 mosaics {version}.
 
 | | |
@@ -55,7 +55,7 @@ or `mosaics generate PATH_OF_THIS_FOLDER --prompt "{prompt}"`.
 ## Training
 
 - corpus: `{corpus}`, {share:.2g} of its documents held out; longer ones than the context are {long_documents}
-- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions)
+- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions){beginning}
 - AdamW, peak learning rate {rate:g}, weight decay {decay:g}; seed {seed}
 
 {validation}
@@ -148,7 +148,8 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
     licensed = recipe.export.license != "unknown"
     return _CARD.format(
         license=recipe.export.license,
-        preset=recipe.model.preset,
+        tag=recipe.model.preset or "continued-pretraining",
+        arrangement=f"`{recipe.model.preset}`" if recipe.model.preset else f"that of `{recipe.training.init_from}`",
         name=name,
         version=__version__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -164,6 +165,7 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
         step=step,
         batch=recipe.training.batch_size,
         tokens=step * recipe.tokens_per_step,
+        beginning=f", begun with the weights of `{recipe.training.init_from}`" if recipe.training.init_from else "",
         rate=recipe.training.learning_rate,
         decay=recipe.training.weight_decay,
         seed=recipe.seed,

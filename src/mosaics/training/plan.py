@@ -8,7 +8,7 @@ import torch
 
 from mosaics.training.distribution import pretended, shard
 from mosaics.training.recipe import Recipe
-from mosaics.training.setup import build_config, check_model, check_sharing, pick_device, pick_precision
+from mosaics.training.setup import build_config, check_model, check_sharing, pick_device, pick_precision, start_source
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan(
     if devices < 1:
         raise ValueError(f"--gpus is {devices}; give 1 or more")
     check_sharing(recipe, devices)
-    config = build_config(recipe)
+    config = build_config(recipe, source=start_source(recipe))
     half = training.precision == "bfloat16" or (
         training.precision == "auto"
         and (gpu is not None or pick_precision(training, pick_device(training)) == torch.bfloat16)

@@ -28,7 +28,7 @@ class ModelSection(_Section):
 
     model_config = ConfigDict(extra="allow")
 
-    preset: str = "memory-mosaics-v2-tiny"
+    preset: str | None = Field("memory-mosaics-v2-tiny", description="null: the arrangement of training.init_from")
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +77,7 @@ class TrainingSection(_Section):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    init_from: str | None = Field(None, description="a model's folder, a run or a checkpoint to begin with")
 
 
 class ValidationSection(_Section):

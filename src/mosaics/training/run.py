@@ -45,18 +45,22 @@ from mosaics.training.progress import Progress
 from mosaics.training.recipe import Recipe, data_of, differences, load_recipe
 from mosaics.training.setup import (
     build_config,
+    changed_settings,
     check_model,
     check_sharing,
+    check_start,
     known_tokenizer,
     pick_device,
     pick_precision,
     place_model,
     prepare_data,
+    start_source,
 )
 from mosaics.training.validation import evaluate
 
 if TYPE_CHECKING:
     from mosaics.data import PackedDataset
+    from mosaics.training.sources import Source
 
 # Steps in a row that are skipped, where the recipe says so, before the run stops after all.
 MOST_SKIPPED = 10
@@ -92,31 +96,45 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
         OSError: the folder can't be written. Checkpoints that were there stay whole.
     """
     folder = Path(folder)
-    # Whatever is wrong with the recipe alone is said before anything is read or written.
-    check_model(build_config(recipe), recipe.training.context_length)
     device = pick_device(recipe.training)
     with processes(device) as group, ExitStack() as held:
         data: dict[str, PackedDataset] = {}
+        source: Source | None = None  # of the first process, unless there is a checkpoint to go on from
 
         def begin() -> dict[str, Any]:
+            nonlocal source
             check_sharing(recipe, group.size)
             _check_folder(folder, recipe, resume)
+            if not (folder / "recipe.yaml").exists():
+                source = _check_start(recipe)
             undo = _undo(folder)
             held.enter_context(_locked(folder))
             started = (folder / "recipe.yaml").exists()
             try:
                 if not started:  # a run that has started needs its corpus no more
-                    prepare_data(recipe, data_of(folder, recipe), known_tokenizer(recipe))
+                    prepare_data(recipe, data_of(folder, recipe), known_tokenizer(recipe, source))
                 data.update(_open_data(recipe, folder, verify=True))
-                check_model(build_config(recipe, data["train"].prepared.tokenizer()), recipe.training.context_length)
-                _write_recipe(folder, recipe)
+                tokenizer = data["train"].prepared.tokenizer()
+                if not started:
+                    check_model(build_config(recipe, tokenizer, source), recipe.training.context_length)
+                    _write_recipe(folder, recipe)
             except BaseException:
                 if not started:
                     undo()
                 raise
-            return _choose_start(recipe, folder, resume) | {
-                "precision": str(pick_precision(recipe.training, device)).removeprefix("torch.")
-            }
+            start = _choose_start(recipe, folder, resume)
+            if start["checkpoint"]:
+                from mosaics.models.loading import load_config
+
+                config = load_config(folder / "checkpoints" / start["checkpoint"])
+            else:
+                source = source or _check_start(recipe)
+                config = build_config(recipe, tokenizer, source)
+                if source is not None:
+                    changes = "; ".join(changed_settings(source.config(), config))
+                    print(f"begins with the weights of {source.name}{changes and ': '}{changes}")
+            precision = str(pick_precision(recipe.training, device)).removeprefix("torch.")
+            return start | {"config": config.to_dict() | {"_name_or_path": ""}, "precision": precision}
 
         def follow() -> None:
             if not data:
@@ -127,7 +145,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
             print(f"{folder} is finished: step {start['step']} of {recipe.training.steps}")
         else:
             group.each(follow)
-            step = _run(recipe, folder, data, device, start, group)
+            step = _run(recipe, folder, data, device, start, group, source)
             if step < recipe.training.steps:
                 saved = "which is saved" if step else "nothing was done yet"
                 print(f"stopped after step {step} of {recipe.training.steps}, {saved}; the same command continues")
@@ -142,12 +160,15 @@ def _run(
     device: torch.device,
     start: dict[str, Any],
     group: Group,
+    source: "Source | None",
 ) -> int:
-    """Train from where `_choose_start` says to the end, or to a signal; the last step done, which is saved."""
+    """Train from where `begin` says to the end, or to a signal; the last step done, which is saved."""
+    from mosaics import MosaicConfig
+
     training, checkpoints, log = recipe.training, folder / "checkpoints", folder / "metrics.jsonl"
     dtype, identity, step = getattr(torch, start["precision"]), start["identity"], start["step"]
-    config = build_config(recipe, data["train"].prepared.tokenizer())
-    model = place_model(config, recipe.seed, device, dtype, group, fresh=not start["checkpoint"])
+    config, fresh = MosaicConfig.from_dict(start["config"]), not start["checkpoint"]
+    model = place_model(config, recipe.seed, device, dtype, group, fresh=fresh, source=source)
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -193,7 +214,9 @@ def _run(
                 + (f"{group.size} processes of " if group.size > 1 else "")
                 + f"{torch.get_num_threads()} threads"
             )
-            if not start["checkpoint"]:
+            if fresh and training.init_from is not None:
+                save()  # from here on the run needs the model no more that it began with
+            if step == 0:
                 validate()
             clock, counted = time.monotonic(), tokens
             speed = 0.0
@@ -245,6 +268,16 @@ def _run(
         for open_log in metrics:
             open_log.close()
     return step
+
+
+def _check_start(recipe: Recipe) -> "Source | None":
+    """The model that training begins with, if the recipe names one; whatever is wrong with the recipe alone is said
+    before anything is read or written."""
+    source = start_source(recipe)
+    model = check_model(build_config(recipe, source=source), recipe.training.context_length)
+    if source is not None:
+        check_start(source, model)
+    return source
 
 
 def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
