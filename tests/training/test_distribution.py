@@ -24,6 +24,7 @@ from mosaics.training.checkpoint import DamagedCheckpoint, checkpoint_folder, ch
 from mosaics.training.distribution import Group
 from mosaics.training.draws import seed_step
 from mosaics.training.metrics import read_metrics
+from mosaics.training.recipe import Extension
 
 distributed = pytest.importorskip("torch.distributed")
 for _late in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"):
@@ -315,3 +316,12 @@ def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, t
     shutil.rmtree(checkpoint_folder(run / "checkpoints", 2))
     shutil.rmtree(run / "export")
     assert train(recipe, run).finished and _close(tmp_path / "one", run)
+
+
+def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, shared, tmp_path):
+    runs = [shutil.copytree(run, tmp_path / name) for run, name in ((alone, "one"), (shared[0], "two"))]
+    extension = Extension(steps=3, schedule="rewarm")
+    assert train(None, runs[0], extend=extension).finished
+    printed = _together(2, lambda: train(None, runs[1], extend=extension), tmp_path / "out")
+    assert all(text.endswith("done\n") for text in printed) and "extended to step 9" in printed[0], printed
+    assert len(_losses(runs[1])) == 9 and _close(*runs)

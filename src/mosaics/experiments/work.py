@@ -73,7 +73,8 @@ class Training:
         model = {"preset": arrangement.preset, **sizes}
         self.recipe = make_recipe({"seed": seed, "model": model, "training": training}, setting.name)
         resolved = self.recipe.resolved()
-        del resolved["training"]["init_from"]  # is `start` here; older caches don't know it
+        for key in ("init_from", "extensions"):  # not for studies; caches don't know them
+            del resolved["training"][key]
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
         decides |= {"world": _sample(setting.data.world, setting.data.automata is not None), "version": __version__}

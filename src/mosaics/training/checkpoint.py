@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -198,12 +199,12 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest_checkpoint(root: Path, *, recipe: str | None = None) -> tuple[Path | None, dict[Path, str]]:
+def newest_checkpoint(root: Path, *, recipes: Collection[str] | None = None) -> tuple[Path | None, dict[Path, str]]:
     """Find the newest checkpoint that is whole.
 
     Args:
         root: the folder of checkpoints.
-        recipe: digest of the recipe that it must belong to; None takes any.
+        recipes: digests of recipes, to one of which it must belong; None takes any.
 
     Returns:
         Its folder (None when there is no checkpoint at all), and the newer ones that are damaged or foreign,
@@ -219,7 +220,7 @@ def newest_checkpoint(root: Path, *, recipe: str | None = None) -> tuple[Path | 
             manifest = verify_checkpoint(folder)
             if manifest["step"] != step:
                 raise DamagedCheckpoint(f"{folder} holds step {manifest['step']}")
-            if recipe is not None and manifest["recipe"] != recipe:
+            if recipes is not None and manifest["recipe"] not in recipes:
                 raise DamagedCheckpoint(f"{folder} was written with another recipe")
             return folder, passed_over
         except DamagedCheckpoint as error:

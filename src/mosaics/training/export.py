@@ -55,7 +55,7 @@ or `mosaics generate PATH_OF_THIS_FOLDER --prompt "{prompt}"`.
 ## Training
 
 - corpus: `{corpus}`, {share:.2g} of its documents held out; longer ones than the context are {long_documents}
-- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions){beginning}
+- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions){beginning}{extended}
 - AdamW, peak learning rate {rate:g}, weight decay {decay:g}; seed {seed}
 
 {validation}
@@ -166,6 +166,7 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
         batch=recipe.training.batch_size,
         tokens=step * recipe.tokens_per_step,
         beginning=f", begun with the weights of `{recipe.training.init_from}`" if recipe.training.init_from else "",
+        extended="".join(f", extended by {e.steps:,} steps ({e.schedule})" for e in recipe.training.extensions),
         rate=recipe.training.learning_rate,
         decay=recipe.training.weight_decay,
         seed=recipe.seed,

@@ -75,7 +75,7 @@ def plan(
         blocks = len(model.model.stack.blocks)
         inner = sum(size for name, size in units if name.startswith("model.stack.blocks."))
         gathered = sum(sizes) - inner + 2 * inner // blocks + max(sizes)
-    tokens = training.steps * recipe.tokens_per_step
+    tokens = training.last_step * recipe.tokens_per_step
     share = training.batch_size // devices
     micro = min(training.micro_batch_size or share, share)
     positions = micro * training.context_length
@@ -97,7 +97,7 @@ def plan(
     }
     flops = tokens * described["flops_per_token"] * (4 if training.activation_checkpointing else 3)
     planned = {
-        "steps": training.steps,
+        "steps": training.last_step,
         "tokens_per_step": recipe.tokens_per_step,
         "tokens": tokens,
         "parameters": parameters,

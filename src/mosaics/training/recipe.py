@@ -7,6 +7,7 @@ with every default written out.
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,14 @@ class DataSection(_Section):
     prepared: str | None = Field(None, description="a folder made by `mosaics prepare`; null prepares into the run")
 
 
+class Extension(_Section):
+    """More steps for a run that was finished. The learning rate stays where it ended (`constant`), or rises to its peak
+    again and falls as it did before (`rewarm`)."""
+
+    steps: int = Field(ge=1)
+    schedule: Literal["constant", "rewarm"] = "constant"
+
+
 class TrainingSection(_Section):
     """Optimisation. Defaults are those of the paper's Appendix C where it names one."""
 
@@ -78,6 +87,29 @@ class TrainingSection(_Section):
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init_from: str | None = Field(None, description="a model's folder, a run or a checkpoint to begin with")
+    extensions: tuple[Extension, ...] = Field(
+        (), description="what `mosaics train --run FOLDER --extend STEPS` appends"
+    )
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> "TrainingSection":
+        for extension in self.extensions:
+            if extension.schedule == "rewarm" and extension.steps <= self.warmup_steps:
+                raise ValueError(
+                    f"an extension of {extension.steps} steps ends before it has warmed up again, which takes "
+                    f"{self.warmup_steps} (training.warmup_steps); give more steps, or the schedule constant"
+                )
+        return self
+
+    @property
+    def ends(self) -> list[int]:
+        """The last step of the recipe as it began, and that of each extension."""
+        return list(accumulate([self.steps, *(extension.steps for extension in self.extensions)]))
+
+    @property
+    def last_step(self) -> int:
+        """The last step of all."""
+        return self.ends[-1]
 
 
 class ValidationSection(_Section):
@@ -204,6 +236,8 @@ def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
         dotted = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             text = f"unknown key {dotted}{_did_you_mean(dotted, recipe_keys())}"
+        elif first["type"] == "value_error":  # about several keys
+            text = first["msg"].removeprefix("Value error, ")
         else:
             text = f"{dotted} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         more = f" (and {len(others)} more)" if others else ""

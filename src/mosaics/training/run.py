@@ -7,6 +7,7 @@
     RUN/metrics.jsonl          one JSON object per line
     RUN/checkpoints/step-…/    see `mosaics.training.checkpoint`
     RUN/export/                the model as transformers reads it, at the end
+    RUN/export-step-…/         the one before, while an extended run goes on
     RUN/curves.png             training loss and validation bits per byte, at the end
 """
 
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,7 @@ from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.metrics import Metrics, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
-from mosaics.training.recipe import Recipe, data_of, differences, load_recipe
+from mosaics.training.recipe import Extension, Recipe, data_of, differences, load_recipe, make_recipe, open_recipe
 from mosaics.training.setup import (
     build_config,
     changed_settings,
@@ -77,52 +79,65 @@ class Outcome:
     validation: dict[str, Any] = field(default_factory=dict)
 
 
-def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcome:
+def train(
+    recipe: Recipe | None, folder: str | Path, *, resume: bool = False, extend: Extension | None = None
+) -> Outcome:
     """Start a run, or continue the one that is in the folder.
 
     SIGINT and SIGTERM let the step end, write a checkpoint and return. A run that is continued gives, on a
     CPU, the same losses and parameters as one that was never stopped, bit for bit.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; None: what the run in the folder does.
         folder: the run's folder. A new or empty one starts; one with the same resolved recipe continues.
         resume: insist that there is a checkpoint to continue from.
+        extend: go on with a finished run; this is appended to its recipe. If the last extension is the same and not
+            done yet, that goes on.
 
     Returns:
         The outcome; `finished` is false after a signal.
 
     Raises:
-        ValueError: the folder holds something else, the recipe is impossible, or the loss is not finite.
+        ValueError: the folder holds something else, the recipe is impossible, a run that is to be extended is not
+            finished, or the loss is not finite.
         OSError: the folder can't be written. Checkpoints that were there stay whole.
     """
     folder = Path(folder)
+    recipe = recipe or open_recipe(folder)
     device = pick_device(recipe.training)
     with processes(device) as group, ExitStack() as held:
         data: dict[str, PackedDataset] = {}
         source: Source | None = None  # of the first process, unless there is a checkpoint to go on from
 
         def begin() -> dict[str, Any]:
-            nonlocal source
+            nonlocal recipe, source
             check_sharing(recipe, group.size)
-            _check_folder(folder, recipe, resume)
+            _check_folder(folder, recipe, resume or extend is not None)
             if not (folder / "recipe.yaml").exists():
                 source = _check_start(recipe)
             undo = _undo(folder)
             held.enter_context(_locked(folder))
             started = (folder / "recipe.yaml").exists()
             try:
-                if not started:  # a run that has started needs its corpus no more
+                if started:  # it needs its corpus no more, and may have been extended
+                    recipe = open_recipe(folder)
+                else:
                     prepare_data(recipe, data_of(folder, recipe), known_tokenizer(recipe, source))
                 data.update(_open_data(recipe, folder, verify=True))
                 tokenizer = data["train"].prepared.tokenizer()
                 if not started:
                     check_model(build_config(recipe, tokenizer, source), recipe.training.context_length)
-                    _write_recipe(folder, recipe)
+                    _write_recipe(folder, recipe.to_yaml())
             except BaseException:
                 if not started:
                     undo()
                 raise
             start = _choose_start(recipe, folder, resume)
+            if extend is not None:
+                recipe = _extend(folder, recipe, extend, start["step"])
+                start["identity"]["recipe"] = _recipe_digests(folder)[-1]
+            if start["step"] < recipe.training.last_step:
+                _keep_export(folder, recipe)
             if start["checkpoint"]:
                 from mosaics.models.loading import load_config
 
@@ -134,23 +149,26 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcom
                     changes = "; ".join(changed_settings(source.config(), config))
                     print(f"begins with the weights of {source.name}{changes and ': '}{changes}")
             precision = str(pick_precision(recipe.training, device)).removeprefix("torch.")
-            return start | {"config": config.to_dict() | {"_name_or_path": ""}, "precision": precision}
+            config = config.to_dict() | {"_name_or_path": ""}
+            return start | {"recipe": recipe.resolved(), "config": config, "precision": precision}
 
         def follow() -> None:
             if not data:
                 data.update(_open_data(recipe, folder, verify=False))
 
         start = group.first(begin)
-        if start["step"] >= recipe.training.steps:
-            print(f"{folder} is finished: step {start['step']} of {recipe.training.steps}")
+        recipe = make_recipe(start["recipe"])
+        last = recipe.training.last_step
+        if start["step"] >= last:
+            print(f"{folder} is finished: step {start['step']} of {last}")
         else:
             group.each(follow)
             step = _run(recipe, folder, data, device, start, group, source)
-            if step < recipe.training.steps:
+            if step < last:
                 saved = "which is saved" if step else "nothing was done yet"
-                print(f"stopped after step {step} of {recipe.training.steps}, {saved}; the same command continues")
+                print(f"stopped after step {step} of {last}, {saved}; the same command continues")
                 return Outcome(folder, step, False, group.first(lambda: last_validation(folder / "metrics.jsonl")))
-        return Outcome(folder, recipe.training.steps, True, group.first(lambda: _finish(recipe, folder)))
+        return Outcome(folder, last, True, group.first(lambda: _finish(recipe, folder)))
 
 
 def _run(
@@ -177,7 +195,7 @@ def _run(
     if start["checkpoint"]:
         state = load_checkpoint(checkpoints / start["checkpoint"], model, optimizer, group)
         tokens, skipped = state["tokens"], state.get("skipped", 0)
-        print(f"continuing {folder} after step {step} of {training.steps}")
+        print(f"continuing {folder} after step {step} of {training.last_step}")
     metrics: list[Metrics] = []  # of the first process
 
     def record(number: int, values: dict[str, Any]) -> None:
@@ -205,7 +223,7 @@ def _run(
 
     board = folder / "tensorboard" if recipe.logging.tensorboard else None
     group.first(lambda: metrics.append(Metrics(log, step, board)))
-    progress = Progress(training.steps, step, recipe.logging.every)
+    progress = Progress(training.last_step, step, recipe.logging.every)
     try:
         with progress, _stopping(once=group.size == 1) as stop:
             progress.say(
@@ -221,7 +239,7 @@ def _run(
             clock, counted = time.monotonic(), tokens
             speed = 0.0
             halt = group.any(stop.is_set())
-            while step < training.steps and not halt:
+            while step < training.last_step and not halt:
                 result = None
                 try:
                     result = optimisation_step(model, optimizer, data["train"], recipe, step + 1, dtype, group)
@@ -237,7 +255,7 @@ def _run(
                     progress.say(f"warning: {error}; skipped, its documents are in {log}")
                 step += 1
                 tokens += recipe.tokens_per_step
-                last = step == training.steps
+                last = step in training.ends
                 halt = group.any(stop.is_set())
                 seconds = time.monotonic() - clock
                 speed = (tokens - counted) / seconds if seconds else speed
@@ -287,8 +305,9 @@ def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
         ValueError: no checkpoint can be used, one is damaged and the recipe says to stop then, or the data differ.
     """
     data_folder = data_of(folder, recipe)
-    identity = {"recipe": _recipe_digest(folder), "data": _data_digest(data_folder)}
-    newest, passed_over = newest_checkpoint(folder / "checkpoints", recipe=identity["recipe"])
+    digests = _recipe_digests(folder)
+    identity = {"recipe": digests[-1], "data": _data_digest(data_folder)}
+    newest, passed_over = newest_checkpoint(folder / "checkpoints", recipes=digests)
     for damaged, reason in passed_over.items():
         if recipe.checkpoint.if_damaged == "stop":
             raise ValueError(
@@ -311,11 +330,14 @@ def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
 def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Whatever is still missing at the end of a run; its last validation."""
     clear_leftovers(folder / "checkpoints")
-    if not (folder / "curves.png").exists():
+    exported = (folder / "export").exists()
+    if not (exported and (folder / "curves.png").exists()):  # there may be those from before an extension
         plot_curves(folder / "metrics.jsonl", folder / "curves.png")
-    if not (folder / "export").exists():
+    if not exported:
         export_run(folder, folder / "export")
         print(f"exported to {folder / 'export'}")
+    for before in folder.glob("export-step-*"):
+        shutil.rmtree(before)
     return last_validation(folder / "metrics.jsonl")
 
 
@@ -333,12 +355,19 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run {folder} is a file; name a folder")
     if (folder / "recipe.yaml").is_file():
-        if found := differences(load_recipe(folder / "recipe.yaml"), recipe):
+        there = load_recipe(folder / "recipe.yaml")
+        extended, own = there.training.extensions, recipe.training.extensions
+        # What it was started with is the same run still, after it has been extended.
+        training = recipe.training.model_copy(update={"extensions": own or extended})
+        if found := differences(there, recipe.model_copy(update={"training": training})):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise ValueError(f"{folder} holds a run of another recipe: {found[0]}{more}; choose another --run")
+            advice = "choose another --run"
+            if not more and found[0].startswith(("training.steps ", "training.extensions ")):
+                advice = f"a finished run goes on by mosaics train --run {folder} --extend STEPS"
+            raise ValueError(f"{folder} holds a run of another recipe: {found[0]}{more}; {advice}")
         return
     if resume:
-        raise ValueError(f"--resume: there is no run in {folder} to continue")
+        raise ValueError(f"there is no run in {folder} to go on with")
     # Left by a start that failed before the recipe was written; anything else is not ours to write beside.
     foreign = [path.name for path in folder.iterdir()] if folder.exists() else []
     foreign = sorted(name for name in foreign if not name.startswith(".") and name != "data")
@@ -361,20 +390,55 @@ def _undo(folder: Path) -> Callable[[], None]:
     return undo
 
 
-def _write_recipe(folder: Path, recipe: Recipe) -> None:
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        temporary = folder / ".recipe.yaml.new"
-        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(folder)
+def _write_recipe(folder: Path, text: str) -> None:
+    temporary = folder / ".recipe.yaml.new"
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, folder / "recipe.yaml")
+    sync(folder)
 
 
-def _recipe_digest(folder: Path) -> str:
-    """SHA-256 of the values in the run's recipe file, so that defaults added later change nothing."""
+def _extend(folder: Path, recipe: Recipe, extension: Extension, step: int) -> Recipe:
+    """Append to the recipe of a run that is finished at `step`, and return it whole.
+
+    Raises:
+        ValueError: the run is not finished, nor within the same extension.
+    """
+    training = recipe.training
+    if step < training.last_step or not (folder / "export").is_dir():
+        if training.extensions[-1:] == (extension,):
+            print(f"the extension by {extension.steps} steps that was begun goes on")
+            return recipe
+        raise ValueError(
+            f"{folder} is not finished (step {step} of {training.last_step}); mosaics train --run {folder} goes on to "
+            "the end, and then it can be extended"
+        )
     values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    before = values["training"].get("extensions") or []
+    values["training"]["extensions"] = [*before, extension.model_dump(mode="json")]
+    recipe = make_recipe(values)
+    _write_recipe(folder, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    print(f"extended to step {recipe.training.last_step} by {extension.steps} steps ({extension.schedule})")
+    return recipe
+
+
+def _keep_export(folder: Path, recipe: Recipe) -> None:
+    """Keep what an extended run exported before under its step, until there is the new one."""
+    if recipe.training.extensions and (folder / "export").is_dir():
+        (folder / "export").rename(_free(folder / f"export-step-{recipe.training.ends[-2]:08d}"))
+
+
+def _recipe_digests(folder: Path) -> list[str]:
+    """SHA-256 of the values in the run's recipe file (so that defaults added later change nothing), without extensions,
+    with the first, and so on to all of them."""
+    values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    history = values.get("training", {}).pop("extensions", None) or []
+    found = []
+    for number in range(len(history) + 1):
+        if number:
+            values["training"]["extensions"] = history[:number]
+        found.append(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    return found
 
 
 def _data_digest(folder: Path) -> str:
@@ -384,13 +448,14 @@ def _data_digest(folder: Path) -> str:
 
 def _set_aside(checkpoint: Path, reason: str) -> None:
     """Name a checkpoint that can't be used and move it aside, so that its step can be written again."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
-    checkpoint.rename(aside)
+    aside = checkpoint.rename(_free(checkpoint.with_name(f"damaged-{checkpoint.name}")))
     print(f"warning: passed over a checkpoint: {reason}; it is now {aside.name}", flush=True)
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number if that is taken."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 @contextmanager
