@@ -325,3 +325,16 @@ def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, share
     printed = _together(2, lambda: train(None, runs[1], extend=extension), tmp_path / "out")
     assert all(text.endswith("done\n") for text in printed) and "extended to step 9" in printed[0], printed
     assert len(_losses(runs[1])) == 9 and _close(*runs)
+
+
+def test_train_with_two_processes_writes_samples_and_tells_a_tracker(tiny, tmp_path):
+    pytest.importorskip("accelerate")
+    changes = {"validation.samples": 2, "training.steps": 2, "logging.tracker": "tensorboard"}
+    printed = _together(2, lambda: train(tiny(SHARED | changes), tmp_path / "run"), tmp_path / "out")
+    assert all(text.endswith("done\n") for text in printed), printed
+    assert train(tiny(SHARED | changes), tmp_path / "one").finished
+    ours, theirs = (
+        [line["samples"] for line in read_metrics(run / "metrics.jsonl") if "samples" in line]
+        for run in (tmp_path / "run", tmp_path / "one")
+    )
+    assert len(ours) == 2 and ours[0] == theirs[0] and any((tmp_path / "run" / "tensorboard").rglob("events.*"))

@@ -117,6 +117,7 @@ class ValidationSection(_Section):
 
     every: int = Field(100, ge=1, description="optimisation steps; also before the first and after the last")
     sequences: int | None = Field(64, ge=1, description="evenly spaced over the held-out text; null: all")
+    samples: int = Field(0, ge=0, description="beginnings of held-out text that the model goes on from, each time")
 
 
 class CheckpointSection(_Section):
@@ -133,6 +134,8 @@ class LoggingSection(_Section):
 
     every: int = Field(10, ge=1, description="optimisation steps between lines of metrics.jsonl")
     tensorboard: bool = False
+    tracker: str | None = Field(None, description="wandb, mlflow or what else accelerate knows")
+    tracker_options: dict[str, Any] = Field({}, description="of the tracker, as accelerate's class takes them")
 
 
 class ExportSection(_Section):
@@ -161,6 +164,15 @@ class Recipe(_Section):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data."""
         return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key."""
+
+        def below(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            parts = (below(v, f"{k}.") if isinstance(v, dict) else {k: v} for k, v in values.items())
+            return {f"{prefix}{key}": value for part in parts for key, value in part.items()}
+
+        return below(self.resolved(), "")
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, sections in their order."""
@@ -333,14 +345,7 @@ def find_recipe(source: str | Path) -> Path:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Sentences such as ``training.steps is 100 there and 200 here``, one for each key that differs."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        result = {}
-        for key, value in values.items():
-            result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return result
-
-    there, here = flat(old.resolved()), flat(new.resolved())
+    there, here = old.flat(), new.flat()
     return [
         f"{key} is {there.get(key, 'unset')!r} there and {here.get(key, 'unset')!r} here"
         for key in {**there, **here}

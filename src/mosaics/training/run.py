@@ -41,7 +41,7 @@ from mosaics.training.checkpoint import (
 from mosaics.training.distribution import Group, Told, processes
 from mosaics.training.export import export_run
 from mosaics.training.loop import NonFinite, optimisation_step
-from mosaics.training.metrics import Metrics, last_validation, plot_curves
+from mosaics.training.metrics import Metrics, check_tools, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
 from mosaics.training.recipe import Extension, Recipe, data_of, differences, load_recipe, make_recipe, open_recipe
@@ -58,7 +58,7 @@ from mosaics.training.setup import (
     prepare_data,
     start_source,
 )
-from mosaics.training.validation import evaluate
+from mosaics.training.validation import evaluate, write_samples
 
 if TYPE_CHECKING:
     from mosaics.data import PackedDataset
@@ -112,6 +112,7 @@ def train(
         def begin() -> dict[str, Any]:
             nonlocal recipe, source
             check_sharing(recipe, group.size)
+            check_tools(recipe.logging)
             _check_folder(folder, recipe, resume or extend is not None)
             if not (folder / "recipe.yaml").exists():
                 source = _check_start(recipe)
@@ -218,11 +219,24 @@ def _run(
             dtype=dtype,
             group=group,
         )
+        if recipe.validation.samples:
+            found["samples"] = write_samples(
+                model,
+                data["validation"],
+                tokenizer,
+                recipe.validation.samples,
+                seed=recipe.seed,
+                step=step,
+                dtype=dtype,
+                group=group,
+            )
         record(step, found)
         progress.validation(step, found["validation_bits_per_byte"], found["validation_nats_per_token"])
+        for text in found.get("samples", []):
+            progress.sample(text)
 
-    board = folder / "tensorboard" if recipe.logging.tensorboard else None
-    group.first(lambda: metrics.append(Metrics(log, step, board)))
+    tokenizer = data["validation"].prepared.tokenizer()
+    group.first(lambda: metrics.append(Metrics(log, step, recipe)))
     progress = Progress(training.last_step, step, recipe.logging.every)
     try:
         with progress, _stopping(once=group.size == 1) as stop:
