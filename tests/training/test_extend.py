@@ -16,7 +16,7 @@ from mosaics.training.recipe import Extension, TrainingSection, make_recipe, ope
 
 from .test_run import _losses, _process, _rewrite_recipe_digest, _same, _wait_for_steps
 
-FIRST, SECOND = Extension(steps=3), Extension(steps=4, schedule="rewarm")
+FIRST, SECOND = Extension(steps=4), Extension(steps=4, schedule="rewarm")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,11 @@ def _files(run) -> dict:
 
 
 def test_train_extended_twice_equals_a_run_that_had_it_in_its_recipe_bit_for_bit(extended, tiny, tmp_path):
-    assert checkpoint_steps(extended / "checkpoints")[-1] == 13
-    recipe = tiny({"training.extensions": [{"steps": 3}, {"steps": 4, "schedule": "rewarm"}]})
+    assert checkpoint_steps(extended / "checkpoints")[-1] == 14
+    recipe = tiny({"training.extensions": [{"steps": 4}, {"steps": 4, "schedule": "rewarm"}]})
     assert open_recipe(extended) == recipe
     assert train(recipe, tmp_path / "run").finished
-    assert _same(extended, tmp_path / "run", 13) and _losses(extended) == _losses(tmp_path / "run")
+    assert _same(extended, tmp_path / "run", 14) and _losses(extended) == _losses(tmp_path / "run")
 
 
 def test_train_extended_twice_with_kills_between_equals_one_without_bit_for_bit(extended, finished, tiny, tmp_path):
@@ -51,7 +51,7 @@ def test_train_extended_twice_with_kills_between_equals_one_without_bit_for_bit(
                 process.kill()
             output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "that was begun goes on" in output, output
-    assert _same(extended, run, 13) and _losses(run) == _losses(extended)
+    assert _same(extended, run, 14) and _losses(run) == _losses(extended)
     assert open_recipe(run) == open_recipe(extended)
 
 
@@ -80,8 +80,8 @@ def test_train_extended_keeps_the_old_export_under_its_step_until_the_new_one_is
         train(None, run)
     assert old.is_dir() and not (run / "export").exists()
     assert train(None, run).finished
-    assert not old.exists() and "9 steps" in (run / "export" / "README.md").read_text()
-    assert "extended by 3 steps (constant)" in (run / "export" / "README.md").read_text()
+    assert not old.exists() and "10 steps" in (run / "export" / "README.md").read_text()
+    assert "extended by 4 steps (constant)" in (run / "export" / "README.md").read_text()
     old.mkdir()  # killed before it was gone
     assert train(None, run).finished and not old.exists()
 
@@ -94,7 +94,7 @@ def test_train_extended_draws_the_curves_anew(run):
 def test_train_extended_belongs_to_its_history(run):
     assert train(None, run, extend=FIRST).finished
     before, after = module._recipe_digests(run)
-    found = [read_json(checkpoint_folder(run / "checkpoints", step) / "manifest.json")["recipe"] for step in (6, 8, 9)]
+    found = [read_json(checkpoint_folder(run / "checkpoints", step) / "manifest.json")["recipe"] for step in (6, 8, 10)]
     assert found == [before, after, after] and before != after
     values = yaml.safe_load((run / "recipe.yaml").read_text())
     values["training"]["extensions"][0]["schedule"] = "rewarm"  # by hand
@@ -106,8 +106,8 @@ def test_train_extended_belongs_to_its_history(run):
 
 def test_train_the_recipe_that_an_extended_run_began_with_says_that_it_is_finished(extended, tiny, capsys):
     before = _files(extended)
-    assert train(tiny(), extended).step == 13
-    assert "is finished: step 13 of 13" in capsys.readouterr().out and _files(extended) == before
+    assert train(tiny(), extended).step == 14
+    assert "is finished: step 14 of 14" in capsys.readouterr().out and _files(extended) == before
 
 
 def test_train_extends_a_run_of_before_there_were_extensions(run, tiny):
@@ -116,7 +116,7 @@ def test_train_extends_a_run_of_before_there_were_extensions(run, tiny):
     (run / "recipe.yaml").write_text(yaml.safe_dump(values))
     _rewrite_recipe_digest(run, module._recipe_digests(run)[-1])
     assert train(tiny(), run).step == 6
-    assert train(None, run, extend=FIRST).step == 9 and train(None, run, extend=SECOND).step == 13
+    assert train(None, run, extend=FIRST).step == 10 and train(None, run, extend=SECOND).step == 14
 
 
 def test_train_refuses_to_extend_and_changes_nothing(run, tiny, tmp_path):
@@ -147,9 +147,9 @@ def test_train_refuses_another_extension_before_the_last_is_done(run, monkeypatc
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(module, "optimisation_step", killed)
         train(None, run, extend=FIRST)
-    with pytest.raises(ValueError, match=r"is not finished \(step 6 of 9\)"):
+    with pytest.raises(ValueError, match=r"is not finished \(step 6 of 10\)"):
         train(None, run, extend=SECOND)
-    assert train(None, run, extend=FIRST).step == 9
+    assert train(None, run, extend=FIRST).step == 10
 
 
 def test_learning_rate_of_extensions_stays_or_rises_again():
@@ -176,6 +176,6 @@ def test_make_recipe_refuses_an_extension_that_never_warms_up():
 
 def test_train_extended_lines_of_the_log_go_on(extended):
     lines = read_metrics(extended / "metrics.jsonl")
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 14))
-    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [0, 3, 6, 9, 12, 13]
-    assert json.loads((checkpoint_folder(extended / "checkpoints", 13) / "state.json").read_text())["step"] == 13
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
+    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [0, 3, 6, 9, 10, 12, 14]
+    assert json.loads((checkpoint_folder(extended / "checkpoints", 14) / "state.json").read_text())["step"] == 14

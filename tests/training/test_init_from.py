@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mosaics.models import MosaicConfig
 from mosaics.models.convert import from_llama
@@ -14,6 +14,7 @@ from mosaics.training import train
 from mosaics.training.checkpoint import checkpoint_folder, checkpoint_steps
 from mosaics.training.metrics import read_metrics
 from mosaics.training.plan import plan
+from mosaics.training.recipe import load_recipe
 
 TAKEN = {"model": {"preset": None}}  # the source's arrangement and sizes
 
@@ -162,3 +163,13 @@ def test_train_from_a_model_refuses_what_does_not_fit_before_anything_is_written
 def test_plan_of_a_training_from_a_model_is_of_that_model(begun, tiny):
     ours, theirs = plan(begun(**TAKEN)), plan(tiny({"training.steps": 3}))
     assert ours["parameters"] == theirs["parameters"] and ours["training_flops"] == theirs["training_flops"]
+
+
+def test_train_by_the_recipe_of_the_longer_context_goes_on_from_a_model(finished, prepared, tmp_path):
+    small = {"context_length": 8 * 48, "batch_size": 2, "steps": 2, "warmup_steps": 1, "precision": "float32"}
+    changes = {f"training.{key}": value for key, value in small.items()}
+    changes |= {"training.init_from": str(finished), "data.prepared": str(prepared), "validation.sequences": 2}
+    assert train(load_recipe("memory-mosaics-v2-32k", changes), tmp_path / "run").finished
+    before, after = (AutoModelForCausalLM.from_pretrained(run / "export") for run in (finished, tmp_path / "run"))
+    assert (before.config.max_position_embeddings, after.config.max_position_embeddings) == (48, 384)
+    assert before.config.blocks == after.config.blocks and not torch.equal(before.lm_head.weight, after.lm_head.weight)
