@@ -1,11 +1,17 @@
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import relative_error, tokens
 from memory_mosaics_v1 import random_weights, twin
 from mosaics.cli import main
+
+from .conftest import OPTIONS
+
+ATTENTION = "--model.preset transformer-tiny --model.window null --model.delay 0 --model.train_delay null".split()
 
 
 @pytest.fixture()
@@ -43,6 +49,19 @@ def test_convert_refuses_wrong_input_in_one_sentence(llama, tmp_path, capsys, ch
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_takes_a_run_at_any_time_and_keeps_its_tokenizer(tmp_path, capsys, small_run):
+    text = str(small_run / "data"), "--data.prepared"
+    words = ["train", "quickstart", "--run", str(tmp_path / "run"), *reversed(text), *OPTIONS, *ATTENTION]
+    assert main([*words, "--training.steps", "2"]) == 0
+    shutil.rmtree(tmp_path / "run" / "export")
+    assert main(["convert", str(tmp_path / "run"), "--to", "llama", "--output", str(tmp_path / "llama")]) == 0
+    assert "without a tokenizer" not in capsys.readouterr().out
+    ids = AutoTokenizer.from_pretrained(tmp_path / "llama")("import os", return_tensors="pt").input_ids
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (checkpoint, tmp_path / "llama"))
+    assert (ours - theirs).abs().max() < 1e-5
 
 
 def test_convert_makes_a_mosaic_of_the_authors_memory_mosaics_v1(tmp_path, capsys):

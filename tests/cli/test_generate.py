@@ -14,6 +14,16 @@ def test_generate_continues_the_prompt_and_repeats_by_seed(mosaics, small_run):
     assert first == again and first[1] != other[1]
 
 
+def test_generate_and_evaluate_take_a_run_that_is_being_trained(mosaics, small_run, tmp_path):
+    begun = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    for words in (
+        ["generate", "MODEL", "--prompt", "import ", "--max-new-tokens", 12],
+        ["evaluate", "MODEL", "--suite", "recall", "--lengths", 16, "--pairs", 2, "--samples", 1, "--device", "cpu"],
+    ):
+        found = [mosaics(*(model if word == "MODEL" else word for word in words)) for model in (begun, small_run)]
+        assert found[0][0] == 0 and found[0][1].replace(str(begun), str(small_run)) == found[1][1]
+
+
 def test_generate_at_temperature_0_takes_the_likeliest(mosaics, small_run):
     words = ["generate", small_run / "export", "--prompt", "def ", "--max-new-tokens", 5, "--temperature", 0]
     assert mosaics(*words, "--seed", 1) == mosaics(*words, "--seed", 2)
@@ -45,9 +55,11 @@ def test_generate_refuses_impossible_options(refused, small_run, option, value):
 def test_generate_refuses_what_is_no_model(refused, small_run, tmp_path):
     assert "there is no model" in refused("generate", tmp_path / "nothing", "--prompt", "x")
     assert "is no model" in refused("generate", tmp_path, "--prompt", "x")
-    unfinished = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
-    assert "mosaics export" in refused("generate", unfinished, "--prompt", "x")
-    assert "has no tokenizer" in refused("generate", unfinished / "checkpoints" / "step-00000004", "--prompt", "x")
+    begun = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoints"))
+    assert "has no checkpoint yet" in refused("generate", begun, "--prompt", "x")
+    foreign = shutil.copytree(small_run / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
+    assert "has no tokenizer" in refused("generate", foreign, "--prompt", "x")
+    assert "is a preset, which has no weights" in refused("generate", "memory-mosaics-v2-tiny", "--prompt", "x")
     damaged = shutil.copytree(small_run / "export", tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\x00" * 100)
     assert "damaged" in refused("generate", damaged, "--prompt", "x")

@@ -1,6 +1,7 @@
 """`mosaics info`: the paper's figures, and every kind of source."""
 
 import json
+import shutil
 
 import pytest
 
@@ -57,6 +58,12 @@ def test_info_reads_runs_checkpoints_exports_and_recipes(mosaics, small_run):
     recipe = json.loads(mosaics("info", small_run / "recipe.yaml", "--json")[1])
     assert recipe["parameters"] == found[0]["parameters"]
     assert mosaics("info", "quickstart")[0] == 0
+
+
+def test_info_takes_a_run_before_its_first_checkpoint(mosaics, small_run, tmp_path):
+    begun = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoints"))
+    before, after = (json.loads(mosaics("info", run, "--json")[1]) for run in (begun, small_run))
+    assert before | {"model": ""} == after | {"model": ""}
 
 
 def test_info_lists_tensors(mosaics, small_run):

@@ -1,6 +1,7 @@
 """`mosaics train` and `mosaics export`."""
 
 import json
+import shutil
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_train_refuses_in_one_sentence_and_writes_nothing(refused, tmp_path, sma
     (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
     for words, said in [
         ([], "name the run's folder"),
-        (["--run", run, "--training.context_length", 32], "not longer than the long-term delay"),
+        (["--run", run, "--training.context_length", 32], "not longer than the delay of long_term"),
         (["--run", run, "--training.stesp", 3], "did you mean training.steps?"),
         (["--run", run, "--model.preset", "memory-mosaics-v2-tini"], "memory-mosaics-v2-tiny"),
         (["--run", run, "--data.corpus", tmp_path / "missing.txt"], "missing.txt"),
@@ -78,3 +79,28 @@ def test_export_makes_a_model_and_refuses_to_overwrite(mosaics, refused, small_r
         "export", small_run, "--output", tmp_path / "x", "--step", 3
     )
     assert "no run folder" in refused("export", tmp_path, "--output", tmp_path / "x")
+
+
+def test_train_goes_on_without_a_recipe_and_extends(mosaics, refused, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    code, output, _ = mosaics("train", "--run", run)
+    assert (code, output) == (0, f"{run} is finished: step 4 of 4\n")
+    for words, said in [
+        (["--extend", 0], "'--extend'"),
+        (["--extend", -2], "'--extend'"),
+        (["--extend", "many"], "'--extend'"),
+        (["--extend", 2, "--schedule", "cosine"], "'constant', 'rewarm'"),
+        (["--extend", 2, "--schedule", "rewarm"], "ends before it has warmed up again"),
+        (["quickstart", "--extend", 2], "--extend goes on with a finished run by its own recipe"),
+        (["--extend", 2, "--training.learning_rate", 1e-3], "by its own recipe"),
+        (["--extend", 2, "--dry-run"], "leave out --extend"),
+        (["--training.steps", 6], "was given none"),
+    ]:
+        assert said in refused("train", "--run", run, *words)
+    assert "by its own recipe" in refused("train", "--run", tmp_path / "new", "--extend", 2)
+    assert "by its own recipe" in refused("train", "--extend", 2)
+    assert "was given none" in refused("train", "--run", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    code, output, _ = mosaics("train", "--run", run, "--extend", 2)
+    assert code == 0 and "extended to step 6 by 2 steps (constant)" in output and "step 6/6" in output
+    assert "Plan of" in mosaics("train", "--run", run, "--dry-run")[1]

@@ -440,3 +440,20 @@ def test_contextual_memory_state_lets_go_of_the_prompt():
     made = memory("short_term")
     _, state = made(torch.randn(2, 40, 8, dtype=torch.float64), Layout(2, 40), made.initial_state(), Context())
     assert state.raw_value.untyped_storage().nbytes() == 2 * 8 * 8
+
+
+@pytest.mark.parametrize("case", [*sorted(CASES), "attention, drawn delay"])
+@pytest.mark.parametrize("time", [2, 3, 4, 5, 6])
+def test_memory_check_refuses_a_context_in_which_it_reads_nothing(case, time):
+    name, options = CASES.get(case, ("attention", dict(train_delay=[1, 4])))
+    made = memory(name, **options).train()
+    read = []
+    for draw in (0.0, 0.999, None):  # the shortest and the longest delay of training, and that of evaluation
+        context = Context(draw=draw, reads=[])
+        made(torch.randn(1, time, 8, dtype=torch.float64), Layout(1, time), None, context)
+        read += [bool((one.weights > 0).any()) for one in context.reads if one.contextual]
+    if all(read):
+        made.check(time)
+    else:
+        with pytest.raises(ValueError, match=f"context of {time} tokens is not longer than the delay of {name}, up to"):
+            made.check(time)

@@ -107,12 +107,12 @@ def test_newest_checkpoint_every_single_bit_of_a_manifest_counts(root):
 
 
 def test_newest_checkpoint_passes_over_another_recipe_and_a_renamed_folder(root):
-    assert newest_checkpoint(root, recipe="mine")[0] == checkpoint_folder(root, 2)
+    assert newest_checkpoint(root, recipes=["mine"])[0] == checkpoint_folder(root, 2)
     shutil.copytree(checkpoint_folder(root, 1), checkpoint_folder(root, 9))
     folder, passed_over = newest_checkpoint(root)
     assert folder == checkpoint_folder(root, 2) and "holds step 1" in passed_over[checkpoint_folder(root, 9)]
     with pytest.raises(DamagedCheckpoint, match="another recipe"):
-        newest_checkpoint(root, recipe="yours")
+        newest_checkpoint(root, recipes=["yours"])
 
 
 def test_newest_checkpoint_refuses_when_none_is_whole_and_gives_none_without_any(root, tmp_path):

@@ -24,6 +24,7 @@ from mosaics.training.checkpoint import DamagedCheckpoint, checkpoint_folder, ch
 from mosaics.training.distribution import Group
 from mosaics.training.draws import seed_step
 from mosaics.training.metrics import read_metrics
+from mosaics.training.recipe import Extension
 
 distributed = pytest.importorskip("torch.distributed")
 for _late in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"):
@@ -301,3 +302,39 @@ def test_torchrun_ends_soon_when_a_process_dies(tiny, tmp_path):
     assert "SIGKILL" in output  # in torchrun's own report
     step = checkpoint_steps(run / "checkpoints")[-1]
     verify_checkpoint(checkpoint_folder(run / "checkpoints", step))
+
+
+def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, tiny, tmp_path):
+    changes = {"training.init_from": str(alone / "export"), "model": {"preset": None}, "training.steps": 2}
+    recipe = tiny(SHARED | changes)
+    assert train(recipe, tmp_path / "one").finished
+    printed = _together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
+    assert printed[0].endswith("done\n") and printed[0].count("begins with the weights of") == 1, printed
+    assert _close(tmp_path / "one", tmp_path / "two")
+    verify_checkpoint(checkpoint_folder(tmp_path / "two" / "checkpoints", 0))
+    run = tmp_path / "two"  # and goes on from the checkpoint of step 0 with another number
+    shutil.rmtree(checkpoint_folder(run / "checkpoints", 2))
+    shutil.rmtree(run / "export")
+    assert train(recipe, run).finished and _close(tmp_path / "one", run)
+
+
+def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, shared, tmp_path):
+    runs = [shutil.copytree(run, tmp_path / name) for run, name in ((alone, "one"), (shared[0], "two"))]
+    extension = Extension(steps=3, schedule="rewarm")
+    assert train(None, runs[0], extend=extension).finished
+    printed = _together(2, lambda: train(None, runs[1], extend=extension), tmp_path / "out")
+    assert all(text.endswith("done\n") for text in printed) and "extended to step 9" in printed[0], printed
+    assert len(_losses(runs[1])) == 9 and _close(*runs)
+
+
+def test_train_with_two_processes_writes_samples_and_tells_a_tracker(tiny, tmp_path):
+    pytest.importorskip("accelerate")
+    changes = {"validation.samples": 2, "training.steps": 2, "logging.tracker": "tensorboard"}
+    printed = _together(2, lambda: train(tiny(SHARED | changes), tmp_path / "run"), tmp_path / "out")
+    assert all(text.endswith("done\n") for text in printed), printed
+    assert train(tiny(SHARED | changes), tmp_path / "one").finished
+    ours, theirs = (
+        [line["samples"] for line in read_metrics(run / "metrics.jsonl") if "samples" in line]
+        for run in (tmp_path / "run", tmp_path / "one")
+    )
+    assert len(ours) == 2 and ours[0] == theirs[0] and any((tmp_path / "run" / "tensorboard").rglob("events.*"))

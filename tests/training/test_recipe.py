@@ -21,6 +21,7 @@ RECIPES = [
     "novels-cpu",
     "memory-mosaics-v2-small",
     "memory-mosaics-v2-large",
+    "memory-mosaics-v2-32k",
     "memory-mosaics-v1-babistories",
     "memory-mosaics-v1-stories-cpu",
 ]
@@ -43,6 +44,13 @@ def test_load_recipe_paper_recipes_are_appendix_c(size, rate, tokens):
     assert (training.learning_rate, training.final_learning_rate_ratio) == (rate, 0.01)
     assert recipe.data.long_documents == "truncate"
     assert 0 <= training.steps * recipe.tokens_per_step - tokens < recipe.tokens_per_step
+
+
+def test_load_recipe_of_the_longer_context_has_as_many_tokens_in_a_step():
+    recipe, before = load_recipe("memory-mosaics-v2-32k"), load_recipe("memory-mosaics-v2-small")
+    assert recipe.training.context_length == 8 * before.training.context_length == 32768
+    assert recipe.tokens_per_step == before.tokens_per_step and recipe.data.long_documents == "truncate"
+    assert recipe.model.preset is None and recipe.model.overrides() == {}
 
 
 def test_load_recipe_of_babistories_is_as_published():

@@ -20,11 +20,13 @@ from mosaics.training.metrics import read_metrics
 _RESULTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
-def _process(recipe, folder: Path, **options) -> subprocess.Popen:
+def _process(recipe, folder: Path, words: tuple = (), **options) -> subprocess.Popen:
     """`mosaics train` in a process of its own."""
-    path = folder.parent / f"{folder.name}.yaml"
-    path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "mosaics", "train", str(path), "--run", str(folder)]
+    command = [sys.executable, "-m", "mosaics", "train", "--run", str(folder), *words]
+    if recipe is not None:
+        path = folder.parent / f"{folder.name}.yaml"
+        path.write_text(recipe.to_yaml())
+        command.insert(4, str(path))
     source = str(Path(module.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
@@ -131,7 +133,7 @@ def test_train_clears_what_a_process_killed_after_its_last_save_left(run, tiny):
 
 
 def test_train_refuses_a_run_of_another_recipe(run, tiny):
-    with pytest.raises(ValueError, match="training.steps is 6 there and 7 here; choose another --run"):
+    with pytest.raises(ValueError, match="training.steps is 6 there and 7 here; a finished run goes on by .* --extend"):
         train(tiny({"training.steps": 7}), run)
     with pytest.raises(ValueError, match=r"model.window is 8 there and 9 here \(and 1 more\)"):
         train(tiny({"model.window": 9, "training.steps": 7}), run)
@@ -147,7 +149,7 @@ def test_train_refuses_folders_that_are_no_runs(tmp_path, tiny):
 
 
 def test_train_resume_insists_on_something_to_continue(tmp_path, run, tiny):
-    with pytest.raises(ValueError, match="--resume: there is no run"):
+    with pytest.raises(ValueError, match="there is no run in .*new to go on with"):
         train(tiny(), tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
     shutil.rmtree(run / "checkpoints")
@@ -157,14 +159,56 @@ def test_train_resume_insists_on_something_to_continue(tmp_path, run, tiny):
 
 def test_train_refuses_what_cannot_work_before_writing_anything(tmp_path, tiny):
     for changes, said in [
-        ({"training.context_length": 8}, "not longer than the long-term delay of up to 8"),
+        ({"training.context_length": 8}, "not longer than the delay of long_term, up to 8"),
         ({"model.preset": "memory-mosaic-v2"}, "no preset"),
         ({"model.hidden_sise": 8}, "hidden_sise"),
         ({"model.num_attention_heads": 3}, "heads"),
     ]:
         with pytest.raises(ValueError, match=said):
             train(tiny(changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training.context_length": 8}, "not longer than the delay of long_term, up to 8"),
+        ({"model.hidden_size": 2**31 - 1, "model.num_attention_heads": 1}, "no tensor can be as large"),
+        ({"model.num_attention_heads": 3}, "heads"),
+        ({"model.vocab_size": 290}, "data.vocabulary_size asks for 300 tokens and model.vocab_size is 290"),
+        ({"model.vocab_size": 290, "data.tokenizer": "TOKENIZER"}, "the tokenizer has 300 tokens"),
+        ({"data.tokenizer": "not/here/at/all"}, "not/here/at/all"),
+    ],
+)
+def test_train_refuses_what_cannot_work_before_it_reads_the_corpus(
+    tmp_path, tiny, corpus, prepared, monkeypatch, changes, said
+):
+    monkeypatch.setattr("mosaics.data.corpus._read_files", lambda *args: pytest.fail("reads the corpus"))
+    changes = {k: str(prepared / "tokenizer") if v == "TOKENIZER" else v for k, v in changes.items()}
+    recipe = tiny({"data.prepared": None, "data.corpus": str(corpus)} | changes)
+    with pytest.raises((ValueError, OSError), match=said):
+        train(recipe, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_leaves_nothing_of_a_start_that_failed_and_all_that_was_there(tmp_path, tiny, monkeypatch):
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "one.txt").write_text("a")
+    recipe = tiny({"data.prepared": None, "data.corpus": str(tmp_path / "short")})
+    with pytest.raises(ValueError, match="too short to hold out a part"):
+        train(recipe, tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".mine").write_text("")
+    monkeypatch.setattr(module, "_open_data", _failing)
+    with pytest.raises(ValueError, match="after the text was prepared"):
+        train(tiny({"data.prepared": None, "data.corpus": __file__}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".mine"]
+
+
+def _failing(recipe, folder, verify):
+    assert (folder / "data" / "manifest.json").is_file()
+    raise ValueError("after the text was prepared")
 
 
 def test_train_refuses_a_tokenizer_larger_than_the_model(tmp_path, tiny):
@@ -181,7 +225,7 @@ def test_train_refuses_data_other_than_it_began_with(run, tiny, prepared, tmp_pa
     (other / "manifest.json").write_text(json.dumps(manifest | {"version": 1, "note": "changed"}))
     recipe = tiny({"data.prepared": str(other)})
     (run / "recipe.yaml").write_text(recipe.to_yaml())
-    digest = module._recipe_digest(run)
+    digest = module._recipe_digests(run)[-1]
     _rewrite_recipe_digest(run, digest)
     with pytest.raises(ValueError, match="are not those that .* was trained on"):
         train(recipe, run)

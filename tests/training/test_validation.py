@@ -7,8 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from mosaics.data import PackedDataset
+from mosaics.training import train
+from mosaics.training.checkpoint import checkpoint_folder
 from mosaics.training.setup import build_config, build_model
-from mosaics.training.validation import evaluate
+from mosaics.training.validation import evaluate, write_samples
+
+from .test_run import _cut, _losses
 
 
 @pytest.fixture
@@ -57,3 +61,31 @@ def test_evaluate_does_not_depend_on_the_batch_and_keeps_the_mode(model, prepare
 def test_evaluate_uses_the_evaluation_delay_and_no_dropout(model, prepared):
     data = PackedDataset(prepared, "validation", 48)
     assert evaluate(model, data, sequences=4) == evaluate(model, data, sequences=4)
+
+
+def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_training(model, prepared):
+    data = PackedDataset(prepared, "validation", 48)
+    tokenizer = data.prepared.tokenizer()
+    options = {"seed": 0, "step": 3}
+    first, again, other = (write_samples(model, data, tokenizer, 2, **options | more) for more in ({}, {}, {"step": 4}))
+    assert model.training and first == again != other and len(first) == 2
+    for number, text in enumerate(first):
+        beginning = tokenizer.decode(data.batch(number, 1)["input_ids"][0, :8], skip_special_tokens=True)
+        assert text.startswith(beginning) and len(text) > len(beginning)
+
+
+def test_train_with_samples_is_the_same_training_and_keeps_them(finished, tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(tiny({"validation.samples": 2}), run).finished
+    printed = capsys.readouterr().out
+    lines = _losses(run)
+    written = [line.pop("samples") for line in lines if "validation_bits_per_byte" in line]
+    assert lines == _losses(finished) and [len(samples) for samples in written] == [2, 2, 2]
+    assert all(f"  | {line}\n" in printed for samples in written for text in samples for line in text.splitlines())
+    weights = ("model.safetensors", "optimizer.safetensors")
+    ours, theirs = (checkpoint_folder(folder / "checkpoints", 6) for folder in (run, finished))
+    assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in weights)
+    _cut(run, 2)
+    assert train(tiny({"validation.samples": 2}), run).finished
+    again = [line["samples"] for line in _losses(run) if "samples" in line]
+    assert again == written

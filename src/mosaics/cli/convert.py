@@ -43,15 +43,12 @@ def convert(
 
 def _llama_or_mosaic(model: str, to: str):
     from mosaics.models.convert import from_llama, to_llama
-    from mosaics.models.loading import load_config, load_model, load_tokenizer
+    from mosaics.training.sources import find_source
 
-    kind = load_config(model).model_type
+    source = find_source(model)
+    kind = source.config().model_type
     expected = "llama" if to == "mosaic" else "mosaic"
     if kind != expected:
         raise ValueError(f"{model} is a {kind}; --to {to} takes a {expected}")
-    source = load_model(model)
-    converted = from_llama(source) if to == "mosaic" else to_llama(source)
-    try:
-        return converted, load_tokenizer(model)
-    except (OSError, ValueError):
-        return converted, None
+    tokenizer = source.tokenizer()  # a damaged one is found before the weights are read
+    return (from_llama if to == "mosaic" else to_llama)(source.model()), tokenizer

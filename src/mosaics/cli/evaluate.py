@@ -93,9 +93,9 @@ def evaluate(
     from mosaics.evaluation import evaluate as run
     from mosaics.evaluation.results import save, side_by_side, tables_text
     from mosaics.evaluation.scorer import check_memories, place
-    from mosaics.models.loading import load_exported
+    from mosaics.training.sources import open_source
 
-    loaded, tokenizer = load_exported(model, state_dtype)
+    loaded, tokenizer = open_source(model, state_dtype)
     check_memories(loaded, without or ())
     variants = {"whole": ()} | ({f"without {' and '.join(without)}": tuple(without)} if without else {})
     results = {}

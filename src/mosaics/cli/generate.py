@@ -57,9 +57,9 @@ def generate(
     if not prompt and save_memory is None:
         raise ValueError("there is nothing to go on from; give a --prompt")
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
-    from mosaics.models.loading import load_exported
+    from mosaics.training.sources import open_source
 
-    loaded, tokenizer = load_exported(model, state_dtype)
+    loaded, tokenizer = open_source(model, state_dtype)
     before = None
     if context_file is not None:
         before = _read(loaded, tokenizer, context_file, save_memory)

@@ -62,7 +62,7 @@ def find_config(source: str):
     from mosaics.models.loading import load_config
     from mosaics.models.presets import PRESETS
     from mosaics.training.recipe import load_recipe, shipped_recipes
-    from mosaics.training.setup import build_config
+    from mosaics.training.setup import build_config, start_source
 
     path = Path(source)
     if path.is_dir():
@@ -72,12 +72,25 @@ def find_config(source: str):
                 raise ValueError(f"{source} holds a {config.model_type}, not a mosaic")
             return config
         if (path / "recipe.yaml").is_file():
-            from mosaics.training.export import find_checkpoint
-
-            return load_config(find_checkpoint(path))
+            return _of_run(path)
         raise ValueError(f"{source} is neither a model (config.json) nor a run (recipe.yaml)")
     if source in PRESETS:
         return mosaics.MosaicConfig.from_preset(source)
     if path.is_file() or source in shipped_recipes():
-        return build_config(load_recipe(source))
+        recipe = load_recipe(source)
+        return build_config(recipe, source=start_source(recipe))
     return mosaics.MosaicConfig.from_preset(source)  # refused, with the nearest name
+
+
+def _of_run(run: Path):
+    """The config of a run, which need not have a checkpoint yet."""
+    from mosaics.data import PreparedCorpus
+    from mosaics.training.checkpoint import checkpoint_steps
+    from mosaics.training.recipe import data_of, open_recipe
+    from mosaics.training.setup import build_config, start_source
+    from mosaics.training.sources import find_source
+
+    if checkpoint_steps(run / "checkpoints") or (run / "export").is_dir():
+        return find_source(run).config()
+    recipe = open_recipe(run)
+    return build_config(recipe, PreparedCorpus(data_of(run, recipe)).tokenizer(), start_source(recipe))

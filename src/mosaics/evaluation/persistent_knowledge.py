@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from mosaics.evaluation.example import Example, Prompts, Record
 from mosaics.evaluation.files import fields, known_form, read_json, texts
 from mosaics.evaluation.results import Row, Suite, grouped, mean, wilson
+from mosaics.extras import how_to_install
 
 STAYS, FALLS, OTHER = "first 13", "last 6", "not in the paper"
 
@@ -222,7 +223,7 @@ def run_lm_eval(scorer, benchmark: Benchmark, samples: int | None, allow_code: b
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        raise ValueError("lm-eval is not installed; pip install 'mosaics[eval]', or give files with --data") from None
+        raise ValueError(f"lm-eval is not installed: {how_to_install('eval')}; or give files with --data") from None
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     # lm-eval cuts what is longer than this; going beyond the training length is no reason to.

@@ -10,8 +10,7 @@ from mosaics.experiments.report import grid, shown, write_report
 from mosaics.experiments.run import run_study
 from mosaics.experiments.study import Study
 from mosaics.experiments.work import Training, adopt
-from mosaics.training.recipe import Recipe
-from mosaics.training.run import data_of
+from mosaics.training.recipe import Recipe, data_of
 
 STEPS = 70  # in the world: v2 answers its questions after about 50
 TEXTS, QUESTIONS = 8, 64

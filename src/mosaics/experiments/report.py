@@ -233,7 +233,7 @@ def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results
     known = [
         b
         for b in results["baselines"]
-        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"]
+        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"] and "chance" in b
     ][:1]
     lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
     title = evaluation["title"] or evaluation["name"]

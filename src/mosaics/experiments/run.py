@@ -71,10 +71,13 @@ class Plan:
 
     def __init__(self, study: Study, cache: Path) -> None:
         self.study, self.cache = study, cache
+        from mosaics.training.setup import build_config, check_model
+
         self.tried: list[Training] = []
         for arrangement in study.arrangements:  # whatever is impossible is said before anything is trained
             for setting in study.settings:
-                Training(arrangement, study.arrangements[0], setting, study.seeds[0])
+                recipe = Training(arrangement, study.arrangements[0], setting, study.seeds[0]).recipe
+                check_model(build_config(recipe), recipe.training.context_length)
 
     def trials(self) -> list[Training]:
         """What is to be tried next, in all settings; nothing when the best is known of all."""

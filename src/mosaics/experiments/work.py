@@ -73,6 +73,8 @@ class Training:
         model = {"preset": arrangement.preset, **sizes}
         self.recipe = make_recipe({"seed": seed, "model": model, "training": training}, setting.name)
         resolved = self.recipe.resolved()
+        for key in ("init_from", "extensions"):  # not for studies; caches don't know them
+            del resolved["training"][key]
         decides = {key: resolved[key] for key in ("seed", "model", "training")}
         decides |= {"data": setting.data.digest(), "start": None if start is None else start.digest}
         decides |= {"world": _sample(setting.data.world, setting.data.automata is not None), "version": __version__}
@@ -231,7 +233,7 @@ def adopt(job: Training, run: Path, cache: Path) -> None:
     """Take the finished run of `mosaics train` in the folder `run` for a training of the same recipe and data."""
     from mosaics.models.loading import load_exported
     from mosaics.training.metrics import read_metrics
-    from mosaics.training.run import open_recipe
+    from mosaics.training.recipe import open_recipe
     from mosaics.training.setup import pick_device, pick_precision
 
     recipe, training = open_recipe(run), job.recipe.training

@@ -165,6 +165,10 @@ class Stack(Memory):
     def reset_parameters(self, layer_index: int) -> None:
         """Every memory initialises itself; a stack has no parameters of its own."""
 
+    def check(self, context_length: int) -> None:
+        for memory in self.memories():
+            memory.check(context_length)
+
     def flops(self, context_length: int) -> float:
         return sum(memory.flops(context_length) for memory in self.memories())
 

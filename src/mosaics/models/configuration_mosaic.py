@@ -126,23 +126,26 @@ class MosaicConfig(PreTrainedConfig):
 
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
-        values = copy.deepcopy(PRESETS[name])
         if overrides.get("blocks") is not None:
             cls(blocks=overrides["blocks"])  # refuses what are none, before options are set in them
-        fields = {f.name for f in dataclasses.fields(cls)}
-        for key, value in overrides.items():
-            if key == "num_hidden_layers" and "blocks" not in overrides:
-                if len(values["blocks"]) > 1:
-                    raise ValueError(
-                        f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers."
-                    )
-                values["blocks"][0]["repeat"] = value
-            elif not _set_option(values["blocks"], key, value):
-                if key not in fields:
-                    known = fields | _option_keys(values["blocks"])
-                    raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
-                values[key] = value
-        return cls(**values)
+        return cls(**_changed(name, PRESETS[name], overrides))
+
+    def changed(self, name: str, /, **overrides: Any) -> MosaicConfig:
+        """Another config with fields or options changed, as `from_preset` takes them; `name` is for error messages.
+
+        Raises:
+            ValueError: a key is unknown, or a value is impossible.
+        """
+        values = {key: getattr(self, key) for key in MosaicConfig.__annotations__ if key != "num_hidden_layers"}
+        return type(self)(**_changed(name, values, overrides))
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, options of memories as `name.option` (those of the first block that has it)."""
+        own = {key: getattr(self, key) for key in MosaicConfig.__annotations__ if key != "blocks"}
+        for name, memory in reversed(_named_memories(self.blocks)):
+            options = dataclasses.asdict(memory_class(memory["type"]).Options(**memory["options"]))
+            own |= {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in options.items()}
+        return own
 
     def __post_init__(self, **kwargs: Any) -> None:
         if (kind := kwargs.get("model_type", self.model_type)) != self.model_type:
@@ -324,6 +327,22 @@ def _option_keys(blocks: list[dict[str, Any]] | None) -> set[str]:
     """What an option may be called: by itself, and with the name of its memory."""
     found = {(own, option) for own, memory in _named_memories(blocks) for option in option_names(memory["type"])}
     return {option for _, option in found} | {f"{own}.{option}" for own, option in found}
+
+
+def _changed(name: str, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config with fields or options of its memories changed."""
+    values, fields = copy.deepcopy(values), {f.name for f in dataclasses.fields(MosaicConfig)}
+    for key, value in overrides.items():
+        if key == "num_hidden_layers" and "blocks" not in overrides:
+            if len(values["blocks"]) > 1:
+                raise ValueError(f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers.")
+            values["blocks"][0]["repeat"] = value
+        elif not _set_option(values["blocks"], key, value):
+            if key not in fields:
+                known = fields | _option_keys(values["blocks"])
+                raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
+            values[key] = value
+    return values
 
 
 def _set_option(blocks: list[dict[str, Any]] | None, key: str, value: Any) -> bool:

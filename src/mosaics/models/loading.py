@@ -48,12 +48,17 @@ def load_exported(
         raise ValueError(f"{source} has no tokenizer; export the run that it came from")
     model = load_model(folder if folder.exists() else source, state_dtype)
     tokenizer = load_tokenizer(folder if folder.exists() else source)
+    check_tokenizer(source, model, tokenizer)
+    return model, tokenizer
+
+
+def check_tokenizer(source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` if the tokenizer has tokens that the model has not."""
     if isinstance(model.config, MosaicConfig) and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and its model {model.config.vocab_size}; "
             "get both from the same export"
         )
-    return model, tokenizer
 
 
 def load_config(source: str | Path):
@@ -168,7 +173,7 @@ def _sha256(stream: BinaryIO) -> str:
 
 def _load(kind: type, source: str | Path, **options: Any):
     folder = Path(source)
-    if folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and kind is not AutoTokenizer and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no model (it has no config.json)")
     if not folder.exists():
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):

@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +110,10 @@ def save_checkpoint(
         """Write the tensors of this process, and say which files that made."""
         if group.size == 1:
             _write_tensors(temporary / "model.safetensors", tensors)
-            _write_tensors(temporary / "optimizer.safetensors", moments)
-            paths = [temporary / "model.safetensors", temporary / "optimizer.safetensors"]
+            paths = [temporary / "model.safetensors"]
+            if moments:
+                _write_tensors(temporary / "optimizer.safetensors", moments)
+                paths.append(temporary / "optimizer.safetensors")
         else:
             _write_shard(temporary, tensors | moments)
             paths = sorted(temporary.glob(f"shard-{group.rank + 1:05d}-*.safetensors"))
@@ -196,12 +199,12 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest_checkpoint(root: Path, *, recipe: str | None = None) -> tuple[Path | None, dict[Path, str]]:
+def newest_checkpoint(root: Path, *, recipes: Collection[str] | None = None) -> tuple[Path | None, dict[Path, str]]:
     """Find the newest checkpoint that is whole.
 
     Args:
         root: the folder of checkpoints.
-        recipe: digest of the recipe that it must belong to; None takes any.
+        recipes: digests of recipes, to one of which it must belong; None takes any.
 
     Returns:
         Its folder (None when there is no checkpoint at all), and the newer ones that are damaged or foreign,
@@ -217,7 +220,7 @@ def newest_checkpoint(root: Path, *, recipe: str | None = None) -> tuple[Path | 
             manifest = verify_checkpoint(folder)
             if manifest["step"] != step:
                 raise DamagedCheckpoint(f"{folder} holds step {manifest['step']}")
-            if recipe is not None and manifest["recipe"] != recipe:
+            if recipes is not None and manifest["recipe"] not in recipes:
                 raise DamagedCheckpoint(f"{folder} was written with another recipe")
             return folder, passed_over
         except DamagedCheckpoint as error:
@@ -249,14 +252,14 @@ def load_checkpoint(
     """
     from torch.distributed import checkpoint as distributed
 
-    reader = distributed.HuggingFaceStorageReader(str(folder))
+    reader, state = distributed.HuggingFaceStorageReader(str(folder)), read_json(folder / "state.json")
     try:
         # From the headers of the safetensors files; never `.metadata`, which is a pickle.
         stored = reader.read_metadata().state_dict_metadata
         moments = {name: stored.pop(name) for name in list(stored) if name.startswith("optimizer.")}
         tensors = _model_tensors(model)
         _check_tensors(folder, stored, tensors)
-        if optimizer is not None:
+        if optimizer is not None and (moments or state.get("step")):  # before the first step it has no state
             _open_moments(folder, moments, model, optimizer)
             found = _optimizer_tensors(model, optimizer)
             _check_tensors(folder, moments, found)
@@ -268,7 +271,7 @@ def load_checkpoint(
         raise DamagedCheckpoint(f"{folder} can't be read: {_cause(error)}") from error
     except (SafetensorError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder} can't be read: {error}") from error
-    return read_json(folder / "state.json")
+    return state
 
 
 def _open_moments(folder: Path, stored: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -4,18 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mosaics._version import __version__
 from mosaics.training.checkpoint import (
     checkpoint_folder,
     checkpoint_steps,
-    load_checkpoint,
     newest_checkpoint,
     verify_checkpoint,
 )
 from mosaics.training.metrics import is_number, last_validation
-from mosaics.training.recipe import Recipe
+from mosaics.training.recipe import Recipe, data_of, open_recipe
 
 _FIGURES = ("bits_per_byte", "nats_per_token", "tokens", "bytes")
 _CARD = """\
@@ -26,12 +23,12 @@ pipeline_tag: text-generation
 tags:
 - mosaics
 - associative-memory
-- {preset}
+- {tag}
 ---
 
 # {name}
 
-A language model made of associative memories (`{preset}`), trained with
+A language model made of associative memories ({arrangement}), trained with
 mosaics {version}.
 
 | | |
@@ -58,7 +55,7 @@ or `mosaics generate PATH_OF_THIS_FOLDER --prompt "{prompt}"`.
 ## Training
 
 - corpus: `{corpus}`, {share:.2g} of its documents held out; longer ones than the context are {long_documents}
-- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions)
+- {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions){beginning}{extended}
 - AdamW, peak learning rate {rate:g}, weight decay {decay:g}; seed {seed}
 
 {validation}
@@ -87,21 +84,16 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     """
     import transformers
 
-    import mosaics
     from mosaics.data import PreparedCorpus
     from mosaics.models.loading import write_manifest
-    from mosaics.training.run import data_of, open_recipe
+    from mosaics.training.sources import checkpoint_model
 
     recipe = open_recipe(run)
     checkpoint = find_checkpoint(run, step)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; name a new folder with --output")
     transformers.utils.logging.disable_progress_bar()
-    with torch.device("meta"):
-        model = mosaics.MosaicForCausalLM(mosaics.MosaicConfig.from_pretrained(checkpoint))
-    model.to_empty(device="cpu").tie_weights()
-    load_checkpoint(checkpoint, model)
-    model.eval()
+    model = checkpoint_model(checkpoint)
     tokenizer = PreparedCorpus(data_of(run, recipe)).tokenizer()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.new")
@@ -156,7 +148,8 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
     licensed = recipe.export.license != "unknown"
     return _CARD.format(
         license=recipe.export.license,
-        preset=recipe.model.preset,
+        tag=recipe.model.preset or "continued-pretraining",
+        arrangement=f"`{recipe.model.preset}`" if recipe.model.preset else f"that of `{recipe.training.init_from}`",
         name=name,
         version=__version__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -172,6 +165,8 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
         step=step,
         batch=recipe.training.batch_size,
         tokens=step * recipe.tokens_per_step,
+        beginning=f", begun with the weights of `{recipe.training.init_from}`" if recipe.training.init_from else "",
+        extended="".join(f", extended by {e.steps:,} steps ({e.schedule})" for e in recipe.training.extensions),
         rate=recipe.training.learning_rate,
         decay=recipe.training.weight_decay,
         seed=recipe.seed,

@@ -1,9 +1,14 @@
-"""What a run measures: `metrics.jsonl`, TensorBoard if wished, and the plot of both curves."""
+"""What a run measures: `metrics.jsonl`, TensorBoard and trackers if wished, and the plot of both curves."""
 
 import json
 import os
+import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from mosaics.extras import how_to_install
+from mosaics.training.recipe import LoggingSection, Recipe
 
 
 class Metrics:
@@ -13,13 +18,16 @@ class Metrics:
         path: `metrics.jsonl`. Lines after `step` are dropped first (a continued run writes them again), and
             so is a last line that a killed process left unfinished.
         step: the step from which the run goes on.
-        tensorboard: a folder for TensorBoard's event files, or None.
+        recipe: says whether TensorBoard (in the folder of `path`) and a tracker get the lines, too; None: neither does.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        ValueError: what is asked for is not installed, or does not start.
     """
 
-    def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None):
+    def __init__(self, path: Path, step: int = 0, recipe: Recipe | None = None):
+        logging = LoggingSection() if recipe is None else recipe.logging
+        check_tools(logging)
+
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         temporary = path.with_name(f".{path.name}.new")
         with temporary.open("w", encoding="utf-8") as file:
@@ -28,16 +36,21 @@ class Metrics:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _open_tensorboard(tensorboard, step) if tensorboard else None
+        self._board = _open_tensorboard(path.parent / "tensorboard", step) if logging.tensorboard else None
+        self._tracker = _start_tracker(recipe, path.parent) if logging.tracker else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers go to TensorBoard too."""
+        """Append one line; numbers and samples go to TensorBoard and the tracker too."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        texts = {"samples": "\n\n".join(values["samples"])} if values.get("samples") else {}
         if self._board:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+            for name, value in texts.items():
+                self._board.add_text(name, value, step)
+        self._track("log", numbers | texts, step=step)
 
     def sync(self) -> None:
         """Make the lines so far outlast a loss of power, as the checkpoint that follows them does."""
@@ -48,16 +61,73 @@ class Metrics:
         self._file.close()
         if self._board:
             self._board.close()
+        self._track("finish")
+
+    def _track(self, what: str, *given: Any, **more: Any) -> None:
+        """Have the tracker do something; a run does not end because somebody else's server does."""
+        if self._tracker is None:
+            return
+        try:
+            getattr(self._tracker, what)(*given, **more)
+        except Exception as error:
+            print(f"warning: the tracker gets nothing more: {_first_line(error)}", file=sys.stderr, flush=True)
+            self._tracker = None
+
+
+def check_tools(logging: LoggingSection) -> None:
+    """Refuse what is asked for and not installed.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if logging.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"logging.tensorboard needs TensorBoard: {how_to_install('tensorboard')}") from error
+    if logging.tracker is None:
+        return
+    try:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.utils import LoggerType
+    except ImportError as error:
+        raise ValueError(f"logging.tracker needs accelerate: {how_to_install('trackers')}") from error
+    name, built_in = logging.tracker, {str(kind) for kind in LoggerType}
+    if name not in LOGGER_TYPE_TO_CLASS:
+        near = get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+        raise ValueError(f"logging.tracker is {name!r}, which accelerate has not; {hint}")
+    if name in built_in and name not in map(str, get_available_trackers()):
+        raise ValueError(f"logging.tracker is {name}, which is not installed; python -m pip install {name}")
 
 
 def _open_tensorboard(folder: Path, step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "logging.tensorboard needs the package tensorboard; pip install 'mosaics[tensorboard]'"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _start_tracker(recipe: Recipe, run: Path):
+    """The recipe's tracker, which is told the recipe."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    name = recipe.logging.tracker
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    place = [str(run / name)] if kind.requires_logging_directory else []
+    values = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in recipe.flat().items()}
+    try:
+        tracker = kind(run.resolve().name, *place, **recipe.logging.tracker_options)
+        tracker.start()
+        tracker.store_init_configuration(values)
+    except Exception as error:  # whatever a service may raise
+        raise ValueError(
+            f"logging.tracker: {name} does not start ({_first_line(error)}); mend that and run the same command again"
+        ) from error
+    return tracker
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

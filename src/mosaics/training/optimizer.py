@@ -31,9 +31,22 @@ def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.A
 
 
 def learning_rate(step: int, training: TrainingSection) -> float:
-    """The learning rate of a step (counted from 1): linear warm-up, then a cosine to the final ratio."""
+    """The learning rate of a step (counted from 1): linear warm-up, then a cosine to the final ratio; after the steps
+    of the recipe itself what its extensions say."""
+    begin, rate = 0, 0.0
+    for steps, schedule in [(training.steps, "rewarm"), *((e.steps, e.schedule) for e in training.extensions)]:
+        if schedule == "rewarm":
+            rate = _warmed(min(step - begin, steps), steps, rate, training)
+        begin += steps
+        if step <= begin:
+            break
+    return rate
+
+
+def _warmed(step: int, steps: int, start: float, training: TrainingSection) -> float:
+    """From `start` to the peak, then down again until `steps` are done."""
     if step <= training.warmup_steps:
-        return training.learning_rate * step / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        return start + (training.learning_rate - start) * step / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
     final = training.final_learning_rate_ratio
-    return training.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return training.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))

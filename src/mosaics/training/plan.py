@@ -8,7 +8,7 @@ import torch
 
 from mosaics.training.distribution import pretended, shard
 from mosaics.training.recipe import Recipe
-from mosaics.training.setup import build_config, build_model, check_sharing, pick_device, pick_precision
+from mosaics.training.setup import build_config, check_model, check_sharing, pick_device, pick_precision, start_source
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def plan(
     if devices < 1:
         raise ValueError(f"--gpus is {devices}; give 1 or more")
     check_sharing(recipe, devices)
-    config = build_config(recipe)
+    config = build_config(recipe, source=start_source(recipe))
     half = training.precision == "bfloat16" or (
         training.precision == "auto"
         and (gpu is not None or pick_precision(training, pick_device(training)) == torch.bfloat16)
     )
     dtype = torch.bfloat16 if half else torch.float32
-    model = build_model(config, meta=True)
+    model = check_model(config, training.context_length)
     described = model.describe(context_length=training.context_length)
     parameters = described["parameters"]["total"]
     held, gathered = parameters, 0
@@ -75,7 +75,7 @@ def plan(
         blocks = len(model.model.stack.blocks)
         inner = sum(size for name, size in units if name.startswith("model.stack.blocks."))
         gathered = sum(sizes) - inner + 2 * inner // blocks + max(sizes)
-    tokens = training.steps * recipe.tokens_per_step
+    tokens = training.last_step * recipe.tokens_per_step
     share = training.batch_size // devices
     micro = min(training.micro_batch_size or share, share)
     positions = micro * training.context_length
@@ -98,7 +98,7 @@ def plan(
     }
     flops = tokens * described["flops_per_token"] * (4 if training.activation_checkpointing else 3)
     planned = {
-        "steps": training.steps,
+        "steps": training.last_step,
         "tokens_per_step": recipe.tokens_per_step,
         "tokens": tokens,
         "parameters": parameters,

@@ -65,6 +65,10 @@ class Progress(AbstractContextManager):
         self._bits = bits_per_byte
         self.say(f"step {step}: validation {bits_per_byte:.3f} bits per byte, {nats_per_token:.3f} nats per token")
 
+    def sample(self, text: str) -> None:
+        """A text that the model wrote."""
+        self.say("\n".join(f"  | {line}" for line in text.splitlines()))
+
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)

@@ -7,6 +7,7 @@ with every default written out.
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class ModelSection(_Section):
 
     model_config = ConfigDict(extra="allow")
 
-    preset: str = "memory-mosaics-v2-tiny"
+    preset: str | None = Field("memory-mosaics-v2-tiny", description="null: the arrangement of training.init_from")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,6 +60,14 @@ class DataSection(_Section):
     prepared: str | None = Field(None, description="a folder made by `mosaics prepare`; null prepares into the run")
 
 
+class Extension(_Section):
+    """More steps for a run that was finished. The learning rate stays where it ended (`constant`), or rises to its peak
+    again and falls as it did before (`rewarm`)."""
+
+    steps: int = Field(ge=1)
+    schedule: Literal["constant", "rewarm"] = "constant"
+
+
 class TrainingSection(_Section):
     """Optimisation. Defaults are those of the paper's Appendix C where it names one."""
 
@@ -77,6 +86,30 @@ class TrainingSection(_Section):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    init_from: str | None = Field(None, description="a model's folder, a run or a checkpoint to begin with")
+    extensions: tuple[Extension, ...] = Field(
+        (), description="what `mosaics train --run FOLDER --extend STEPS` appends"
+    )
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> "TrainingSection":
+        for extension in self.extensions:
+            if extension.schedule == "rewarm" and extension.steps <= self.warmup_steps:
+                raise ValueError(
+                    f"an extension of {extension.steps} steps ends before it has warmed up again, which takes "
+                    f"{self.warmup_steps} (training.warmup_steps); give more steps, or the schedule constant"
+                )
+        return self
+
+    @property
+    def ends(self) -> list[int]:
+        """The last step of the recipe as it began, and that of each extension."""
+        return list(accumulate([self.steps, *(extension.steps for extension in self.extensions)]))
+
+    @property
+    def last_step(self) -> int:
+        """The last step of all."""
+        return self.ends[-1]
 
 
 class ValidationSection(_Section):
@@ -84,6 +117,7 @@ class ValidationSection(_Section):
 
     every: int = Field(100, ge=1, description="optimisation steps; also before the first and after the last")
     sequences: int | None = Field(64, ge=1, description="evenly spaced over the held-out text; null: all")
+    samples: int = Field(0, ge=0, description="beginnings of held-out text that the model goes on from, each time")
 
 
 class CheckpointSection(_Section):
@@ -100,6 +134,8 @@ class LoggingSection(_Section):
 
     every: int = Field(10, ge=1, description="optimisation steps between lines of metrics.jsonl")
     tensorboard: bool = False
+    tracker: str | None = Field(None, description="wandb, mlflow or what else accelerate knows")
+    tracker_options: dict[str, Any] = Field({}, description="of the tracker, as accelerate's class takes them")
 
 
 class ExportSection(_Section):
@@ -128,6 +164,15 @@ class Recipe(_Section):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data."""
         return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key."""
+
+        def below(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            parts = (below(v, f"{k}.") if isinstance(v, dict) else {k: v} for k, v in values.items())
+            return {f"{prefix}{key}": value for part in parts for key, value in part.items()}
+
+        return below(self.resolved(), "")
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, sections in their order."""
@@ -174,6 +219,22 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     return make_recipe(values, str(path))
 
 
+def open_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} is no run folder (it has no recipe.yaml)")
+    return load_recipe(folder / "recipe.yaml")
+
+
+def data_of(folder: Path, recipe: Recipe) -> Path:
+    """Where the prepared data of a run lie."""
+    return Path(recipe.data.prepared) if recipe.data.prepared is not None else folder / "data"
+
+
 def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
     """Check plain values and make a `Recipe`; `name` is where they came from, for error messages.
 
@@ -187,6 +248,8 @@ def make_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
         dotted = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             text = f"unknown key {dotted}{_did_you_mean(dotted, recipe_keys())}"
+        elif first["type"] == "value_error":  # about several keys
+            text = first["msg"].removeprefix("Value error, ")
         else:
             text = f"{dotted} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         more = f" (and {len(others)} more)" if others else ""
@@ -282,14 +345,7 @@ def find_recipe(source: str | Path) -> Path:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Sentences such as ``training.steps is 100 there and 200 here``, one for each key that differs."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        result = {}
-        for key, value in values.items():
-            result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return result
-
-    there, here = flat(old.resolved()), flat(new.resolved())
+    there, here = old.flat(), new.flat()
     return [
         f"{key} is {there.get(key, 'unset')!r} there and {here.get(key, 'unset')!r} here"
         for key in {**there, **here}

@@ -7,18 +7,21 @@
     RUN/metrics.jsonl          one JSON object per line
     RUN/checkpoints/step-…/    see `mosaics.training.checkpoint`
     RUN/export/                the model as transformers reads it, at the end
+    RUN/export-step-…/         the one before, while an extended run goes on
     RUN/curves.png             training loss and validation bits per byte, at the end
 """
 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +41,28 @@ from mosaics.training.checkpoint import (
 from mosaics.training.distribution import Group, Told, processes
 from mosaics.training.export import export_run
 from mosaics.training.loop import NonFinite, optimisation_step
-from mosaics.training.metrics import Metrics, last_validation, plot_curves
+from mosaics.training.metrics import Metrics, check_tools, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
 from mosaics.training.progress import Progress
-from mosaics.training.recipe import Recipe, differences, load_recipe
+from mosaics.training.recipe import Extension, Recipe, data_of, differences, load_recipe, make_recipe, open_recipe
 from mosaics.training.setup import (
     build_config,
-    build_model,
+    changed_settings,
+    check_model,
     check_sharing,
+    check_start,
+    known_tokenizer,
     pick_device,
     pick_precision,
     place_model,
     prepare_data,
+    start_source,
 )
-from mosaics.training.validation import evaluate
+from mosaics.training.validation import evaluate, write_samples
 
 if TYPE_CHECKING:
     from mosaics.data import PackedDataset
+    from mosaics.training.sources import Source
 
 # Steps in a row that are skipped, where the recipe says so, before the run stops after all.
 MOST_SKIPPED = 10
@@ -71,58 +79,97 @@ class Outcome:
     validation: dict[str, Any] = field(default_factory=dict)
 
 
-def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> Outcome:
+def train(
+    recipe: Recipe | None, folder: str | Path, *, resume: bool = False, extend: Extension | None = None
+) -> Outcome:
     """Start a run, or continue the one that is in the folder.
 
     SIGINT and SIGTERM let the step end, write a checkpoint and return. A run that is continued gives, on a
     CPU, the same losses and parameters as one that was never stopped, bit for bit.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; None: what the run in the folder does.
         folder: the run's folder. A new or empty one starts; one with the same resolved recipe continues.
         resume: insist that there is a checkpoint to continue from.
+        extend: go on with a finished run; this is appended to its recipe. If the last extension is the same and not
+            done yet, that goes on.
 
     Returns:
         The outcome; `finished` is false after a signal.
 
     Raises:
-        ValueError: the folder holds something else, the recipe is impossible, or the loss is not finite.
+        ValueError: the folder holds something else, the recipe is impossible, a run that is to be extended is not
+            finished, or the loss is not finite.
         OSError: the folder can't be written. Checkpoints that were there stay whole.
     """
     folder = Path(folder)
-    build_config(recipe)  # whatever is wrong with the recipe alone is said before anything is written
+    recipe = recipe or open_recipe(folder)
     device = pick_device(recipe.training)
     with processes(device) as group, ExitStack() as held:
         data: dict[str, PackedDataset] = {}
+        source: Source | None = None  # of the first process, unless there is a checkpoint to go on from
 
         def begin() -> dict[str, Any]:
+            nonlocal recipe, source
             check_sharing(recipe, group.size)
-            _check_folder(folder, recipe, resume)
+            check_tools(recipe.logging)
+            _check_folder(folder, recipe, resume or extend is not None)
+            if not (folder / "recipe.yaml").exists():
+                source = _check_start(recipe)
+            undo = _undo(folder)
             held.enter_context(_locked(folder))
-            if not (folder / "recipe.yaml").exists():  # a run that has started needs its corpus no more
-                prepare_data(recipe, data_of(folder, recipe))
-            data.update(_open_data(recipe, folder, verify=True))
-            build_model(build_config(recipe, data["train"].prepared.tokenizer()), meta=True)
-            _write_recipe(folder, recipe)
-            return _choose_start(recipe, folder, resume) | {
-                "precision": str(pick_precision(recipe.training, device)).removeprefix("torch.")
-            }
+            started = (folder / "recipe.yaml").exists()
+            try:
+                if started:  # it needs its corpus no more, and may have been extended
+                    recipe = open_recipe(folder)
+                else:
+                    prepare_data(recipe, data_of(folder, recipe), known_tokenizer(recipe, source))
+                data.update(_open_data(recipe, folder, verify=True))
+                tokenizer = data["train"].prepared.tokenizer()
+                if not started:
+                    check_model(build_config(recipe, tokenizer, source), recipe.training.context_length)
+                    _write_recipe(folder, recipe.to_yaml())
+            except BaseException:
+                if not started:
+                    undo()
+                raise
+            start = _choose_start(recipe, folder, resume)
+            if extend is not None:
+                recipe = _extend(folder, recipe, extend, start["step"])
+                start["identity"]["recipe"] = _recipe_digests(folder)[-1]
+            if start["step"] < recipe.training.last_step:
+                _keep_export(folder, recipe)
+            if start["checkpoint"]:
+                from mosaics.models.loading import load_config
+
+                config = load_config(folder / "checkpoints" / start["checkpoint"])
+            else:
+                source = source or _check_start(recipe)
+                config = build_config(recipe, tokenizer, source)
+                if source is not None:
+                    changes = "; ".join(changed_settings(source.config(), config))
+                    print(f"begins with the weights of {source.name}{changes and ': '}{changes}")
+            precision = str(pick_precision(recipe.training, device)).removeprefix("torch.")
+            config = config.to_dict() | {"_name_or_path": ""}
+            return start | {"recipe": recipe.resolved(), "config": config, "precision": precision}
 
         def follow() -> None:
             if not data:
                 data.update(_open_data(recipe, folder, verify=False))
 
         start = group.first(begin)
-        if start["step"] >= recipe.training.steps:
-            print(f"{folder} is finished: step {start['step']} of {recipe.training.steps}")
+        recipe = make_recipe(start["recipe"])
+        last = recipe.training.last_step
+        if start["step"] >= last:
+            print(f"{folder} is finished: step {start['step']} of {last}")
         else:
             group.each(follow)
-            step = _run(recipe, folder, data, device, start, group)
-            if step < recipe.training.steps:
+            step = _run(recipe, folder, data, device, start, group, source)
+            if step < last:
                 saved = "which is saved" if step else "nothing was done yet"
-                print(f"stopped after step {step} of {recipe.training.steps}, {saved}; the same command continues")
+                print(f"stopped after step {step} of {last}, {saved}; the same command continues")
                 return Outcome(folder, step, False, group.first(lambda: last_validation(folder / "metrics.jsonl")))
-        return Outcome(folder, recipe.training.steps, True, group.first(lambda: _finish(recipe, folder)))
+        return Outcome(folder, last, True, group.first(lambda: _finish(recipe, folder)))
 
 
 def _run(
@@ -132,12 +179,15 @@ def _run(
     device: torch.device,
     start: dict[str, Any],
     group: Group,
+    source: "Source | None",
 ) -> int:
-    """Train from where `_choose_start` says to the end, or to a signal; the last step done, which is saved."""
+    """Train from where `begin` says to the end, or to a signal; the last step done, which is saved."""
+    from mosaics import MosaicConfig
+
     training, checkpoints, log = recipe.training, folder / "checkpoints", folder / "metrics.jsonl"
     dtype, identity, step = getattr(torch, start["precision"]), start["identity"], start["step"]
-    config = build_config(recipe, data["train"].prepared.tokenizer())
-    model = place_model(config, recipe.seed, device, dtype, group, fresh=not start["checkpoint"])
+    config, fresh = MosaicConfig.from_dict(start["config"]), not start["checkpoint"]
+    model = place_model(config, recipe.seed, device, dtype, group, fresh=fresh, source=source)
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -146,7 +196,7 @@ def _run(
     if start["checkpoint"]:
         state = load_checkpoint(checkpoints / start["checkpoint"], model, optimizer, group)
         tokens, skipped = state["tokens"], state.get("skipped", 0)
-        print(f"continuing {folder} after step {step} of {training.steps}")
+        print(f"continuing {folder} after step {step} of {training.last_step}")
     metrics: list[Metrics] = []  # of the first process
 
     def record(number: int, values: dict[str, Any]) -> None:
@@ -169,12 +219,25 @@ def _run(
             dtype=dtype,
             group=group,
         )
+        if recipe.validation.samples:
+            found["samples"] = write_samples(
+                model,
+                data["validation"],
+                tokenizer,
+                recipe.validation.samples,
+                seed=recipe.seed,
+                step=step,
+                dtype=dtype,
+                group=group,
+            )
         record(step, found)
         progress.validation(step, found["validation_bits_per_byte"], found["validation_nats_per_token"])
+        for text in found.get("samples", []):
+            progress.sample(text)
 
-    board = folder / "tensorboard" if recipe.logging.tensorboard else None
-    group.first(lambda: metrics.append(Metrics(log, step, board)))
-    progress = Progress(training.steps, step, recipe.logging.every)
+    tokenizer = data["validation"].prepared.tokenizer()
+    group.first(lambda: metrics.append(Metrics(log, step, recipe)))
+    progress = Progress(training.last_step, step, recipe.logging.every)
     try:
         with progress, _stopping(once=group.size == 1) as stop:
             progress.say(
@@ -183,12 +246,14 @@ def _run(
                 + (f"{group.size} processes of " if group.size > 1 else "")
                 + f"{torch.get_num_threads()} threads"
             )
-            if not start["checkpoint"]:
+            if fresh and training.init_from is not None:
+                save()  # from here on the run needs the model no more that it began with
+            if step == 0:
                 validate()
             clock, counted = time.monotonic(), tokens
             speed = 0.0
             halt = group.any(stop.is_set())
-            while step < training.steps and not halt:
+            while step < training.last_step and not halt:
                 result = None
                 try:
                     result = optimisation_step(model, optimizer, data["train"], recipe, step + 1, dtype, group)
@@ -204,7 +269,7 @@ def _run(
                     progress.say(f"warning: {error}; skipped, its documents are in {log}")
                 step += 1
                 tokens += recipe.tokens_per_step
-                last = step == training.steps
+                last = step in training.ends
                 halt = group.any(stop.is_set())
                 seconds = time.monotonic() - clock
                 speed = (tokens - counted) / seconds if seconds else speed
@@ -237,6 +302,16 @@ def _run(
     return step
 
 
+def _check_start(recipe: Recipe) -> "Source | None":
+    """The model that training begins with, if the recipe names one; whatever is wrong with the recipe alone is said
+    before anything is read or written."""
+    source = start_source(recipe)
+    model = check_model(build_config(recipe, source=source), recipe.training.context_length)
+    if source is not None:
+        check_start(source, model)
+    return source
+
+
 def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
     """The newest checkpoint that can be used (None to begin), its step, and what recipe and data are.
 
@@ -244,8 +319,9 @@ def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
         ValueError: no checkpoint can be used, one is damaged and the recipe says to stop then, or the data differ.
     """
     data_folder = data_of(folder, recipe)
-    identity = {"recipe": _recipe_digest(folder), "data": _data_digest(data_folder)}
-    newest, passed_over = newest_checkpoint(folder / "checkpoints", recipe=identity["recipe"])
+    digests = _recipe_digests(folder)
+    identity = {"recipe": digests[-1], "data": _data_digest(data_folder)}
+    newest, passed_over = newest_checkpoint(folder / "checkpoints", recipes=digests)
     for damaged, reason in passed_over.items():
         if recipe.checkpoint.if_damaged == "stop":
             raise ValueError(
@@ -268,28 +344,15 @@ def _choose_start(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
 def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Whatever is still missing at the end of a run; its last validation."""
     clear_leftovers(folder / "checkpoints")
-    if not (folder / "curves.png").exists():
+    exported = (folder / "export").exists()
+    if not (exported and (folder / "curves.png").exists()):  # there may be those from before an extension
         plot_curves(folder / "metrics.jsonl", folder / "curves.png")
-    if not (folder / "export").exists():
+    if not exported:
         export_run(folder, folder / "export")
         print(f"exported to {folder / 'export'}")
+    for before in folder.glob("export-step-*"):
+        shutil.rmtree(before)
     return last_validation(folder / "metrics.jsonl")
-
-
-def open_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        ValueError: the folder is no run.
-    """
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder (it has no recipe.yaml)")
-    return load_recipe(folder / "recipe.yaml")
-
-
-def data_of(folder: Path, recipe: Recipe) -> Path:
-    """Where the prepared data of a run lie."""
-    return Path(recipe.data.prepared) if recipe.data.prepared is not None else folder / "data"
 
 
 def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> "dict[str, PackedDataset]":
@@ -306,12 +369,19 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run {folder} is a file; name a folder")
     if (folder / "recipe.yaml").is_file():
-        if found := differences(load_recipe(folder / "recipe.yaml"), recipe):
+        there = load_recipe(folder / "recipe.yaml")
+        extended, own = there.training.extensions, recipe.training.extensions
+        # What it was started with is the same run still, after it has been extended.
+        training = recipe.training.model_copy(update={"extensions": own or extended})
+        if found := differences(there, recipe.model_copy(update={"training": training})):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise ValueError(f"{folder} holds a run of another recipe: {found[0]}{more}; choose another --run")
+            advice = "choose another --run"
+            if not more and found[0].startswith(("training.steps ", "training.extensions ")):
+                advice = f"a finished run goes on by mosaics train --run {folder} --extend STEPS"
+            raise ValueError(f"{folder} holds a run of another recipe: {found[0]}{more}; {advice}")
         return
     if resume:
-        raise ValueError(f"--resume: there is no run in {folder} to continue")
+        raise ValueError(f"there is no run in {folder} to go on with")
     # Left by a start that failed before the recipe was written; anything else is not ours to write beside.
     foreign = [path.name for path in folder.iterdir()] if folder.exists() else []
     foreign = sorted(name for name in foreign if not name.startswith(".") and name != "data")
@@ -319,20 +389,70 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"{folder} is not empty ({foreign[0]}) and holds no run; choose another --run")
 
 
-def _write_recipe(folder: Path, recipe: Recipe) -> None:
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        temporary = folder / ".recipe.yaml.new"
-        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(folder)
+def _undo(folder: Path) -> Callable[[], None]:
+    """What takes away again all that comes into a folder from now on, and the folder itself if it is not there yet."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    there = set(folder.iterdir()) if folder.exists() else set()
+
+    def undo() -> None:
+        for path in set(folder.iterdir()) - there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in new:
+            with suppress(OSError):  # others have come into it
+                path.rmdir()
+
+    return undo
 
 
-def _recipe_digest(folder: Path) -> str:
-    """SHA-256 of the values in the run's recipe file, so that defaults added later change nothing."""
+def _write_recipe(folder: Path, text: str) -> None:
+    temporary = folder / ".recipe.yaml.new"
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, folder / "recipe.yaml")
+    sync(folder)
+
+
+def _extend(folder: Path, recipe: Recipe, extension: Extension, step: int) -> Recipe:
+    """Append to the recipe of a run that is finished at `step`, and return it whole.
+
+    Raises:
+        ValueError: the run is not finished, nor within the same extension.
+    """
+    training = recipe.training
+    if step < training.last_step or not (folder / "export").is_dir():
+        if training.extensions[-1:] == (extension,):
+            print(f"the extension by {extension.steps} steps that was begun goes on")
+            return recipe
+        raise ValueError(
+            f"{folder} is not finished (step {step} of {training.last_step}); mosaics train --run {folder} goes on to "
+            "the end, and then it can be extended"
+        )
     values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    before = values["training"].get("extensions") or []
+    values["training"]["extensions"] = [*before, extension.model_dump(mode="json")]
+    recipe = make_recipe(values)
+    _write_recipe(folder, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    print(f"extended to step {recipe.training.last_step} by {extension.steps} steps ({extension.schedule})")
+    return recipe
+
+
+def _keep_export(folder: Path, recipe: Recipe) -> None:
+    """Keep what an extended run exported before under its step, until there is the new one."""
+    if recipe.training.extensions and (folder / "export").is_dir():
+        (folder / "export").rename(_free(folder / f"export-step-{recipe.training.ends[-2]:08d}"))
+
+
+def _recipe_digests(folder: Path) -> list[str]:
+    """SHA-256 of the values in the run's recipe file (so that defaults added later change nothing), without extensions,
+    with the first, and so on to all of them."""
+    values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    history = values.get("training", {}).pop("extensions", None) or []
+    found = []
+    for number in range(len(history) + 1):
+        if number:
+            values["training"]["extensions"] = history[:number]
+        found.append(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    return found
 
 
 def _data_digest(folder: Path) -> str:
@@ -342,13 +462,14 @@ def _data_digest(folder: Path) -> str:
 
 def _set_aside(checkpoint: Path, reason: str) -> None:
     """Name a checkpoint that can't be used and move it aside, so that its step can be written again."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
-    checkpoint.rename(aside)
+    aside = checkpoint.rename(_free(checkpoint.with_name(f"damaged-{checkpoint.name}")))
     print(f"warning: passed over a checkpoint: {reason}; it is now {aside.name}", flush=True)
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number if that is taken."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The loss on held-out text."""
+"""The loss on held-out text, and how the model goes on from its beginnings."""
 
 import math
 from typing import Any
@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from mosaics.training.distribution import Group
+from mosaics.training.draws import seed_step
 from mosaics.training.setup import autocast
+
+PROMPT, WRITTEN = 16, 64  # tokens of a sample: given, and written at most
 
 
 @torch.no_grad()
@@ -80,3 +83,49 @@ def evaluate(
         "validation_tokens": text_tokens,
         "validation_bytes": text_bytes,
     }
+
+
+@torch.no_grad()
+def write_samples(
+    model, data, tokenizer, count: int, *, seed: int, step: int, dtype=torch.float32, group: Group | None = None
+) -> list[str]:
+    """Let the model go on from the beginnings of held-out documents; nothing that training draws is changed.
+
+    Args:
+        model: a causal language model; its mode is put back afterwards.
+        data: a `PackedDataset` of the validation split.
+        tokenizer: that of the data.
+        count: how many samples; each time from the same documents.
+        seed: of the run.
+        step: of training; what is drawn depends on both alone.
+        dtype: dtype of the matrix products (autocast unless float32).
+        group: the processes over which the model is sharded, all of which call this.
+
+    Returns:
+        Texts, each with its beginning.
+    """
+    group, training, texts = group or Group(), model.training, []
+    model.eval()
+    try:
+        for number in range(count):
+            row = data.batch(number, 1)
+            prompt = row["input_ids"][(row["document_ids"] == 0) & ~row["end_targets"]][None, :PROMPT].to(model.device)
+            seed_step(seed, step, number)
+            with autocast(model.device, dtype):
+                ids = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    pad_token_id=tokenizer.eos_token_id,
+                    max_new_tokens=WRITTEN,
+                    do_sample=True,
+                    temperature=0.8,
+                    top_p=0.95,
+                    top_k=0,
+                    synced_gpus=group.size > 1,
+                )
+            texts.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+    finally:
+        model.train(training)
+        if group.size > 1:
+            model.reshard()
+    return texts

@@ -16,6 +16,7 @@ from mosaics.memories.contract import (
     Pairs,
     Read,
     State,
+    check_delay,
     check_deviation,
     init_map,
     linear_flops,
@@ -178,12 +179,7 @@ class AttentionMemory(Memory):
             init_map(linear, layer_index, self.options.initializer_range)
 
     def check(self, context_length: int) -> None:
-        longest = max(self.options.delay, *(self.options.train_delay or (0,)))
-        if context_length <= longest:
-            raise ValueError(
-                f"A context of {context_length} tokens is not longer than a delay of attention of up to {longest}, so "
-                "that it would read nothing; make it longer or lower train_delay and delay."
-            )
+        check_delay(self.name, max([self.options.delay, *(self.options.train_delay or ())]), context_length)
 
     def reach(self) -> int | None:
         return None if self.options.window is None else self.options.window - 1

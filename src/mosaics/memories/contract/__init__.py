@@ -2,6 +2,7 @@
 
 from mosaics.memories.contract.context import Context, Read
 from mosaics.memories.contract.helpers import (
+    check_delay,
     check_deviation,
     init_clamped_normal,
     init_map,
@@ -37,6 +38,7 @@ __all__ = [
     "Rows",
     "State",
     "build",
+    "check_delay",
     "check_deviation",
     "check_options",
     "check_state_dtype",

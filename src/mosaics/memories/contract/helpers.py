@@ -28,6 +28,15 @@ def init_map(linear: nn.Linear, layer_index: int, deviation: float | None = None
         nn.init.zeros_(linear.bias)
 
 
+def check_delay(name: str, delay: int, context_length: int) -> None:
+    """Raises `ValueError` if a memory of that name that reads so far back finds nothing in a context."""
+    if context_length <= delay:
+        raise ValueError(
+            f"A context of {context_length} tokens is not longer than the delay of {name}, up to {delay}, so that "
+            f"memory would stay empty; train at a longer context, or lower {name}.delay and {name}.train_delay."
+        )
+
+
 def check_deviation(deviation: float | None) -> None:
     """Raises `ValueError` if `initializer_range` is given and not above 0."""
     if deviation is not None and deviation <= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mosaics.memories.contract import Common, Context, register
+from mosaics.memories.contract import Common, Context, check_delay, register
 from mosaics.memories.mosaic.common import GatedContextualMemory
 
 
@@ -42,12 +42,7 @@ class LongTermMemory(GatedContextualMemory):
         super().__init__(options, common, layer_index)
 
     def check(self, context_length: int) -> None:
-        longest = max(self.options.delay, *self.options.train_delay)
-        if context_length <= longest:
-            raise ValueError(
-                f"A context of {context_length} tokens is not longer than the long-term delay of up to {longest}, so "
-                "that memory would stay empty; make it longer or lower train_delay and delay."
-            )
+        check_delay(self.name, max(self.options.delay, *self.options.train_delay), context_length)
 
     def delay(self, context: Context) -> int:
         return self.options.delay if context.draw is None else context.draw_integer(*self.options.train_delay)
