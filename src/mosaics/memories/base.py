@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -56,6 +56,15 @@ class State:
         """Repeat every row `times` times, next to each other."""
         self.map(lambda x: x.repeat_interleave(times, dim=0))
 
+    def join(self, others: Sequence[State]) -> State:
+        """A new state with the rows of this one and, below them, those of others; they stay as they are.
+
+        Raises:
+            ValueError: the rows can't be of one state: something that does not belong to a row differs.
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        return dataclasses.replace(self, **{n: _joined([getattr(s, n) for s in (self, *others)]) for n in names})
+
     def detach(self) -> None:
         """Cut the state off the graph that made it."""
         self.map(Tensor.detach)
@@ -72,6 +81,19 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     elif isinstance(value, list):
         return [_mapped(v, function) for v in value]
     return value
+
+
+def _joined(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor) and all(isinstance(x, Tensor) and x.shape[1:] == first.shape[1:] for x in values):
+        return torch.cat(values)
+    if isinstance(first, State) and all(type(x) is type(first) for x in values):
+        return first.join(values[1:])
+    if isinstance(first, list) and all(isinstance(x, list) and len(x) == len(first) for x in values):
+        return [_joined(list(parts)) for parts in zip(*values, strict=True)]
+    if isinstance(first, Tensor | State | list) or any(isinstance(x, Tensor) or x != first for x in values):
+        raise ValueError("The states differ in more than their rows; keep them apart.")
+    return first
 
 
 @dataclass
@@ -225,13 +247,17 @@ class Pairs(State):
     limit: int | None = None
     dtype: str | None = None
 
+    @property
+    def kept(self) -> int:
+        """Slots that can be read still."""
+        return self.used if self.limit is None else min(self.used, self.limit)
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
         """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
 
         `values` may have more entries at the front: they replace those of the newest pairs stored before.
         """
-        kept = self.used if self.limit is None else min(self.used, self.limit)
-        time, computed = keys.shape[2], keys.dtype
+        kept, time, computed = self.kept, keys.shape[2], keys.dtype
         total = kept + time
         if self.dtype is None or getattr(torch, self.dtype) == computed:
             new = {"keys": keys, "values": values}
@@ -277,8 +303,26 @@ class Pairs(State):
         if self.limit is not None and self.used > 4 * self.limit + 64:
             self.release()
 
+    def join(self, others: Sequence[State]) -> State:
+        """As `State.join`; in front of the pairs of a row that has fewer than others are slots of zeros."""
+        states = [self, *others]
+        if self.keys is None or any(s.keys is None or (s.limit, s.dtype) != (self.limit, self.dtype) for s in states):
+            return super().join(others)  # refused, unless none has pairs
+        names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
+        used = max(s.kept for s in states)
+        joined = Pairs(used=used, limit=self.limit, dtype=self.dtype)
+        for name in names:
+            own = [getattr(s, name)[:, :, s.used - s.kept : s.used] for s in states]
+            rows, room = sum(x.shape[0] for x in own), used + max(used // 2, 64)
+            buffer, end = own[0].new_zeros(rows, own[0].shape[1], room, own[0].shape[3]), 0
+            for x in own:
+                begin, end = end, end + x.shape[0]
+                buffer[begin:end, :, used - x.shape[2] : used] = x
+            setattr(joined, name, buffer)
+        return joined
+
     def release(self) -> None:
-        kept = self.used if self.limit is None else min(self.used, self.limit)
+        kept = self.kept
         if kept and self.keys.shape[2] > kept:
             self.map(lambda x: x[:, :, self.used - kept : self.used].clone())
             self.used = kept
