@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from helpers import gradients, relative_error
-from mosaics.memories import REGISTRY, Common, Context, Layout, Stack
+from mosaics.memories import REGISTRY, Common, Context, Layout, Rows, Stack
 from mosaics.memories.contract import build
 from mosaics.memories.mosaic.common import mapped
 
@@ -54,6 +54,49 @@ def test_memory_any_cut_equals_whole(case, pieces):
         parts.append(y)
         begin += piece
     assert relative_error(torch.cat(parts, dim=1), whole) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("lengths", [(9, 14), (14, 2, 9), (1, 3), (5, 5)])
+def test_memory_rows_of_joined_states_go_on_as_each_alone(case, lengths):
+    name, options = CASES[case]
+    made, x = memory(name, **options), torch.randn(len(lengths), 30, 8, dtype=torch.float64)
+    states = []
+    for row, length in zip(x, lengths, strict=True):
+        _, state = made(row[None, :length], Layout(1, length), made.initial_state(), Context())
+        states.append(state)
+    joined = None if states[0] is None else states[0].join(states[1:])
+    rows, stored = Rows(torch.tensor(lengths)), max(lengths)
+    for step in range(12):
+        if joined is not None and step == 8:  # what was joined can be taken apart and joined again
+            alone = [copy.deepcopy(joined) for _ in lengths]
+            for row, state in enumerate(alone):
+                state.select(torch.tensor([row]))
+            joined = alone[0].join(alone[1:])
+        now = torch.stack([row[length + step] for row, length in zip(x, lengths, strict=True)])[:, None]
+        layout, _, rows = Layout.of(len(lengths), 1, rows=rows, stored=stored + step)
+        y, joined = made(now, layout, joined, Context())
+        for i, length in enumerate(lengths):
+            end = length + step + 1
+            whole, _ = made(x[i : i + 1, :end], Layout(1, end), None, Context())
+            assert relative_error(y[i, 0], whole[0, -1]) < 1e-9
+    for i, (state, length) in enumerate(zip(states, lengths, strict=True)):  # and they are as they were
+        y, _ = made(x[i : i + 1, length : length + 1], Layout(1, 1, stored=length), state, Context())
+        whole, _ = made(x[i : i + 1, : length + 1], Layout(1, length + 1), None, Context())
+        assert relative_error(y[:, 0], whole[:, -1]) < 1e-9
+
+
+def test_state_join_refuses_states_of_different_kinds():
+    made = memory("long_term")
+    states = []
+    for dtype in (None, "bfloat16"):
+        state = made.initial_state()
+        state.pairs.dtype = dtype
+        states.append(made(torch.randn(1, 5, 8, dtype=torch.float64), Layout(1, 5), state, Context())[1])
+    for first, second in (states, states[::-1], (states[0], made.initial_state()), (made.initial_state(), states[0])):
+        with pytest.raises(ValueError, match="keep them apart"):
+            first.join([second])
 
 
 @pytest.mark.parametrize("case", sorted(CASES))

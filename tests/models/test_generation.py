@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache, TextStreamer
 
 from helpers import tiny_model, tokens
+from mosaics.models.cache import held_bytes, join_caches, release
 
 
 @pytest.fixture(scope="module", params=["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny"])
@@ -154,6 +155,54 @@ def test_cache_rows_can_be_selected_repeated_reordered_and_reset(model):
     assert (continued(cache, torch.arange(3)) - model(more).logits).abs().max() < 1e-9
     with pytest.raises(ValueError, match="cannot forget"):
         prefilled().crop(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("preset", ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-long-short-tiny"])
+def test_join_caches_goes_on_as_each_alone(preset, state_dtype):
+    model = tiny_model(preset=preset, state_dtype=state_dtype)
+    texts = [tokens(1, 9), tokens(2, 25, seed=1), tokens(1, 9, seed=2), tokens(1, 80, seed=3)]
+    caches = [model(ids, use_cache=True).past_key_values for ids in texts]
+    joined = join_caches(caches, model.model.stack)
+    assert joined.get_seq_length() == 80
+    more = tokens(5, 8, seed=4)
+    found = [model(ids, past_key_values=joined, use_cache=True).logits for ids in more.split([1, 1, 6], dim=1)]
+    for cache, ids, rows in zip(caches, texts, ([0], [1, 2], [3], [4]), strict=True):
+        expected = model(torch.cat([ids, more[rows]], dim=1)).logits[:, -8:]
+        assert (torch.cat(found, dim=1)[rows] - expected).abs().max() < 1e-9
+        assert (model(more[rows], past_key_values=cache).logits - expected).abs().max() < 1e-9  # as it was
+
+
+@torch.no_grad()
+def test_join_caches_keeps_padding_and_documents_apart(model):
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 2:6] = 0
+    documents = torch.tensor([[0] * 4 + [1] * 8])
+    padded = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    packed = model(tokens(1, 12, seed=1), document_ids=documents, use_cache=True).past_key_values
+    more = tokens(3, 4, seed=5)
+    going_on = torch.tensor([[0], [0], [1]]).expand(-1, 4)
+    joined = join_caches([padded, packed], model.model.stack)
+    found = model(more, past_key_values=joined, document_ids=going_on).logits
+    assert (found[:2] - model(more[:2], past_key_values=padded).logits).abs().max() < 1e-9
+    assert (found[2:] - model(more[2:], past_key_values=packed).logits).abs().max() < 1e-9
+
+
+def test_join_caches_of_one_is_a_copy_without_the_room(model):
+    cache = model(tokens(1, 300), use_cache=True).past_key_values
+    copied = join_caches([cache], model.model.stack)
+    release(copied)
+    release(cache)
+    assert held_bytes(copied) == held_bytes(cache) > 0
+    before = held_bytes(cache)
+    model(tokens(1, 20), past_key_values=copied)
+    assert held_bytes(cache) == before < held_bytes(copied)
+
+
+def test_join_caches_refuses_what_has_no_rows(model):
+    with pytest.raises(ValueError, match="no token"):
+        join_caches([DynamicCache(config=model.config)], model.model.stack)
 
 
 def test_generate_from_embeddings_equals_from_tokens(model):

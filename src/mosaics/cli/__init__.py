@@ -24,6 +24,8 @@ VERBS = (
     "export",
     "convert",
     "generate",
+    "chat",
+    "serve",
     "evaluate",
     "compare",
     "reproduce",

@@ -38,14 +38,7 @@ def generate(
     that --memory answers the next prompts without reading it again; the answers are the same. --state-dtype makes both
     the memory in use and the file smaller, at a small loss.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    if temperature and not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"--temperature is {temperature}; it must be 0, or a number from 0.000001 to 1000000")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p is {top_p}; it must be above 0 and at most 1")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}")
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     if context_file is not None and memory is not None:
         raise ValueError("--context-file and --memory both give what comes before the prompt; leave one out")
     if save_memory is not None and context_file is None:
@@ -72,13 +65,25 @@ def generate(
         answer(loaded, tokenizer, prompts, before, **how)
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raises `ValueError` for an option that can't be."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+    if temperature and not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"--temperature is {temperature}; it must be 0, or a number from 0.000001 to 1000000")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}")
+
+
 def _read(model, tokenizer, file: Path, keep: Path | None) -> tuple[Any, Any]:
     """Reads a file; returns the cache and the tokens."""
     from rich.progress import Progress
 
     from mosaics.models.kept import read_context, save_memory
 
-    _check_mosaic(model)
+    check_mosaic(model)
     if keep is not None and not keep.absolute().parent.is_dir():
         raise ValueError(f"--save-memory: there is no folder {keep.absolute().parent}; make it first")
     try:
@@ -103,7 +108,7 @@ def _load(model, file: Path) -> tuple[Any, Any]:
     """Takes up a memory; returns the cache and the tokens."""
     from mosaics.models.kept import load_memory
 
-    _check_mosaic(model)
+    check_mosaic(model)
     begin = time.monotonic()
     cache, ids = load_memory(file, model)
     _say(f"took up {ids.shape[1]:,} tokens from {file}, {file.stat().st_size:,} bytes", begin)
@@ -114,7 +119,8 @@ def _say(what: str, begin: float) -> None:
     print(f"{what}, in {time.monotonic() - begin:.2f} s", file=sys.stderr)
 
 
-def _check_mosaic(model) -> None:
+def check_mosaic(model) -> None:
+    """Raises `ValueError` for a model that keeps no memory."""
     from mosaics.models import MosaicForCausalLM
 
     if not isinstance(model, MosaicForCausalLM):

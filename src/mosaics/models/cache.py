@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
@@ -105,3 +107,51 @@ def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, posit
         layer.state, layer.is_initialized = block_state, True
         layer.kinds = [memory.type for memory in block.memories()]
         layer.positions += positions
+
+
+def join_caches(caches: Sequence[Cache], stack: Stack) -> DynamicCache:
+    """A new cache with the rows of all, in that order; they stay as they are. Of one cache: a copy.
+
+    Contexts may differ in length: a shorter one is as if it were padded on the left.
+
+    Args:
+        caches: of the same model.
+        stack: of that model.
+
+    Raises:
+        ValueError: a cache is of a kind that cannot hold the states of memories, or the states can't be joined.
+    """
+    states, rows, positions = zip(*(open_cache(cache, stack) for cache in caches), strict=True)
+    batches, known = [state.batch for state in states], [r or Rows() for r in rows]
+    if None in batches:
+        raise ValueError("A cache that has seen no token has no rows to join; leave it out.")
+    after = Rows()
+    if len(set(positions)) > 1 or any(r.tokens is not None for r in known):
+        after.tokens = _rows([r.tokens for r in known], positions, batches)
+    if any(r.document is not None for r in known):
+        after.document = _rows([r.document for r in known], [0] * len(known), batches)
+    cache = DynamicCache()
+    open_cache(cache, stack)
+    close_cache(cache, stack, states[0].join(states[1:]), after, max(positions))
+    return cache
+
+
+def _rows(numbers: Sequence[Tensor | None], otherwise: Sequence[int], batches: Sequence[int]) -> Tensor:
+    """One number a row of several caches, `(rows,)`; `otherwise` for the rows of a cache that has none."""
+    device = next((x.device for x in numbers if x is not None), None)
+    filled = (torch.full((b,), n, device=device) for n, b in zip(otherwise, batches, strict=True))
+    return torch.cat([x if x is not None else f for x, f in zip(numbers, filled, strict=True)])
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of the tensors that a mosaic's cache holds, room to grow into included."""
+    parts = [part for layer in cache.layers for state in layer.held() for part in state.parts()]
+    return sum(x.nbytes for part in parts for x in vars(part).values() if isinstance(x, Tensor))
+
+
+def release(cache: Cache) -> None:
+    """Let go of the room to grow into that a mosaic's cache holds."""
+    for layer in cache.layers:
+        for state in layer.held():
+            for part in state.parts():
+                part.release()

@@ -406,7 +406,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             if documents_of(tuple(shape), real, position_ids=positions) is not None:
                 raise ValueError("generate takes no positions that restart; give each document a row of its own.")
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        inputs.pop("position_ids", None)
+        for name in ("position_ids", "tokenizer"):  # generate passes on the one that it needs for stop strings
+            inputs.pop(name, None)
         return inputs
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mosaics.memories.base import check_state_dtype
+from mosaics.memories.contract import check_state_dtype
 from mosaics.models import MosaicConfig, MosaicForCausalLM
 from mosaics.models.loading import check_tokenizer, load_config, load_model, load_tokenizer
 from mosaics.models.presets import PRESETS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +42,17 @@ class Pairs(State):
     limit: int | None = None
     dtype: str | None = None
 
+    @property
+    def kept(self) -> int:
+        """Slots that can be read still."""
+        return self.used if self.limit is None else min(self.used, self.limit)
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
         """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
 
         `values` may have more entries at the front: they replace those of the newest pairs stored before.
         """
-        kept = self.used if self.limit is None else min(self.used, self.limit)
-        time, computed = keys.shape[2], keys.dtype
+        kept, time, computed = self.kept, keys.shape[2], keys.dtype
         total = kept + time
         if self.dtype is None or getattr(torch, self.dtype) == computed:
             new = {"keys": keys, "values": values}
@@ -106,8 +111,26 @@ class Pairs(State):
         if self.used and (self.keys is None or self.values is None):
             raise TypeError("used")
 
+    def join(self, others: Sequence[State]) -> State:
+        """As `State.join`; in front of the pairs of a row that has fewer than others are slots of zeros."""
+        states = [self, *others]
+        if self.keys is None or any(s.keys is None or (s.limit, s.dtype) != (self.limit, self.dtype) for s in states):
+            return super().join(others)  # refused, unless none has pairs
+        names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
+        used = max(s.kept for s in states)
+        joined = Pairs(used=used, limit=self.limit, dtype=self.dtype)
+        for name in names:
+            own = [getattr(s, name)[:, :, s.used - s.kept : s.used] for s in states]
+            rows, room = sum(x.shape[0] for x in own), used + max(used // 2, 64)
+            buffer, end = own[0].new_zeros(rows, own[0].shape[1], room, own[0].shape[3]), 0
+            for x in own:
+                begin, end = end, end + x.shape[0]
+                buffer[begin:end, :, used - x.shape[2] : used] = x
+            setattr(joined, name, buffer)
+        return joined
+
     def release(self) -> None:
-        kept = self.used if self.limit is None else min(self.used, self.limit)
+        kept = self.kept
         if kept and self.keys.shape[2] > kept:
             self.map(lambda x: x[:, :, self.used - kept : self.used].clone())
             self.used = kept

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,15 @@ class State:
         """Repeat every row `times` times, next to each other."""
         self.map(lambda x: x.repeat_interleave(times, dim=0))
 
+    def join(self, others: Sequence[State]) -> State:
+        """A new state with the rows of this one and, below them, those of others; they stay as they are.
+
+        Raises:
+            ValueError: the rows can't be of one state: something that does not belong to a row differs.
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        return dataclasses.replace(self, **{n: _joined([getattr(s, n) for s in (self, *others)]) for n in names})
+
     def detach(self) -> None:
         """Cut the state off the graph that made it."""
         self.map(Tensor.detach)
@@ -75,6 +85,19 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     elif isinstance(value, list):
         return [_mapped(v, function) for v in value]
     return value
+
+
+def _joined(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor) and all(isinstance(x, Tensor) and x.shape[1:] == first.shape[1:] for x in values):
+        return torch.cat(values)
+    if isinstance(first, State) and all(type(x) is type(first) for x in values):
+        return first.join(values[1:])
+    if isinstance(first, list) and all(isinstance(x, list) and len(x) == len(first) for x in values):
+        return [_joined(list(parts)) for parts in zip(*values, strict=True)]
+    if isinstance(first, Tensor | State | list) or any(isinstance(x, Tensor) or x != first for x in values):
+        raise ValueError("The states differ in more than their rows; keep them apart.")
+    return first
 
 
 @dataclass

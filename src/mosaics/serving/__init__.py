@@ -1,0 +1,1 @@
+"""Models that answer: one conversation in a terminal, or many clients over HTTP."""
