@@ -9,11 +9,11 @@ PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
 # Of `make soak`.
 MINUTES ?= 25
 
-.PHONY: help quickstart test soak lint docs wheel clean
+.PHONY: help quickstart test test-conform soak lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mosaics needs Python 3.11 or newer; set PYTHON=python3.11 (or newer) and run make again." if sys.version_info < (3, 11) else 0)'
@@ -29,9 +29,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
 	$(BIN)/mosaics quickstart
 
-test: $(VENV)/.installed-dev  ## all tests (under 10 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check src tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m 'not clients and not conform'
+
+test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m conform
 
 soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
 	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)
