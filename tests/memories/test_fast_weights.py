@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -44,3 +45,56 @@ def test_mamba2_is_that_of_transformers(shared):
         expected = file[f"grad/param/{theirs}"]
         assert relative_error(parameters[name].grad, expected.view(parameters[name].shape)) < 1e-9, name
     assert torch.isfinite(y).all()
+
+
+TTT = {
+    "ttt_linear_official": {"network": "linear", "base_rate": 1.0},
+    "ttt_mlp_official": {"network": "mlp", "base_rate": 0.5},
+    "ttt_linear_official_conv_gate": {"network": "linear", "convolution": 4, "gate": True},
+}
+
+
+@pytest.mark.parametrize("name", TTT)
+def test_ttt_is_that_of_its_authors(name, shared):
+    path = shared / "fixtures" / f"{name}.safetensors"
+    file = load_file(path)
+    with safe_open(path, "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    options = TTT[name] | {"num_attention_heads": 2, "chunk": 8, "base_rate": config["ttt_base_lr"]}
+    memory = build("ttt", options, Common(config["hidden_size"]), 0).double()
+    theirs = {key.removeprefix("param/"): x for key, x in file.items() if key.startswith("param/")}
+    own = {
+        "place_rates": theirs["learnable_token_idx"],
+        "rate_proj.weight": theirs["learnable_ttt_lr_weight"][:, 0],
+        "rate_proj.bias": theirs["learnable_ttt_lr_bias"][:, 0],
+        "norm_scale": theirs["ttt_norm_weight"],
+        "norm_shift": theirs["ttt_norm_bias"],
+        "read_scale": theirs["post_norm.weight"],
+        "read_shift": theirs["post_norm.bias"],
+    }
+    for ours, other in (("gate_proj", "g_proj"), ("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj")):
+        if f"{other}.weight" in theirs:
+            own[f"{ours}.weight"] = theirs[f"{other}.weight"]
+    own["o_proj.weight"] = theirs["o_proj.weight"]
+    for letter in "qk":
+        if f"conv_{letter}.weight" in theirs:
+            own[f"{letter}_convolution.weight"] = theirs[f"conv_{letter}.weight"][:, 0]
+            own[f"{letter}_convolution.bias"] = theirs[f"conv_{letter}.bias"]
+    for number in range(1 + ("mlp" in name)):
+        own[f"maps.weights.{number}"] = torch.cat([theirs[f"W{number + 1}"], theirs[f"b{number + 1}"]], dim=1)
+    memory.load_state_dict(own)
+    x = file["input/hidden_states"].requires_grad_()
+    y, state = memory(x, Layout(*x.shape[:2]), memory.initial_state(), Context())
+    bound = 1e-9 if "linear" in name else 1e-8  # the authors' derivative of gelu has truncated constants
+    assert relative_error(y, file["output/hidden_states"]) < bound
+    loss = (file["weight/hidden_states"] * y).sum()
+    rate = (1 / ((21 - 1) % 8 + 1) + memory.place_rates[(21 - 1) % 8]).clamp(min=0)
+    for number, own in enumerate(state.maps):
+        weights, bias = (own.anchor + rate * own.momentum).split([own.anchor.shape[2] - 1, 1], dim=2)
+        for letter, found in (("W", weights), ("b", bias)):
+            assert relative_error(found, file[f"output/{letter}{number + 1}_states"]) < bound
+            loss = loss + (file[f"weight/{letter}{number + 1}_states"] * found).sum()
+    loss.backward()
+    assert relative_error(x.grad, file["grad/hidden_states"]) < bound
+    assert relative_error(memory.q_proj.weight.grad, file["grad/param/q_proj.weight"]) < bound
+    assert relative_error(memory.place_rates.grad, file["grad/param/learnable_token_idx"]) < bound

@@ -63,6 +63,17 @@ class Within:
         assert abs(found.mean() - (low + high) / 2) < slack and (len(found) == 1 or found.std() > 0)
 
 
+class Rows:
+    """As another, but for the last row of each head, which is 0: its bias."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def check(self, weight: torch.Tensor, **facts) -> None:
+        assert not weight[:, -1].any()
+        self.inner.check(weight=weight[:, :-1], **facts)
+
+
 class Constant:
     def __init__(self, value) -> None:
         self.value = value
@@ -98,6 +109,14 @@ CONTEXTUAL_V2 = {
     "bandwidth_slope": Constant(1.5),
     "bandwidth_exponent": Constant(1 / 3),
 }
+
+
+def _titans_rates(count, options):
+    """Little is forgotten at first; the other two are 0."""
+    heads = options["num_attention_heads"]
+    return torch.cat([torch.zeros(heads), torch.full((heads,), -4.0), torch.zeros(count - 2 * heads)])
+
+
 CONVOLUTION = Within(lambda weight: (-(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5))
 # Mamba-2: e^a from 1 to 16, and softplus(b) from 0.001 to 0.1 by its logarithm.
 DECAY_RATE = Within(lambda _: (1, 16), torch.exp)
@@ -109,6 +128,23 @@ EXPECTED = {
         "convolution.weight": CONVOLUTION,
         "decay_rate": DECAY_RATE,
         "decay_bias": STEP,
+        "read_scale": ONES,
+    },
+    "ttt": {
+        "[qkvo]_proj.weight": TABLE_6,
+        "gate_proj.weight": TABLE_6,
+        "rate_proj.weight": Normal(lambda **_: 0.02, clamped=False),
+        "place_rates": ZEROS,
+        "?_convolution.*": CONVOLUTION,
+        "maps.weights.?": Rows(Normal(lambda **_: 0.02, clamped=False)),
+        "*_scale": ONES,
+        "*_shift": ZEROS,
+    },
+    "titans": {
+        "*_proj.weight": TABLE_6,
+        "rates_proj.bias": Constant(lambda weight, options, **_: _titans_rates(len(weight), options)),
+        "convolution.weight": CONVOLUTION,
+        "maps.weights.?": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
         "read_scale": ONES,
     },
     "mamba2": {

@@ -98,6 +98,9 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet": ("delta_rule", _DELTA),
     "gated-deltanet": ("delta_rule", {"decay": "head", "gate": "silu"} | _DELTA),
     "kda": ("delta_rule", {"decay": "channel", "gate": "sigmoid", "rank": 64} | _DELTA),
+    "ttt-linear": ("ttt", {"network": "linear", "base_rate": 1.0}),
+    "ttt-mlp": ("ttt", {"network": "mlp", "base_rate": 0.1}),
+    "titans-lmm": ("titans", {}),
 }
 
 

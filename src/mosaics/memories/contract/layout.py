@@ -164,7 +164,7 @@ class Segments:
         position = own % size
         new = position == 0 if padding is None else (position == 0) & ~padding
         index = new.cumsum(1) - new[:, :1].long()  # the first may be of an earlier call
-        count = int(index[:, -1].max()) + 1
+        count = int(index[:, -1].max()) + 1 if batch else 1
         place = index * size + position
         if padding is not None:
             place = place.masked_fill(padding, count * size)  # a place that is dropped
@@ -184,11 +184,11 @@ class Segments:
         """`x` `(batch, time, ...)` as `(batch, count, size, ...)`, 0 where no token of this call lies."""
         batch, _, *rest = x.shape
         padded = torch.cat([x, x.new_zeros(batch, 1, *rest)], dim=1)
-        index = self.source.view(batch, -1, *[1] * len(rest)).expand(-1, -1, *rest)
+        index = self.source.view(batch, self.count * self.size, *[1] * len(rest)).expand(-1, -1, *rest)
         return padded.gather(1, index).unflatten(1, (self.count, self.size))
 
     def scatter(self, y: Tensor) -> Tensor:
         """`y` `(batch, count, size, ...)` back as `(batch, time, ...)`; at padding it means nothing."""
         batch, _, _, *rest = y.shape
-        place = (self.index * self.size + self.position).view(batch, -1, *[1] * len(rest))
+        place = (self.index * self.size + self.position).view(*self.position.shape, *[1] * len(rest))
         return y.flatten(1, 2).gather(1, place.expand(-1, -1, *rest))

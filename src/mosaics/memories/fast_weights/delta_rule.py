@@ -88,8 +88,8 @@ class DeltaRuleMemory(Memory):
         `decay` `none`, `fixed` (1 - 2^(-5-h), RetNet), `head` (Mamba-2's and Gated DeltaNet's), `channel` (KDA's) or
         `low_rank` (GLA's); maps of the last two go through `rank`. `convolution` is over so many tokens, 0 without;
         `feature` is applied to queries, keys and (but for `elu`, which is elu + 1) values; `unit_keys` makes keys and
-        queries unit vectors. `normalised` divides a read by the sum of its weights (linear attention); `read_norm` is an
-        RMS norm of every head's read, `gate` of what it is multiplied by.
+        queries unit vectors. `normalised` divides a read by the sum of its weights (linear attention); `read_norm` is
+        an RMS norm of every head's read, `gate` of what it is multiplied by.
         """
 
         num_attention_heads: int

@@ -1,0 +1,75 @@
+"""What memories with an inner loop share: their state, and the weights that every document begins with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mosaics.memories.contract import State
+from mosaics.ops.inner_loop import InnerState
+
+
+@dataclass
+class MapState(State):
+    """Weights of a map `(batch, heads, inputs, outputs)` in float32 or wider: at the start of the open chunk, now, and
+    their momentum."""
+
+    anchor: Tensor | None = None
+    current: Tensor | None = None
+    momentum: Tensor | None = None
+
+
+@dataclass
+class LearningState(State):
+    """The states of the maps, and the last inputs of the convolution `(batch, size - 1, channels)`."""
+
+    maps: list[MapState]
+    tail: Tensor | None = None
+
+    def inner(self) -> InnerState | None:
+        """As the op takes it."""
+        if self.maps[0].anchor is None:
+            return None
+        return InnerState(*([getattr(m, name) for m in self.maps] for name in InnerState._fields))
+
+    def keep(self, inner: InnerState, tail: Tensor | None) -> None:
+        """Take over what the op gave."""
+        for own, *weights in zip(self.maps, *inner, strict=True):
+            own.anchor, own.current, own.momentum = (w.contiguous() for w in weights)
+        self.tail = tail
+
+
+class Maps(nn.Module):
+    """The weights that every document begins with: `(heads, inputs, outputs)` for each map.
+
+    Args:
+        heads: number of heads.
+        sizes: of the inputs, between the maps, and of the outputs.
+        bias: whether the last row of each is a bias.
+    """
+
+    def __init__(self, heads: int, sizes: list[int], bias: bool) -> None:
+        super().__init__()
+        self.bias = bias
+        shapes = [(heads, a + bias, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        self.weights = nn.ParameterList([nn.Parameter(torch.empty(shape)) for shape in shapes])
+
+    def initial_state(self) -> LearningState:
+        """The state before the first token."""
+        return LearningState([MapState() for _ in self.weights])
+
+    def numbers(self) -> int:
+        """Weights of all heads."""
+        return sum(w.numel() for w in self.weights)
+
+    def reset_parameters(self, deviation: float | None = None) -> None:
+        """Normal, by default with 1 / sqrt(inputs); biases 0."""
+        for weight in self.weights:
+            rows = weight.shape[1] - self.bias
+            nn.init.normal_(weight, std=deviation or 1 / math.sqrt(rows))
+            if self.bias:
+                with torch.no_grad():
+                    weight[:, -1].zero_()

@@ -1,0 +1,98 @@
+r"""Weights that learn while they are used: an inner loop of gradient descent. The mathematics is in this folder's
+README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaics.ops import FLOATS, cast, check, run
+from mosaics.ops.inner_loop import chunked, naive
+from mosaics.ops.inner_loop.network import ACTIVATIONS, LOSSES, Network
+from mosaics.ops.inner_loop.state import InnerState, Steps
+
+FORMS = {"naive": naive.inner_loop, "chunked": chunked.inner_loop}
+
+__all__ = ["ACTIVATIONS", "FORMS", "LOSSES", "InnerState", "Network", "inner_loop"]
+
+
+def inner_loop(
+    initial: Sequence[Tensor],
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: Tensor,
+    segments: Any,
+    *,
+    network: Network,
+    momentum: Tensor | None = None,
+    decay: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+    state: InnerState | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, InnerState]:
+    r"""\( S_t = \eta_t S_{t-1} - \theta_t \nabla \ell(W'; k_t, v_t),\ W_t = (1 - \alpha_t) W_{t-1} + S_t,\
+    y_t = f(q_t; W_t) \), where \( W' \) are the weights at the start of t's chunk.
+
+    Sources: Titans (arXiv 2501.00663, section 3); with a `scale` \( \rho \), TTT (2407.04620): \( S \) is 0 at the
+    start of a chunk, \( \eta = 1 \), and \( W_t = W' + \rho_t S_t \), of which the last place's is the next chunk's
+    start. Computed in float32 or wider.
+
+    Args:
+        initial: the weights that every document begins with, `(heads, inputs, outputs)` for each map; with a bias, it
+            is the last row.
+        queries: `(batch, heads, time, width)`.
+        keys: like `queries`.
+        values: `(batch, heads, time, value width)`.
+        step: \( \theta \), `(batch, heads, time)`.
+        segments: the chunks of the call, as `Layout.segments` gives them: they count tokens of a document.
+        network: what is learnt, and its loss.
+        momentum: \( \eta \), `(batch, heads, time)`; None: there is none.
+        decay: \( \alpha \), `(batch, heads, time)`; None: 0.
+        norm: scale and shift of the loss `normed`, `(heads, 1, value width)` each.
+        scale: \( \rho \), `(places of a chunk,)`; neither momentum nor decay go with it.
+        state: what an earlier call returned.
+        form: force one of `FORMS`; by default the fastest.
+
+    Returns:
+        `(batch, heads, time, value width)` in the dtype of `values`; at padding it means nothing. And the state.
+
+    Raises:
+        ValueError: shapes do not fit, the form is unknown, or what excludes each other is given together.
+    """
+    named = keys.dim() == 4 and keys.shape[2] and values.dim() == 4
+    batch, heads, time, width = keys.shape if named else ("batch", "heads", "time of 1 or more", "width")
+    value_width = values.shape[3] if named else "value width"
+    given = [
+        ("keys", keys, (batch, heads, time, width), FLOATS),
+        ("queries", queries, (batch, heads, time, width), FLOATS),
+        ("values", values, (batch, heads, time, value_width), FLOATS),
+        *((name, x, (batch, heads, time), FLOATS) for name, x in (("steps", step), ("momenta", momentum))),
+        ("decays", decay, (batch, heads, time), FLOATS),
+        ("scale", scale, (segments.size,), FLOATS),
+    ]
+    check("inner_loop", keys.device, given)
+    if scale is not None and (momentum is not None or decay is not None):
+        raise ValueError("A scale goes with neither momentum nor decay; leave them out.")
+    if (norm is None) != (network.loss == "l2"):
+        raise ValueError("The loss 'normed' and a norm go together; give both or neither.")
+    ends = [width, *(w.shape[-1] for w in initial)]
+    fits = [w.shape[:-1] == (heads, n + network.bias) for w, n in zip(initial, ends, strict=False)]
+    if not initial or not all(fits) or ends[-1] != value_width:
+        shapes = ", ".join(str(tuple(w.shape)) for w in initial)
+        raise ValueError(f"inner_loop got maps of shapes {shapes}; from {width} to {value_width} in {heads} heads.")
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    wide = dict(queries=queries, keys=keys, values=values, step=step, momentum=momentum, decay=decay)
+    wide = {name: None if x is None else cast(x, dtype) for name, x in wide.items()}
+    scale = None if scale is None else cast(scale, dtype)
+    norm = None if norm is None else tuple(cast(x, dtype) for x in norm)
+    if state is None:
+        state = InnerState.first(initial, batch, dtype)
+    steps = Steps.of(wide, scale, segments)
+
+    read, state = run(FORMS, form or "chunked", "inner_loop", keys, initial, steps, network, norm, scale, state)
+    return cast(read, values.dtype), state

@@ -1,0 +1,104 @@
+"""What the inner loop carries, and how a call is cut into its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def chosen(where: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` of tensors that broadcast."""
+    return torch.where(where, yes, no)
+
+
+class InnerState(NamedTuple):
+    """For each map `(batch, heads, inputs, outputs)`: the weights at the start of the open chunk, at which gradients
+    are taken; the weights now; and the momentum (or, with a scale, the sum of the chunk's steps)."""
+
+    anchor: list[Tensor]
+    current: list[Tensor]
+    momentum: list[Tensor]
+
+    @classmethod
+    def first(cls, initial: Sequence[Tensor], batch: int, dtype: torch.dtype) -> InnerState:
+        """Before the first token; `initial` are `(heads, inputs, outputs)`."""
+        weights = [w.to(dtype).expand(batch, *w.shape) for w in initial]
+        return cls(weights, weights, [torch.zeros_like(w) for w in weights])
+
+    def opened(self, initial: Sequence[Tensor], begins: Tensor, opens: Tensor, scale: Tensor | None) -> InnerState:
+        """Where a chunk opens `(batch,)`; where a document begins `(batch,)`, all is as at first."""
+        begins, opens = (x[:, None, None, None] for x in (begins, opens))
+        current, momentum = self.current, self.momentum
+        if scale is not None:  # the last place of a chunk decides what is left of it
+            ended = [a + scale[-1].to(a.dtype) * s for a, s in zip(self.anchor, momentum, strict=True)]
+            current = [chosen(opens, e, m) for e, m in zip(ended, current, strict=True)]
+            momentum = [chosen(opens, torch.zeros_like(s), s) for s in momentum]
+        current = [chosen(begins, w.to(m.dtype)[None], m) for w, m in zip(initial, current, strict=True)]
+        momentum = [chosen(begins, torch.zeros_like(s), s) for s in momentum]
+        anchor = [chosen(opens, m, a) for m, a in zip(current, self.anchor, strict=True)]
+        return InnerState(anchor, current, momentum)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What tokens bring, `(batch, heads, time, ...)`; of a chunk `time` are its places, and `begins`, `opens` are set.
+
+    Attributes:
+        queries, keys, values: `(batch, heads, time, width)`.
+        step: the step size theta; 0 where there is no token.
+        momentum: eta, or None.
+        decay: alpha, or None.
+        scale: `(batch or 1, 1, time)`, or None.
+        filled: `(batch, 1, time)`, where there are tokens.
+        segments: of the call.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    step: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
+    scale: Tensor | None
+    filled: Tensor
+    segments: Any
+    begins: Tensor | None = None
+    opens: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor | None], scale: Tensor | None, segments: Any) -> Steps:
+        """The steps of a call, with those of padding without effect."""
+        filled = segments.filled
+        real = segments.scatter(filled.long()[..., None])[..., 0].bool()[:, None]
+        place = segments.position[:, None]
+        scales = None if scale is None else scale[place]
+        return cls(**tensors, scale=scales, filled=real, segments=segments)
+
+    def chunks(self) -> Iterator[Steps]:
+        """The chunks of the call in the order of their rows."""
+        s = self.segments
+        if self.keys.shape[2] == 1:
+            yield replace(self, begins=s.begins[:, 0], opens=s.opens[:, 0])
+            return
+        names = ("queries", "keys", "values", "step", "momentum", "decay")
+        parts = {name: getattr(self, name) for name in names}
+        parts = {n: None if x is None else s.gather(x.transpose(1, 2)).transpose(2, 3) for n, x in parts.items()}
+        for number in range(s.count):
+            own = {name: None if x is None else x[:, number] for name, x in parts.items()}
+            scale = None
+            if self.scale is not None:
+                scale = s.gather(self.scale.expand(s.position.shape[0], 1, -1)[:, 0])[:, number][:, None]
+            filled = s.filled[:, number][:, None]
+            yield replace(
+                self, **own, scale=scale, filled=filled, begins=s.begins[:, number], opens=s.opens[:, number]
+            )  # fmt: skip
+
+    def joined(self, reads: list[Tensor]) -> Tensor:
+        """The reads of all chunks `(batch, heads, places, width)` as `(batch, heads, time, width)`."""
+        if self.keys.shape[2] == 1:
+            return reads[0]
+        return self.segments.scatter(torch.stack(reads, dim=1).transpose(2, 3)).transpose(1, 2)
