@@ -23,7 +23,8 @@ class Desk:
         self.calls: list[tuple[int, int]] = []  # shapes of what the model was given
         self.tokenizer, self.told = tokenizer, Queue()
         self.handle = model.register_forward_pre_hook(
-            lambda _, args, kwargs: self.calls.append(tuple((args or (kwargs["input_ids"],))[0].shape)), with_kwargs=True
+            lambda _, args, kwargs: self.calls.append(tuple((args or (kwargs["input_ids"],))[0].shape)),
+            with_kwargs=True,
         )
         self.engine = Engine(model, parallel)
 

@@ -63,7 +63,7 @@ class Conversation:
         answer, text = Answer(self.tokenizer, self._end, sampling), ""
         try:
             logits = None
-            for logits in self._reading():
+            for logits in self._reading():  # noqa: B007
                 yield ""
             while logits is not None and not answer.finished:
                 piece = answer.take(logits)

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -203,7 +204,7 @@ class Ticket:
             first = sum(rows[: len(self._jobs)])
             ids = torch.tensor([prompt.ids])
             before = None if prompt.before is None else prompt.before.cache
-            job = Job(ids, answers, before, lambda number, what, first=first: self._tell(first, number, what), self._deadline)
+            job = Job(ids, answers, before, partial(self._tell, first), self._deadline)
             self._jobs.append(job)
             engine.submit(job)
 
