@@ -204,6 +204,18 @@ def test_engine_tells_all_answers_of_a_batch_that_fails(desk, loaded, monkeypatc
     here.finish(here.submit([5, 6], max_tokens=3))
 
 
+def test_engine_tells_of_a_failure_between_tokens_and_goes_on(desk, monkeypatch):
+    here = desk()
+    job = here.submit([5, 6], n=2, max_tokens=10**6)
+    here.next()
+    monkeypatch.setattr(here.engine, "_prune", lambda batch: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    while (told := here.next())[1] is not None:
+        pass
+    assert told[0] is job and isinstance(told[2], RuntimeError) and here.engine.alive
+    monkeypatch.undo()
+    here.finish(here.submit([5, 6], max_tokens=3))
+
+
 def test_engine_close_lets_jobs_end_and_tells_those_that_do_not(desk):
     here = desk()
     short, long = here.submit([5, 6], max_tokens=5), here.submit([7, 8], max_tokens=10**6)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from mosaics.extras import how_to_install
+
 EXAMPLE = "mosaics serve runs/first --memory textwrap=textwrap.memory --port 8000"
 
 
@@ -53,7 +55,7 @@ def serve(
     try:
         from mosaics.serving.server import bound, run, take_up
     except ModuleNotFoundError as error:
-        raise ValueError(f"serve needs {error.name}, which is not installed; pip install 'mosaics[serve]'") from None
+        raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
     from mosaics.evaluation.scorer import place
     from mosaics.models import MosaicForCausalLM
     from mosaics.models.loading import load_exported

@@ -52,7 +52,7 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
             ticket.close()
 
     Open = Annotated[Ticket, Depends(opened)]
-    app = FastAPI(title="mosaics", docs_url=None, redoc_url=None, dependencies=[Depends(allowed)])
+    app = FastAPI(title="mosaics", openapi_url=None, dependencies=[Depends(allowed)])
     app.add_middleware(_Arriving, limit=desk.limits.body, seconds=BODY_SECONDS)
 
     @app.exception_handler(Refused)
@@ -96,9 +96,7 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
         prompts = []
         for given in _split(asked.prompt):
             ids = await desk.tokens(given, special=memory is None) if isinstance(given, str) else given
-            if not ids:
-                raise Refused(400, "a prompt has no tokens; say what to go on from", param="prompt")
-            if not 0 <= min(ids) <= max(ids) < desk.model.config.vocab_size:
+            if ids and not 0 <= min(ids) <= max(ids) < desk.model.config.vocab_size:
                 raise Refused(400, f"tokens are from 0 to {desk.model.config.vocab_size - 1}", param="prompt")
             prompts.append(Prompt(ids, memory))
         samplings = _samplings(desk, asked, prompts, asked.max_tokens or 16, asked.logprobs)

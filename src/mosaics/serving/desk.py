@@ -138,7 +138,9 @@ class Desk:
             ) from None
 
     def check_length(self, prompt: Prompt, answer: int = 0) -> None:
-        """Raises `Refused` for more tokens than may be."""
+        """Raises `Refused` for more tokens than may be, or none."""
+        if not prompt.ids:
+            raise Refused(400, "there are no tokens to go on from; say something", param="prompt")
         if prompt.tokens + answer > self.limits.context:
             raise Refused(
                 400,
@@ -194,7 +196,7 @@ class Ticket:
                 f"{limits.parallel} at once, {limits.queue} waiting; ask for fewer",
                 param="n",
             )
-        if engine.closing:
+        if engine.closing or not engine.alive:
             raise Refused(503, "the server is shutting down")
         if self.desk.open + sum(rows) > limits.parallel + limits.queue:
             raise Refused(429, "too many answers are under way; ask again later", "too_many_requests", retry=True)
