@@ -114,7 +114,7 @@ def test_readme_shows_the_two_commands_first():
     assert "make quickstart" in first and "make test" in first and "](docs/images/quickstart.png)" in first
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "soak", "lint", "docs", "wheel"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-clients", "soak", "lint", "docs", "wheel"])
 def test_make_target_exists(target, tmp_path):
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
@@ -123,7 +123,7 @@ def test_make_target_exists(target, tmp_path):
 
 def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert script.splitlines()[-1].strip() == "make test"
+    assert script.splitlines()[-2:] == ["make test", "make test-clients"]
 
 
 @pytest.mark.parametrize("page", PAGES)
