@@ -44,7 +44,7 @@ SMALL["bench"] = (
     "--contexts 16 --rounds 1 --no-memory --batch-sizes 1 --peers llama "
     "--model.hidden_size 16 --model.num_hidden_layers 1 --model.num_attention_heads 2 --model.vocab_size 300"
 )
-NOT_RUN = {"convert"}  # it takes a Llama
+NOT_RUN = {"convert", "chat", "serve"}  # a Llama, or somebody who talks, would be needed
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

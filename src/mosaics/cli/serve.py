@@ -58,11 +58,11 @@ def serve(
         raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
     from mosaics.evaluation.scorer import place
     from mosaics.models import MosaicForCausalLM
-    from mosaics.models.loading import load_exported
     from mosaics.serving.desk import Desk, Limits
+    from mosaics.training.sources import open_source
 
     with bound(host, port) as listening:
-        loaded, tokenizer = load_exported(model, state_dtype)
+        loaded, tokenizer = open_source(model, state_dtype)
         if files and not isinstance(loaded, MosaicForCausalLM):
             kind = loaded.config.model_type
             raise ValueError(f"only a mosaic keeps a memory, and {model} is a {kind}; leave out --memory")
