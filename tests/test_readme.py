@@ -24,6 +24,7 @@ PAGES = [
     "docs/performance.md",
     "docs/reliability.md",
     "docs/security.md",
+    "docs/serving.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
@@ -91,7 +92,7 @@ def test_document_runs_from_top_to_bottom(document, workplace, capsys):
         assert "long_term at position 40 reads mostly from [8, 8]" in printed
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md", "docs/serving.md"])
 def test_document_commands_have_their_options(document, capsys):
     for words in commands(document):
         if words[0] != "mosaics":

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import re
+from pathlib import Path
 
 import openai
 import pytest
@@ -212,6 +214,14 @@ def test_memory_of_more_than_one_text(client, loaded, greedy):
             said(client, extra_body={"memory": id})
     with pytest.raises(openai.PermissionDeniedError, match="stays"):
         client.delete("/memories/doc", cast_to=object)
+
+
+def test_serving_page_runs(server, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S))
+    assert text.count("http://127.0.0.1:8000") == 1
+    exec(text.replace("http://127.0.0.1:8000", server.url).replace('"first"', '"tiny"'), {})
+    assert "tokens were read before" in capsys.readouterr().out and server.health()["memories"] == 1
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
