@@ -25,6 +25,7 @@ PAGES = [
     "docs/reliability.md",
     "docs/security.md",
     "docs/serving.md",
+    "docs/use-with.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
@@ -92,7 +93,7 @@ def test_document_runs_from_top_to_bottom(document, workplace, capsys):
         assert "long_term at position 40 reads mostly from [8, 8]" in printed
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md", "docs/serving.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md", "docs/serving.md", "docs/use-with.md"])
 def test_document_commands_have_their_options(document, capsys):
     for words in commands(document):
         if words[0] != "mosaics":

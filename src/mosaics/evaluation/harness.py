@@ -3,10 +3,11 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,7 +128,7 @@ def run_task(
             tasks=[task],
             num_fewshot=fewshot,
             limit=samples,
-            task_manager=task_manager(),
+            task_manager=task_manager(index=not _stands_alone(task)),
             bootstrap_iters=0,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -164,12 +165,12 @@ def run_task(
     }
 
 
-@lru_cache
-def task_manager():
-    """lm-eval's index of tasks, which takes seconds to make."""
+@cache
+def task_manager(index: bool = True):
+    """lm-eval's index of tasks, which takes half a minute to make; without it, what finds task files alone."""
     with _installed():
         from lm_eval.tasks import TaskManager
-    return TaskManager()
+    return TaskManager(include_defaults=index)
 
 
 @contextmanager
@@ -182,6 +183,13 @@ def _installed() -> Iterator[None]:
 
 def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
+
+
+def _stands_alone(task: str | dict[str, Any]) -> bool:
+    """Whether a task is one in a file, and no group, which may name others."""
+    if not isinstance(task, str) or not _is_file(task):
+        return False
+    return not re.search(r"^group\s*:", Path(task).read_text(encoding="utf-8", errors="replace"), re.M)
 
 
 def _plain(value: Any) -> Any:
