@@ -9,7 +9,7 @@ PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
 # Of `make soak`.
 MINUTES ?= 25
 
-.PHONY: help quickstart test test-clients soak lint docs wheel clean
+.PHONY: help quickstart test test-conform test-clients soak lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,9 +34,12 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
 	$(BIN)/mosaics quickstart
 
-test: $(VENV)/.installed-dev  ## all tests but those of test-clients (under 10 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check src tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform'
+
+test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m conform
 
 test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m clients --ignore tests/clients

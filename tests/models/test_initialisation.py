@@ -49,6 +49,20 @@ class Uniform:
         assert weight.numel() == 1 or weight.std() > 0.01
 
 
+class Within:
+    """Drawn evenly, by a function of what is kept, from one bound to another."""
+
+    def __init__(self, bounds, function=lambda x: x) -> None:
+        self.bounds, self.function = bounds, function
+
+    def check(self, weight: torch.Tensor, **facts) -> None:
+        found = self.function(weight.detach().double()).flatten()
+        low, high = self.bounds(weight)
+        assert low - 1e-6 <= found.min() and found.max() <= high + 1e-6
+        slack = 5 * (high - low) / math.sqrt(12 * len(found))
+        assert abs(found.mean() - (low + high) / 2) < slack and (len(found) == 1 or found.std() > 0)
+
+
 class Constant:
     def __init__(self, value) -> None:
         self.value = value
@@ -84,7 +98,28 @@ CONTEXTUAL_V2 = {
     "bandwidth_slope": Constant(1.5),
     "bandwidth_exponent": Constant(1 / 3),
 }
+CONVOLUTION = Within(lambda weight: (-(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5))
+# Mamba-2: e^a from 1 to 16, and softplus(b) from 0.001 to 0.1 by its logarithm.
+DECAY_RATE = Within(lambda _: (1, 16), torch.exp)
+STEP = Within(lambda _: (math.log(0.001), math.log(0.1)), lambda x: torch.nn.functional.softplus(x).log())
 EXPECTED = {
+    "delta_rule": {  # the maps as those of v2, so that systems begin alike
+        "*_proj.weight": TABLE_6,
+        "decay_proj.?.weight": TABLE_6,
+        "convolution.weight": CONVOLUTION,
+        "decay_rate": DECAY_RATE,
+        "decay_bias": STEP,
+        "read_scale": ONES,
+    },
+    "mamba2": {
+        "*_proj.weight": TABLE_6,
+        "convolution.weight": CONVOLUTION,
+        "convolution.bias": Within(lambda _: (-0.5, 0.5)),  # of 4 tokens
+        "decay_rate": DECAY_RATE,
+        "step_bias": STEP,
+        "skip": ONES,
+        "read_scale": ONES,
+    },
     "short_term": CONTEXTUAL_V2,
     "long_term": CONTEXTUAL_V2,
     "feed_forward": {"*_proj.weight": TABLE_6},
@@ -112,10 +147,10 @@ EXPECTED = {
 
 def check_memory(memory, config) -> None:
     for name, weight in memory.named_parameters():
-        if name.endswith(".bias"):
-            expected = ZEROS
-        else:
-            [expected] = [e for pattern, e in EXPECTED[memory.type].items() if fnmatch(name, pattern)]
+        found = [e for pattern, e in EXPECTED[memory.type].items() if fnmatch(name, pattern)]
+        if memory.type == "delta_rule" and name == "decay_bias" and memory.options.decay == "low_rank":
+            found = [ZEROS]  # GLA
+        [expected] = found or [ZEROS] * name.endswith(".bias")
         layers, options = config.num_hidden_layers, vars(memory.options)
         facts = dict(weight=weight, layer=memory.layer_index, layers=layers, options=options)
         try:

@@ -95,6 +95,7 @@ def test_leaky_average_takes_triton_on_cuda_alone(monkeypatch):
     )
     monkeypatch.setattr(op.compiled, "pays", lambda _: False)
     monkeypatch.setattr(op, "HAS_TRITON", True)
+    monkeypatch.setattr(op, "has_numbers", lambda _: True)
     assert asked(2, 3, 40, 64) == "triton"
     assert asked(2, 3, 40, 64, cuda=False) == asked(2, 3, 40, 256) == "chunked"
     assert asked(2, 3, 40, 64, dtype=torch.float64) == "chunked" and asked(2, 3, 1, 64) == "naive"

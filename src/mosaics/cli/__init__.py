@@ -29,6 +29,7 @@ VERBS = (
     "evaluate",
     "compare",
     "reproduce",
+    "report",
     "bench",
     "info",
 )

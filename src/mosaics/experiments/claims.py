@@ -130,8 +130,9 @@ def settings(
     """
     common: dict[str, Any] = {"changes": changes, "tuning": tuning or {}, "beyond": beyond}
     probe = Probe(every=25, enough=ENOUGH)
-    given = {"training.steps": 1500} | (changes or {})
+    given = {"training.steps": 3000} | (changes or {})
     learnt: dict[str, Any] = common | {"changes": given, "probe": probe, "samples": samples}
+    learnt["tuning_steps"] = min(400, given["training.steps"])  # v2 has learnt long before
     documents, recall = (world_setting(world, **learnt) for world in (QA, RECALL))
     length = documents.training["context_length"]
 

@@ -27,7 +27,8 @@ def write_record(path: Path, name: str, results: dict[str, Any], command: str, *
         command: that gives them again.
         more: further entries.
     """
-    about = {"format": FORMAT, "name": name, "command": command, "commit": commit(), "machine": results["machine"]}
+    about = {"format": FORMAT, "name": name, "command": command, "commit": commit()}
+    about |= {"machine": results["machine"] | {"processor": processor()}}
     kept = {key: results[key] for key in ("study", "verdict", "baselines") if key in results}
     models = [model | {"curve": _thinned(model["curve"])} for model in results["models"]]
     rows = [row | {"scores": packed(row["scores"])} if "scores" in row else row for row in results["rows"]]

@@ -52,8 +52,8 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
         parts.append(f"<h2>{_text(name)}</h2>{''.join(map(_setting_line, settings))}")
         for evaluation in {e["name"]: e for setting in settings for e in setting["evaluations"]}.values():
             rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == (name, evaluation["name"])]
-            plot = _plot_of(evaluation, rows, results)
-            parts.append(draw(plot, folder / f"{_slug(name)}-{_slug(evaluation['name'])}.png"))
+            png = folder / f"{_slug(name)}-{_slug(evaluation['name'])}.png"
+            parts.append(draw_evaluation(evaluation, rows, results, png))
             parts.append(_baselines(name, evaluation["name"], results))
             parts.append(_details("figures", table(*_grid(rows, evaluation["beside"]))))
         for setting in settings:
@@ -169,17 +169,21 @@ def _summary(results: dict[str, Any]) -> str:
         for arrangement, points in grid(here).items():
             first, last = min(points), max(points)
             name = evaluation if setting == evaluation else f"{setting}: {evaluation}"
-            lines.append([name, arrangement, *(f"{_range(points[x])} at {x:g}" for x in (first, last))])
+            ends = (f"{shown_range(list(points[x].values()))} at {x:g}" for x in (first, last))
+            lines.append([name, arrangement, *ends])
     if not lines:
         return ""
     note = '<p class="faint">Mean over seeds, with the lowest and the highest.</p>'
     return "<h2>At a glance</h2>" + table(["question", "arrangement", "first", "last"], lines) + note
 
 
-def _range(found: dict[int, float]) -> str:
-    values = list(found.values())
+def shown_range(values: Sequence[float]) -> str:
+    """The mean, with the lowest and the highest where there are several; of trainings that diverged, nothing."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
     middle = shown(sum(values) / len(values))
-    return middle if len(values) == 1 else f"{middle} ({shown(min(values))} … {shown(max(values))})"
+    return middle if min(values) == max(values) else f"{middle} ({shown(min(values))} … {shown(max(values))})"
 
 
 def _models(results: dict[str, Any]) -> str:
@@ -220,6 +224,13 @@ _AXES = {
     "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
     "regbench-variation": ("automata learnt from", "total variation"),
 }
+
+
+def draw_evaluation(
+    evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any], png: Path
+) -> str:
+    """Draw the answers to one evaluation, all arrangements and seeds; see `draw`."""
+    return draw(_plot_of(evaluation, rows, results), png)
 
 
 def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:

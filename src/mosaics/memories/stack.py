@@ -35,9 +35,12 @@ class Step(nn.Module):
         self.norm = norm(common.hidden_size, common.norm_eps)
         self.memories = nn.ModuleDict()
         for spec in memories:
-            memory = build(spec["type"], spec.get("options", {}), common, layer_index)
-            count = sum(name.split("-")[0] == memory.type for name in self.memories)
-            self.memories[f"{memory.type}-{count + 1}" if count else memory.type] = memory
+            self.add(build(spec["type"], spec.get("options", {}), common, layer_index))
+
+    def add(self, memory: Memory) -> None:
+        """Put a memory after the others, under its type, with a number if there are others of that type."""
+        count = sum(one.type == memory.type for one in self.memories.values())
+        self.memories[f"{memory.type}-{count + 1}" if count else memory.type] = memory
 
     def forward(
         self, x: Tensor, layout: Layout, states: list[State | None] | None, context: Context
@@ -93,9 +96,12 @@ class Block(nn.Module):
         went."""
         removed = 0
         for step in self.steps:
-            for key in [key for key, memory in step.memories.items() if name in (memory.name, memory.type)]:
-                del step.memories[key]
-                removed += 1
+            memories, step.memories = list(step.memories.values()), nn.ModuleDict()
+            for memory in memories:
+                if name in (memory.name, memory.type):
+                    removed += 1
+                else:
+                    step.add(memory)
         self.steps = nn.ModuleList(step for step in self.steps if len(step.memories))
         return removed
 

@@ -88,6 +88,31 @@ def _memory_mosaics_v1(layers: int, heads: int, pairs: int, *, nano: bool = Fals
     return {"blocks": [{"repeat": layers, "steps": steps}], "norm": "layer", "tie_word_embeddings": True, **settings}
 
 
+# Fast weights in the place of v2's memories, with its sizes: what its papers give for a head, but for the width.
+_DELTA = {"write": "delta", "unit_keys": True, "convolution": 4}
+_FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear-attention": ("delta_rule", {"feature": "elu", "normalised": True, "read_norm": False}),
+    "retention": ("delta_rule", {"decay": "fixed", "rotary": True, "gate": "silu"}),
+    "gla": ("delta_rule", {"decay": "low_rank", "gate": "silu"}),
+    "mamba2": ("mamba2", {}),
+    "deltanet": ("delta_rule", _DELTA),
+    "gated-deltanet": ("delta_rule", {"decay": "head", "gate": "silu"} | _DELTA),
+    "kda": ("delta_rule", {"decay": "channel", "gate": "sigmoid", "rank": 64} | _DELTA),
+}
+
+
+def _in_the_place(memory: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One memory in the place of the contextual ones of v2-tiny."""
+    s = {**_LAPTOP, **_SIZES["tiny"]}
+    contextual = [{"type": memory, "options": {"num_attention_heads": s["heads"], **options}}]
+    return {
+        "vocab_size": s["vocab_size"],
+        "hidden_size": s["hidden_size"],
+        "max_position_embeddings": s["context"],
+        "blocks": _blocks(s["layers"], contextual, s["intermediate_size"]),
+    }
+
+
 _V1_LIBRARY = {
     "dropout": 0.05,
     "attention_dropout": 0.05,
@@ -130,4 +155,5 @@ _V1 = {
     ),
 }
 
-PRESETS: dict[str, dict[str, Any]] = _presets() | _V1
+_SYSTEMS = {f"{name}-tiny": _in_the_place(*system) for name, system in _FAST_WEIGHTS.items()}
+PRESETS: dict[str, dict[str, Any]] = _presets() | _V1 | _SYSTEMS

@@ -181,8 +181,9 @@ class AttentionMemory(Memory):
     def check(self, context_length: int) -> None:
         check_delay(self.name, max([self.options.delay, *(self.options.train_delay or ())]), context_length)
 
-    def reach(self) -> int | None:
-        return None if self.options.window is None else self.options.window - 1
+    def reach(self) -> tuple[int | None, int | None]:
+        farthest = None if self.options.window is None else self.options.window - 1
+        return farthest, farthest
 
     def activation_bytes(self, element_size: int) -> float:
         return super().activation_bytes(element_size) + 4 * 4 * self.heads * self.width  # turned, repeated, read

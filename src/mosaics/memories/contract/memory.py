@@ -100,10 +100,10 @@ class Memory(nn.Module):
     def check(self, context_length: int) -> None:
         """Raises `ValueError` if the memory makes no sense in training at a context of so many tokens."""
 
-    def reach(self) -> int | None:
-        """How many tokens back the newest and oldest that this memory alone answers from may lie, at evaluation: 0 is
-        the position's own; None is no limit."""
-        return None
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many tokens back this memory alone finds what it was trained to find, at evaluation, and beyond how many
+        it never does: 0 is the position's own token, None no limit. For what fades, the first is smaller."""
+        return None, None
 
     def activation_bytes(self, element_size: int) -> float:
         """Bytes per token that training keeps of this memory for the backward pass, about: what enters and leaves its

@@ -200,8 +200,9 @@ class ContextualMemory(Memory):
     def activation_bytes(self, element_size: int) -> float:
         return super().activation_bytes(element_size) + 3 * 4 * self.common.hidden_size  # keys, values, what is read
 
-    def reach(self) -> int | None:
-        return None if self.window is None else self.window - 1
+    def reach(self) -> tuple[int | None, int | None]:
+        farthest = None if self.window is None else self.window - 1
+        return farthest, farthest
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.window is None else min(context_length, self.window - 1)

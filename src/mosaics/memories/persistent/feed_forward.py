@@ -47,8 +47,8 @@ class FeedForwardMemory(Memory):
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
             init_map(linear, layer_index, self.options.initializer_range)
 
-    def reach(self) -> int | None:
-        return 0
+    def reach(self) -> tuple[int, int]:
+        return 0, 0
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self)

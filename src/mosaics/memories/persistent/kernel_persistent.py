@@ -98,6 +98,10 @@ class KernelPersistentMemory(Memory):
         nn.init.constant_(self.value_scale, -0.5 / SPEED)
         reset_map(self.out_proj, deviation, self.common.num_layers)
 
+    def reach(self) -> tuple[int, None]:
+        """What the keys' averages hold of the past fades."""
+        return 1, None
+
     def flops(self, context_length: int) -> float:
         return linear_flops(self) + 2 * (self.pair_keys.numel() + self.pair_values.numel())
 

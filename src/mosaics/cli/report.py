@@ -1,0 +1,20 @@
+"""`mosaics report`: a page made of kept results."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+EXAMPLE = "mosaics report results --output docs/results.md"
+
+
+def report(
+    results: Annotated[Path, Argument(metavar="RESULTS", help="A folder of reproduce --results.")],
+    output: Annotated[
+        Path, Option(metavar="FILE", help="The page, in Markdown; plots go into images beside it.")
+    ] = Path("results.md"),
+) -> None:
+    """Make a page of kept results: every claim, its verdict and the numbers that decided."""
+    from mosaics.experiments.pages import write_results_page
+
+    print(write_results_page(results, output))

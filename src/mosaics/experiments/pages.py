@@ -1,0 +1,172 @@
+"""A page of Markdown made of kept results alone: every claim, its verdict, the numbers that decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaics.experiments.records import read_record
+from mosaics.experiments.report import draw_evaluation, grid, shown, shown_range
+from mosaics.experiments.reproduce import CLAIMS
+
+_HEAD = """\
+# What was measured
+
+Made from the files in `{folder}` by `mosaics report {folder} --output {page}`; nothing here is written by hand. The \
+claims are defined in `mosaics reproduce --list`; each file names the commit that it was measured with, and holds each \
+trial, curve, seed and single answer. Intervals hold 95 %: over seeds and examples drawn anew, and for shares at least \
+Newcombe's. A claim *can't be told* where a premise is not met or an interval has both signs.
+"""
+
+
+def records_in(folder: Path) -> list[dict[str, Any]]:
+    """All kept results of a folder, in the order of the claims.
+
+    Raises:
+        ValueError: there are none, or a file holds no results.
+    """
+    found = {record["name"]: record for record in map(read_record, sorted(folder.glob("*.json")))}
+    if not found:
+        raise ValueError(f"there are no results in {folder}; make some with mosaics reproduce NAME --results {folder}")
+    names = [*(name for name in CLAIMS if name in found), *(name for name in found if name not in CLAIMS)]
+    return [found[name] for name in names]
+
+
+def write_results_page(folder: Path, page: Path) -> Path:
+    """Write the page of a folder's results, with a plot for each evaluation in `images` beside it.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    records = records_in(folder)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(results_page(records, folder, page), encoding="utf-8")
+    for record in records:
+        for setting, evaluation, rows in filter(lambda asked: _is_drawn(asked[1]), _asked(record)):
+            (page.parent / "images").mkdir(exist_ok=True)
+            draw_evaluation(evaluation, rows, record, page.parent / _image(record, setting, evaluation))
+    return page
+
+
+def results_page(records: Sequence[dict[str, Any]], folder: Path, page: Path) -> str:
+    """The page's text."""
+    parts = [_HEAD.format(folder=folder.name, page=page.as_posix()), "## Verdicts\n", _verdicts(records)]
+    for record in records:
+        parts += _record(record)
+    return "\n".join(parts)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; numbers as `shown` gives them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(shown(cell).replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _verdicts(records: Sequence[dict[str, Any]]) -> str:
+    known = {record["name"]: record for record in records}
+    rows = []
+    for name, claim in CLAIMS.items():
+        if record := known.get(name):
+            verdict = record["verdict"]
+            seeds = ", ".join(map(str, record["study"]["seeds"]))
+            rows.append([f"`{name}`", claim.paper, f"**{verdict['verdict']}**", "; ".join(verdict["why"]), seeds])
+        else:
+            rows.append([f"`{name}`", claim.paper, "not run", "", ""])
+    return markdown(["", "claim", "verdict", "since not", "seeds"], rows)
+
+
+def _record(record: dict[str, Any]) -> Iterable[str]:
+    verdict, machine, study = record["verdict"], record["machine"], record["study"]
+    yield f"## `{record['name']}`: {verdict['verdict']}\n"
+    if claim := CLAIMS.get(record["name"]):
+        yield f"{claim.paper} Here: {claim.here}\n"
+    words = f"{machine.get('processor', machine['device'])}, torch {machine['torch']}"
+    yield f"Commit {record['commit']}, {words}, seeds {', '.join(map(str, study['seeds']))}:\n"
+    yield f"```\n{record['command']}\n```\n"
+    if checks := verdict["checks"]:
+        yield markdown(["", "must hold", "found", "by", "95 % interval", ""], map(_check, checks))
+    if record["models"]:
+        yield _models(record["models"])
+    for setting, evaluation, rows in _asked(record):
+        name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
+        yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (lowest … highest):\n"
+        yield _answers(rows, _simple(record, setting, evaluation["name"]))
+        if _is_drawn(evaluation):
+            yield f"![{name}]({_image(record, setting, evaluation).as_posix()})\n"
+
+
+def _check(check: dict[str, Any]) -> list[Any]:
+    kind = "" if check["kind"] == "claim" else check["kind"]
+    if check["left"] is None:
+        return [kind, check["says"], "not measured", "", "", check["verdict"]]
+    found = f"{shown(check['left'])} {'≥' if check['relation'] == '>=' else '≤'} {shown(check['right'])}"
+    interval = f"{shown(check['low'])} … {shown(check['high'])}"
+    return [kind, check["says"], found, check["estimate"], interval, check["verdict"]]
+
+
+def _models(models: Sequence[dict[str, Any]]) -> str:
+    """A line for each arrangement and setting: what its best trial was, and how long its trainings took."""
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for model in models:
+        lines.setdefault((model["setting"], model["arrangement"]), []).append(model)
+    rows = []
+    for (setting, arrangement), found in lines.items():
+        kept = [m for m in found if not m["trial"]] or found
+        variant = {"learning rate": kept[0]["learning_rate"]} | kept[0].get("variant", {})
+        best = ", ".join(f"{_short(key)} {shown(value)}" for key, value in variant.items() if key != _RATE)
+        enough = [m["enough_at"] for m in kept if m.get("enough_at")]
+        learnt = ", ".join(map(str, enough)) if enough else "never" if kept[0].get("probes") else ""
+        steps = shown_range([m["steps"] for m in kept])
+        row = [setting, arrangement, kept[0]["parameters"], sum(m["trial"] for m in found), best, learnt, steps]
+        rows.append([*row, f"{sum(m['seconds'] for m in found) / 3600:.2f}"])
+    columns = ["setting", "arrangement", "parameters", "trials", "best", "enough learnt at step", "steps", "hours"]
+    return markdown(columns, rows)
+
+
+_RATE = "training.learning_rate"
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def _asked(record: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Setting, evaluation and rows of everything that was asked."""
+    for setting in {s["series"] or s["name"]: s for s in record["study"]["settings"]}.values():
+        shown_as = setting["series"] or setting["name"]
+        for evaluation in setting["evaluations"]:
+            wanted = (shown_as, evaluation["name"])
+            if rows := [row for row in record["rows"] if (row["setting"], row["evaluation"]) == wanted]:
+                yield shown_as, evaluation, rows
+
+
+def _is_drawn(evaluation: dict[str, Any]) -> bool:
+    """Not where the same models are asked the same again with something changed."""
+    return not (evaluation["changes"] or evaluation["without"] or evaluation["stretch"])
+
+
+def _simple(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
+    """What simple predictors reach, by name and point."""
+    found: dict[str, dict[float, float]] = {}
+    for row in record.get("baselines", []):
+        if (row["setting"], row["evaluation"]) == (setting, evaluation):
+            for name, y in row.items():
+                if name not in ("setting", "evaluation", "x") and y is not None:
+                    found.setdefault(name.replace("_", " "), {})[row["x"]] = y
+    return found
+
+
+def _answers(rows: Sequence[dict[str, Any]], simple: dict[str, dict[float, float]]) -> str:
+    xs = sorted({row["x"] for row in rows})
+    lines = []
+    for arrangement, points in grid(rows).items():
+        lines.append([arrangement, *(shown_range(list(points[x].values())) if x in points else "" for x in xs)])
+    lines += [[f"*{name}*", *(points.get(x, "") for x in xs)] for name, points in simple.items()]
+    return markdown(["", *(f"{x:g}" for x in xs)], lines)
+
+
+def _image(record: dict[str, Any], setting: str, evaluation: dict[str, Any]) -> Path:
+    words = "-".join((record["name"], setting, evaluation["name"])).lower()
+    name = "".join(c if c.isalnum() else "-" for c in words)
+    return Path("images") / f"results-{'-'.join(filter(None, name.split('-')))}.png"

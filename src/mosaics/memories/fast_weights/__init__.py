@@ -1,0 +1,1 @@
+"""Memories that are weights, written by every token."""

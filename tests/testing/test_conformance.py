@@ -1,0 +1,200 @@
+"""Every memory keeps the contract, and the suite that says so finds memories that do not."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mosaics.memories import REGISTRY, Memory, State, register
+from mosaics.models import modeling_mosaic
+from mosaics.testing import CHECKS, Nonconforming, check_examples, conform, examples
+
+FIRST = list(examples(first=True))
+MORE = [example for example in examples() if example not in FIRST]
+
+
+@pytest.mark.parametrize("name, options", FIRST, ids=[name for name, _ in FIRST])
+def test_memory_conforms(name, options):
+    conform(name, options)
+
+
+@pytest.mark.conform
+@pytest.mark.parametrize("name, options", MORE, ids=[f"{name}-{number}" for number, (name, _) in enumerate(MORE)])
+def test_memory_conforms_with_other_options(name, options):
+    conform(name, options)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_examples_try_every_option_with_two_values(name):
+    check_examples(name)
+
+
+@dataclasses.dataclass
+class Last(State):
+    """The last input of each row, `(batch, 1, d)`."""
+
+    x: Tensor | None = None
+
+
+class Neighbour(Memory):
+    """Answers with a map of the token itself and the one before it: a short convolution, whose tail is its state."""
+
+    EXAMPLES = ({}, {"scale": 0.5})
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        scale: float = 1.0
+
+    def __init__(self, options, common, layer_index):
+        super().__init__(options, common, layer_index)
+        self.proj = nn.Linear(2 * common.hidden_size, common.hidden_size, bias=common.bias)
+
+    def initial_state(self):
+        return Last()
+
+    def forward(self, x, layout, state, context):
+        last = torch.zeros_like(x[:, :1]) if state is None or state.x is None else state.x
+        whole = torch.cat([last, x], dim=1)
+        before = self.before(whole[:, :-1], layout)
+        if state is not None:
+            state.x = self.tail(whole, layout)
+        return self.proj(torch.cat([before, x], dim=2)) * self.options.scale, state
+
+    def before(self, before, layout):
+        return before if layout.is_first is None else before.masked_fill(layout.is_first[..., None], 0.0)
+
+    def tail(self, whole, layout):
+        return layout.align(whole[:, None])[:, 0, -1:]
+
+    def reset_parameters(self, layer_index):
+        nn.init.normal_(self.proj.weight, std=0.3 / (layer_index + 1))
+
+    def flops(self, context_length):
+        return 2 * self.proj.weight.numel()
+
+    def reach(self):
+        return 1, 1
+
+    def state_bytes(self, context_length, element_size):
+        return element_size * self.common.hidden_size if context_length else 0
+
+
+class Zeros(Neighbour):
+    def forward(self, x, layout, state, context):
+        y, state = super().forward(x, layout, state, context)
+        return 0 * y, state
+
+
+class Peek(Neighbour):
+    def before(self, before, layout):
+        return torch.cat([before[:, 2:], torch.zeros_like(before[:, :2])], dim=1)
+
+
+class Forgetful(Neighbour):
+    def tail(self, whole, layout):
+        return torch.zeros_like(whole[:, :1])
+
+
+class Padded(Neighbour):
+    def tail(self, whole, layout):
+        return whole[:, -1:]
+
+
+class AcrossDocuments(Neighbour):
+    def before(self, before, layout):
+        return before
+
+
+class Unset(Neighbour):
+    def reset_parameters(self, layer_index):
+        """Nothing."""
+
+
+class Boastful(Neighbour):
+    def reach(self):
+        return 4, 4
+
+
+class Modest(Neighbour):
+    def flops(self, context_length):
+        return -1
+
+    def state_bytes(self, context_length, element_size):
+        return 1
+
+
+class Noisy(Neighbour):
+    """Draws numbers of its own in training."""
+
+    def forward(self, x, layout, state, context):
+        y, state = super().forward(x, layout, state, context)
+        return y * torch.rand((), generator=GENERATOR), state
+
+
+GENERATOR = torch.Generator()
+
+
+class Carried(Neighbour):
+    """Leaves something in the stream in each pass, so that a block that is computed anew finds another."""
+
+    def forward(self, x, layout, state, context):
+        y, state = super().forward(x, layout, state, context)
+        seen = context.stream.setdefault("seen", [])
+        seen.append(1)
+        return y * len(seen), state
+
+
+PLANTED = {
+    Zeros: ("it_answers_something",),
+    Peek: ("nothing_comes_from_the_future",),
+    Forgetful: ("any_cut_equals_the_whole", "states_survive_a_file", "rows_can_be_selected_and_repeated"),
+    Padded: ("padding_and_documents_change_nothing",),
+    AcrossDocuments: ("padding_and_documents_change_nothing", "small_inputs_work"),
+    Unset: ("initialisation_is_applied",),
+    Boastful: ("it_reaches_as_far_as_it_says",),
+    Modest: ("flops_of_linear_maps_are_torchs", "state_bytes_are_those_held"),
+    Noisy: ("training_resumes_bit_for_bit", "checkpointing_changes_nothing"),
+    Carried: ("checkpointing_changes_nothing",),
+}
+
+
+@pytest.fixture
+def planted():
+    known = dict(REGISTRY)
+    yield lambda memory: register("planted")(type("Planted", (memory,), {}))
+    REGISTRY.clear()
+    REGISTRY.update(known)
+
+
+def test_suite_takes_a_memory_that_keeps_the_contract(planted):
+    planted(Neighbour)
+    check_examples("planted")
+    conform("planted", {"scale": 0.5})
+
+
+@pytest.mark.parametrize("memory, check", [(m, check) for m, checks in PLANTED.items() for check in checks])
+def test_suite_finds_a_memory_that_does_not(memory, check, planted):
+    planted(memory)
+    with pytest.raises(Nonconforming):
+        conform("planted", {}, [check])
+
+
+def test_suite_finds_a_model_that_does_not_initialise_a_memory(planted, monkeypatch):
+    planted(Neighbour)
+    monkeypatch.setattr(modeling_mosaic, "_reset_missing", lambda memory: None)
+    with pytest.raises(Nonconforming, match="is not as reset_parameters sets it"):
+        conform("planted", {}, ["initialisation_is_applied"])
+
+
+def test_suite_asks_for_two_values_of_every_option(planted):
+    planted(type("OneExample", (Neighbour,), {"EXAMPLES": ({},)}))
+    with pytest.raises(Nonconforming, match="'scale'"):
+        check_examples("planted")
+
+
+def test_suite_refuses_a_check_that_is_none(planted):
+    planted(Neighbour)
+    with pytest.raises(ValueError, match="choose from"):
+        conform("planted", {}, ["no_such_check"])
+    assert len(CHECKS) > 15
