@@ -116,7 +116,10 @@ def test_readme_shows_the_two_commands_first():
     assert "make quickstart" in first and "make test" in first and "](docs/images/quickstart.png)" in first
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-conform", "test-clients", "soak", "lint", "docs", "wheel"])
+TARGETS = ["quickstart", "test", "test-conform", "test-clients", "soak", "lint", "docs", "wheel"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_make_target_exists(target, tmp_path):
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
