@@ -9,11 +9,11 @@ PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
 # Of `make soak`.
 MINUTES ?= 25
 
-.PHONY: help quickstart test test-conform soak lint docs wheel clean
+.PHONY: help quickstart test test-conform test-clients soak lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-14s%s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mosaics needs Python 3.11 or newer; set PYTHON=python3.11 (or newer) and run make again." if sys.version_info < (3, 11) else 0)'
@@ -26,15 +26,24 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Apart from the rest, since transformers imports torchao wherever it finds it; --no-deps: all that they need is there.
+$(VENV)/.installed-clients: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao
+	touch $@
+
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
 	$(BIN)/mosaics quickstart
 
 test: $(VENV)/.installed-dev  ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check src tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m 'not clients and not conform'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform'
 
 test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m conform
+
+test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m clients --ignore tests/clients
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/clients $(BIN)/python -m pytest -q -n auto --maxprocesses 2 tests/clients
 
 soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
 	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)

@@ -24,6 +24,8 @@ PAGES = [
     "docs/performance.md",
     "docs/reliability.md",
     "docs/security.md",
+    "docs/serving.md",
+    "docs/use-with.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
@@ -44,7 +46,7 @@ SMALL["bench"] = (
     "--contexts 16 --rounds 1 --no-memory --batch-sizes 1 --peers llama "
     "--model.hidden_size 16 --model.num_hidden_layers 1 --model.num_attention_heads 2 --model.vocab_size 300"
 )
-NOT_RUN = {"convert"}  # it takes a Llama
+NOT_RUN = {"convert", "chat", "serve"}  # a Llama, or somebody who talks, would be needed
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
@@ -91,7 +93,7 @@ def test_document_runs_from_top_to_bottom(document, workplace, capsys):
         assert "long_term at position 40 reads mostly from [8, 8]" in printed
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/performance.md", "docs/serving.md", "docs/use-with.md"])
 def test_document_commands_have_their_options(document, capsys):
     for words in commands(document):
         if words[0] != "mosaics":
@@ -114,7 +116,10 @@ def test_readme_shows_the_two_commands_first():
     assert "make quickstart" in first and "make test" in first and "](docs/images/quickstart.png)" in first
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-conform", "soak", "lint", "docs", "wheel"])
+TARGETS = ["quickstart", "test", "test-conform", "test-clients", "soak", "lint", "docs", "wheel"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_make_target_exists(target, tmp_path):
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
@@ -123,7 +128,7 @@ def test_make_target_exists(target, tmp_path):
 
 def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make test" in script.splitlines()
+    assert {"make test", "make test-conform", "make test-clients"} <= set(script.splitlines())
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -6,6 +6,7 @@ import pytest
 
 from mosaics.evaluation import PersistentKnowledge, evaluate
 from mosaics.evaluation import persistent_knowledge as module
+from mosaics.evaluation.harness import task_manager
 from mosaics.evaluation.persistent_knowledge import (
     BENCHMARKS,
     FALLS,
@@ -14,7 +15,6 @@ from mosaics.evaluation.persistent_knowledge import (
     Benchmark,
     mapping,
     normalised,
-    task_manager,
 )
 
 COLOURS = ["red", "blue", "green", "old"]
@@ -162,7 +162,7 @@ def test_persistent_knowledge_through_lm_eval_equals_the_same_questions_from_a_f
 
 def test_persistent_knowledge_names_what_lm_eval_cannot_get(scorer, monkeypatch):
     pytest.importorskip("lm_eval")
-    with pytest.raises(ValueError, match="lm-eval can't run openbookqa .* give a file with --data"):
+    with pytest.raises(ValueError, match="lm-eval can't run openbookqa .* or give a file with --data"):
         evaluate(PersistentKnowledge(tasks=("obqa",), samples=1), scorer)
 
 

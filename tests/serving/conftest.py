@@ -23,7 +23,8 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, interme
 REACH = dict(window=8, delay=4, train_delay=[4, 12], max_position_embeddings=64)
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}"
-    "{% endif %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    "{% endif %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 DOCUMENT = "import os\n\n\ndef path(name):\n    return os.path.join('a', name)\n" * 20
 
@@ -114,7 +115,8 @@ class Server:
         self.url = found[1]
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 120} | options)
+        options = {"api_key": "none", "max_retries": 0, "timeout": 120} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def health(self) -> dict:
         with urllib.request.urlopen(f"{self.url}/health", timeout=30) as response:

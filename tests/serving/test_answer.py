@@ -5,7 +5,7 @@ import torch
 
 from mosaics.serving.answer import Answer, Sampling
 
-TEXT = "naïve “quotes” – 世界 🙂🙂 ends here. And then some more words, so that the text is long enough to be cut.\n" * 3
+TEXT = "naïve “quotes” – 世界 🙂🙂 ends here. And then some more words, so that it is long enough to be cut.\n" * 3
 
 
 def write(tokenizer, ids, end=frozenset(), **sampling):

@@ -100,7 +100,8 @@ def bad_requests() -> list[tuple[str, str, bytes, dict, set[int]]]:
     ]  # fmt: skip
     posts = ("/v1/completions", "/v1/chat/completions", "/v1/memories")
     found = [("POST", path, body, kind, {400, 404, 413}) for path in posts for body in bodies]
-    found += [("GET", path, b"", {}, {404}) for path in ("/", "/v1", "/v1/memories/x", "/v1/models/..%2f..", "/" + "a" * 9000)]
+    paths = ("/", "/v1", "/v1/memories/x", "/v1/models/..%2f..", "/" + "a" * 9000)
+    found += [("GET", path, b"", {}, {404}) for path in paths]
     found += [("DELETE", "/v1/memories/x", b"", {}, {404}), ("PATCH", "/v1/completions", b"{}", kind, {405})]
     return [*found, ("GET", "/v1/models", b"", {"host": "evil.example"}, {403})]
 
@@ -135,7 +136,8 @@ def test_flood_of_bad_requests_is_refused_and_leaves_nothing_behind(endlessly):
 
 def test_connections_that_make_no_request_keep_nobody_waiting(endlessly):
     port = int(endlessly.url.rpartition(":")[2])
-    rude = [b"", b"\x00" * 100, b"GET", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"]
+    rude = [b"", b"\x00" * 100, b"GET"]
+    rude += [b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"]
     rude += [b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20000, b"\x16\x03\x01\x02\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
     before, sockets = held(endlessly), []
     for _, said in zip(range(140), itertools.cycle(rude), strict=False):

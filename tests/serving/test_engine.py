@@ -23,7 +23,8 @@ class Desk:
         self.calls: list[tuple[int, int]] = []  # shapes of what the model was given
         self.tokenizer, self.told = tokenizer, Queue()
         self.handle = model.register_forward_pre_hook(
-            lambda _, args, kwargs: self.calls.append(tuple((args or (kwargs["input_ids"],))[0].shape)), with_kwargs=True
+            lambda _, args, kwargs: self.calls.append(tuple((args or (kwargs["input_ids"],))[0].shape)),
+            with_kwargs=True,
         )
         self.engine = Engine(model, parallel)
 
@@ -200,6 +201,18 @@ def test_engine_tells_all_answers_of_a_batch_that_fails(desk, loaded, monkeypatc
         if number is None:
             told[job] = what
     assert set(told) == set(jobs) and all(isinstance(what, RuntimeError) for what in told.values())
+    here.finish(here.submit([5, 6], max_tokens=3))
+
+
+def test_engine_tells_of_a_failure_between_tokens_and_goes_on(desk, monkeypatch):
+    here = desk()
+    job = here.submit([5, 6], n=2, max_tokens=10**6)
+    here.next()
+    monkeypatch.setattr(here.engine, "_prune", lambda batch: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    while (told := here.next())[1] is not None:
+        pass
+    assert told[0] is job and isinstance(told[2], RuntimeError) and here.engine.alive
+    monkeypatch.undo()
     here.finish(here.submit([5, 6], max_tokens=3))
 
 

@@ -34,11 +34,11 @@ def chat(
     stops an answer. The tokenizer's chat template is used if there is one. Lines may come through a pipe.
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
-    from mosaics.models.loading import load_exported
     from mosaics.serving.answer import Sampling
     from mosaics.serving.conversation import Conversation
+    from mosaics.training.sources import open_source
 
-    loaded, tokenizer = load_exported(model, state_dtype)
+    loaded, tokenizer = open_source(model, state_dtype)
     if memory is not None:
         check_mosaic(loaded)
     conversation, terminal = Conversation(loaded, tokenizer, memory), _Terminal()
@@ -61,7 +61,10 @@ def chat(
             elif command:
                 how = Sampling(max_new_tokens, temperature, top_p, seed)
                 seed = (seed + 1) % 2**63
-                terminal.show(conversation.ask(line, how))
+                try:
+                    terminal.show(conversation.ask(line, how))
+                except ValueError as error:  # the chat template refuses it; what was said before stays
+                    _say(f"error: {error}")
 
 
 def _save(conversation, file: str) -> None:

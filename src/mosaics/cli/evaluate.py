@@ -12,14 +12,16 @@ def evaluate(
     model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
     suite: Annotated[
         str,
-        Option(help="persistent-knowledge, new-knowledge, in-context-learning, recall or perplexity."),
+        Option(help="persistent-knowledge, new-knowledge, in-context-learning, recall, perplexity or lm-eval."),
     ],
     output: Annotated[Path | None, Option(metavar="FOLDER", help="Where the results go; continued if begun.")] = None,
     data: Annotated[
         list[str] | None,
         Option(metavar="[NAME=]PATH", help="Data files: text for perplexity, else NAME=PATH (repeatable)."),
     ] = None,
-    tasks: Annotated[str | None, Option(help="Tasks of the suite, separated by commas.")] = None,
+    tasks: Annotated[
+        str | None, Option(help="Tasks of the suite, separated by commas; of lm-eval: names or task files (.yaml).")
+    ] = None,
     lengths: Annotated[str | None, Option(help="Prompt lengths in tokens, as 256,4096.")] = None,
     samples: Annotated[int | None, Option(help="Examples for each setting.")] = None,
     seed: Annotated[int | None, Option(help="Seed of every draw of the questions.")] = None,
@@ -41,10 +43,10 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int | None, Option(help="new-knowledge: tokens of an answer at most.")] = None,
     fewshot: Annotated[
-        int | None, Option(help="persistent-knowledge: solved questions in front, for benchmarks from files.")
+        int | None, Option(help="persistent-knowledge (from files), lm-eval: solved questions in front.")
     ] = None,
     allow_code: Annotated[
-        bool, Option("--allow-code", help="persistent-knowledge: let benchmarks run what the model writes, here.")
+        bool, Option("--allow-code", help="persistent-knowledge, lm-eval: let tasks run what the model writes, here.")
     ] = False,
     shots: Annotated[
         str | None, Option(help="in-context-learning: numbers of shots (one example of every class each), as 1,4,16.")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from mosaics.extras import how_to_install
+
 EXAMPLE = "mosaics serve runs/first --memory textwrap=textwrap.memory --port 8000"
 
 
@@ -14,7 +16,7 @@ def serve(
     model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, Option(help="What clients call the model; the last part of MODEL if not given.")] = None,
+    name: Annotated[str | None, Option(help="What clients call the model; if not given, MODEL's last part.")] = None,
     memory: Annotated[
         list[str] | None,
         Option(metavar="NAME=FILE", help="A memory kept by generate --save-memory, under a name (repeatable)."),
@@ -53,16 +55,17 @@ def serve(
     try:
         from mosaics.serving.server import bound, run, take_up
     except ModuleNotFoundError as error:
-        raise ValueError(f"serve needs {error.name}, which is not installed; pip install 'mosaics[serve]'") from None
+        raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
     from mosaics.evaluation.scorer import place
     from mosaics.models import MosaicForCausalLM
-    from mosaics.models.loading import load_exported
     from mosaics.serving.desk import Desk, Limits
+    from mosaics.training.sources import open_source
 
     with bound(host, port) as listening:
-        loaded, tokenizer = load_exported(model, state_dtype)
+        loaded, tokenizer = open_source(model, state_dtype)
         if files and not isinstance(loaded, MosaicForCausalLM):
-            raise ValueError(f"only a mosaic keeps a memory, and {model} is a {loaded.config.model_type}; leave out --memory")
+            kind = loaded.config.model_type
+            raise ValueError(f"only a mosaic keeps a memory, and {model} is a {kind}; leave out --memory")
         loaded = place(loaded, device, str(loaded.dtype).removeprefix("torch."))
         limits = Limits(parallel, queue, max_context, max_tokens, max_body, timeout, memories, memory_bytes)
         desk = Desk(name or Path(model).resolve().name, loaded, tokenizer, limits)
@@ -80,7 +83,7 @@ def _files(words: list[str]) -> dict[str, Path]:
     for word in words:
         name, _, file = word.partition("=")
         if not re.fullmatch(r"[\w.-]{1,64}", name) or not file:
-            raise ValueError(f"--memory {word} names no memory; write NAME=FILE, the name of letters, digits, . _ and -")
+            raise ValueError(f"--memory {word} names no memory; write NAME=FILE, NAME of letters, digits, . _ and -")
         if name in files:
             raise ValueError(f"--memory {name} is given twice; choose another name")
         files[name] = Path(file)

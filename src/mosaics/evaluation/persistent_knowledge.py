@@ -3,21 +3,19 @@
 The paper's 19 benchmarks fall into 13 that stay when the long-term memory is taken out and 6 that fall (Table 2).
 """
 
-import hashlib
 import random
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from mosaics.evaluation.example import Example, Prompts, Record
 from mosaics.evaluation.files import fields, known_form, read_json, texts
+from mosaics.evaluation.harness import run_task
 from mosaics.evaluation.results import Row, Suite, grouped, mean, wilson
-from mosaics.extras import how_to_install
 
 STAYS, FALLS, OTHER = "first 13", "last 6", "not in the paper"
 
@@ -211,91 +209,26 @@ def run_lm_eval(scorer, benchmark: Benchmark, samples: int | None, allow_code: b
     """One benchmark through lm-eval's `hf` model.
 
     Returns:
-        `score`, `questions`, `metrics` (all of lm-eval's) and `samples` (each question's prompt digest, answer, target
-        and metrics).
+        `score`, `questions`, `metrics` and `samples`, as `mosaics.evaluation.harness.run_task` gives them.
 
     Raises:
         ValueError: lm-eval is not installed, or its data can't be had.
     """
-    import os
-
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise ValueError(f"lm-eval is not installed: {how_to_install('eval')}; or give files with --data") from None
-    if allow_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    # lm-eval cuts what is longer than this; going beyond the training length is no reason to.
-    model = HFLM(
-        pretrained=scorer.model,
-        tokenizer=scorer.tokenizer,
-        batch_size=scorer.batch_size,
-        max_length=scorer.limit or 1 << 17,
-    )
-    try:
-        results = simple_evaluate(
-            model,
-            tasks=[benchmark.task],
-            limit=samples,
-            task_manager=task_manager(),
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            confirm_run_unsafe_code=allow_code,
-        )
-    except (OSError, ConnectionError, RuntimeError) as error:
-        if "out of memory" in str(error):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"lm-eval can't run {benchmark.task} ({reason}); give a file with --data") from error
-    scores, counts = [], []
-    for name, metrics in results["results"].items():
+        found = run_task(scorer, benchmark.task, samples=samples, allow_code=allow_code, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give a file with --data") from error
+    counts = found["questions"]
+    scores = {}
+    for name, metrics in found["metrics"].items():
         key = next((key for key in metrics if key.startswith(f"{benchmark.metric},")), None)
-        if key is not None and name in results["samples"]:
-            scores.append(float(metrics[key]))
-            counts.append(results["n-samples"][name]["effective"])
+        if key is not None and name in counts:
+            scores[name] = metrics[key]
     if not scores:
         raise ValueError(f"lm-eval gave no {benchmark.metric} for {benchmark.task}; install the version that is tested")
-    total = sum(counts)
-    return {
-        "score": sum(score * count for score, count in zip(scores, counts, strict=True)) / total,
-        "questions": total,
-        "metrics": {
-            name: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-            for name, metrics in results["results"].items()
-        },
-        "samples": [
-            {
-                "id": f"{name}/{sample['doc_id']}",
-                "prompt_digest": hashlib.sha256(repr(sample["arguments"]).encode()).hexdigest()[:16],
-                "prediction": _plain(sample["filtered_resps"]),
-                "references": _plain(sample["target"]),
-                "score": _plain({key: sample[key] for key in sample["metrics"]}),
-            }
-            for name, asked in results["samples"].items()
-            for sample in asked
-        ],
-    }
-
-
-@lru_cache
-def task_manager():
-    """lm-eval's index of tasks, which takes seconds to make."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _plain(value: Any) -> Any:
-    """The same in lists, dictionaries, numbers and text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    total = sum(counts[name] for name in scores)
+    score = sum(score * counts[name] for name, score in scores.items()) / total
+    return found | {"score": score, "questions": total}
 
 
 # Questions from files

@@ -68,6 +68,7 @@ def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache,
 
     Raises:
         ValueError: there is more than one row, or the cache holds another context or other memories than the model has.
+        OSError: the file can't be written.
     """
     state, rows, positions = open_cache(cache, model.model.stack)
     if input_ids.shape != (1, positions):
@@ -93,6 +94,8 @@ def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache,
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written ({error}); choose a folder that is there and has room") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size

@@ -32,7 +32,7 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
 
     Args:
         desk: the model and what its clients share.
-        hosts: names under which the server may be asked, so that no web page reaches it by a name of its own; None: any.
+        hosts: names by which the server may be asked, so that no web page reaches it by a name of its own; None: any.
         key: what clients have to send as `Authorization: Bearer`; None: nothing.
     """
 
@@ -52,7 +52,7 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
             ticket.close()
 
     Open = Annotated[Ticket, Depends(opened)]
-    app = FastAPI(title="mosaics", docs_url=None, redoc_url=None, dependencies=[Depends(allowed)])
+    app = FastAPI(title="mosaics", openapi_url=None, dependencies=[Depends(allowed)])
     app.add_middleware(_Arriving, limit=desk.limits.body, seconds=BODY_SECONDS)
 
     @app.exception_handler(Refused)
@@ -96,9 +96,7 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
         prompts = []
         for given in _split(asked.prompt):
             ids = await desk.tokens(given, special=memory is None) if isinstance(given, str) else given
-            if not ids:
-                raise Refused(400, "a prompt has no tokens; say what to go on from", param="prompt")
-            if not 0 <= min(ids) <= max(ids) < desk.model.config.vocab_size:
+            if ids and not 0 <= min(ids) <= max(ids) < desk.model.config.vocab_size:
                 raise Refused(400, f"tokens are from 0 to {desk.model.config.vocab_size - 1}", param="prompt")
             prompts.append(Prompt(ids, memory))
         samplings = _samplings(desk, asked, prompts, asked.max_tokens or 16, asked.logprobs)
@@ -126,7 +124,8 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
         desk.check_length(prompt)
         room = desk.memories.room()
         if memory_bytes(desk.model, prompt.tokens) > room:
-            raise Refused(413, f"a memory of {prompt.tokens} tokens does not fit in {max(room, 0):,} bytes", param="text")
+            said = f"a memory of {prompt.tokens} tokens does not fit in {max(room, 0):,} bytes"
+            raise Refused(413, said, param="text")
 
         async def keep() -> Response:
             kept = await ticket.read(prompt)
@@ -160,7 +159,8 @@ def build_app(desk: Desk, hosts: Sequence[str] | None = LOCAL, key: str | None =
 
 def _check_model(desk: Desk, name: str) -> None:
     if name != desk.name:
-        raise Refused(404, f"there is no model {name!r} here; this server has {desk.name!r}", "model_not_found", "model")
+        said = f"there is no model {name!r} here; this server has {desk.name!r}"
+        raise Refused(404, said, "model_not_found", "model")
 
 
 def _model(desk: Desk) -> dict[str, Any]:
@@ -364,7 +364,8 @@ def _invalid(errors: Sequence[Any]) -> Refused:
     name = where[0]
     if first["type"] == "extra_forbidden" and len(where) == 1:
         known = {name for body in _BODIES for name in body.model_fields}
-        return Refused(400, f"unrecognized request argument: {name[:100]}; {nearest(name[:100], known)}", param=name[:100])
+        name = name[:100]
+        return Refused(400, f"unrecognized request argument: {name}; {nearest(name, known)}", param=name)
     said = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
     path = ".".join(part for part in where if part.isdigit() or part in _FIELDS)  # without the kinds of a union
     return Refused(400, f"{path}: {'; or '.join(said)}"[:500], param=name[:100])

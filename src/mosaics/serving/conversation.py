@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ class Conversation:
         answer, text = Answer(self.tokenizer, self._end, sampling), ""
         try:
             logits = None
-            for logits in self._reading():
+            for logits in self._reading():  # noqa: B007
                 yield ""
             while logits is not None and not answer.finished:
                 piece = answer.take(logits)
@@ -107,7 +108,10 @@ class Conversation:
         if answers:
             messages = [*messages]
             messages[answers[-1]] = {"role": "assistant", "content": ANSWER}
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses what was said: {error}; /reset begins again") from None
         if answers and ANSWER not in text:
             raise ValueError("the chat template leaves out what was answered, so the conversation can't go on; /reset")
         return text.rpartition(ANSWER)[2]

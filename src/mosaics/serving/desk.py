@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -137,7 +138,9 @@ class Desk:
             ) from None
 
     def check_length(self, prompt: Prompt, answer: int = 0) -> None:
-        """Raises `Refused` for more tokens than may be."""
+        """Raises `Refused` for more tokens than may be, or none."""
+        if not prompt.ids:
+            raise Refused(400, "there are no tokens to go on from; say something", param="prompt")
         if prompt.tokens + answer > self.limits.context:
             raise Refused(
                 400,
@@ -193,7 +196,7 @@ class Ticket:
                 f"{limits.parallel} at once, {limits.queue} waiting; ask for fewer",
                 param="n",
             )
-        if engine.closing:
+        if engine.closing or not engine.alive:
             raise Refused(503, "the server is shutting down")
         if self.desk.open + sum(rows) > limits.parallel + limits.queue:
             raise Refused(429, "too many answers are under way; ask again later", "too_many_requests", retry=True)
@@ -203,7 +206,7 @@ class Ticket:
             first = sum(rows[: len(self._jobs)])
             ids = torch.tensor([prompt.ids])
             before = None if prompt.before is None else prompt.before.cache
-            job = Job(ids, answers, before, lambda number, what, first=first: self._tell(first, number, what), self._deadline)
+            job = Job(ids, answers, before, partial(self._tell, first), self._deadline)
             self._jobs.append(job)
             engine.submit(job)
 

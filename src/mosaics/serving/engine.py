@@ -124,8 +124,6 @@ class Engine:
         while self._receive():
             self._waiting = deque(job for job in self._waiting if not self._over(job))
             self._reading = deque(job for job in self._reading if not self._over(job))
-            for batch in list(self._batches):
-                self._prune(batch)
             self._admit()
             if self._reading:
                 self._read(self._reading.popleft())
@@ -208,6 +206,9 @@ class Engine:
     def _write(self, batch: Batch) -> None:
         """The next token of every answer of a batch."""
         try:
+            self._prune(batch)
+            if batch not in self._batches:
+                return
             logits = self._logits(torch.tensor([[answer.tokens[-1]] for _, answer, _ in batch.rows]), batch.cache)
             batch.lengths = [length + 1 for length in batch.lengths]
             for (job, answer, number), row in zip(batch.rows, logits, strict=True):
