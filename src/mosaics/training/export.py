@@ -67,24 +67,27 @@ to refuse anything.
 {unlicensed}"""
 
 
-def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
+def export_run(run: Path, output: Path, *, step: int | None = None, self_contained: bool = False) -> Path:
     """Export a checkpoint of a run: weights, config, tokenizer and model card.
 
     Args:
         run: the run's folder.
         output: the folder to make; it must not exist, or be empty.
         step: whose checkpoint; None takes the newest whole one.
+        self_contained: whether all code that the model needs goes with it; else a file that imports this package.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or `output` holds something.
+        ValueError: there is no such checkpoint, it is damaged, `output` holds something, or a memory is of another
+            package, whose code can't go with the model.
         OSError: it can't be written; no partial folder is left.
     """
     import transformers
 
     from mosaics.data import PreparedCorpus
+    from mosaics.models.code import write_code
     from mosaics.models.loading import write_manifest
     from mosaics.training.sources import checkpoint_model
 
@@ -100,6 +103,8 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         model.save_pretrained(temporary)
+        if self_contained:
+            write_code(temporary, self_contained)
         tokenizer.save_pretrained(temporary)
         step = int(checkpoint.name.removeprefix("step-"))
         found = last_validation(run / "metrics.jsonl", step)

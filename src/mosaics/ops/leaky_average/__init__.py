@@ -2,7 +2,6 @@ r"""The gated recurrence that makes keys: `leaky_average`. The mathematics is in
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mosaics.ops import FLOATS, Faster, check, eager_on_cpu, has_numbers, run
