@@ -151,8 +151,9 @@ class _Source:
         while left:
             node = left.pop()
             yield node
-            idle = self.idle(node, called)
-            left += [child for child in ast.iter_child_nodes(node) if child not in idle]
+            left.extend(ast.iter_child_nodes(node))
+            for method in self.idle(node, called):
+                left.remove(method)
 
     def uses(self, statement: ast.stmt, called: set[str]) -> Iterator[tuple[ast.AST, str, str]]:
         """What of the package's modules a statement uses: where, the module that defines it, and its name there."""
