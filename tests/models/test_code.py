@@ -23,8 +23,7 @@ from mosaics.models.code import CODE_LICENSE, sources, write_code
 from mosaics.ops import kernel_regression, leaky_average, unit_values
 from stranger import computed
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 ARRANGEMENTS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
 NARROW = "memory-mosaics-v2-tiny in int8"
 LIMIT = 3000  # lines, for memory-mosaics-v2
@@ -42,7 +41,7 @@ def stranger(how: str, jobs: list[dict], folder: Path, path: str = "") -> list[s
     # Isolated, but for the package where it is to be had: it may be installed somewhere else.
     start = f"import sys, runpy; sys.path[:0] = {[path] if path else []}; sys.argv[:] = sys.argv[1:]; "
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-I", "-c", start, str(HERE / "stranger.py"), how, json.dumps(jobs)]
+    command = [sys.executable, "-I", "-c", start, str(ROOT / "tests" / "stranger.py"), how, json.dumps(jobs)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -45,7 +45,7 @@ mosaics {version}.
 {imported}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"{trusted})
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"{trusted})
 prompt = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64, do_sample=True)[0]))
 ```

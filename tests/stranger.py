@@ -1,9 +1,9 @@
 """A program of somebody who has transformers, and perhaps not mosaics: loads saved models by `trust_remote_code=True`.
 
-    python -I stranger.py without|with JOB
+    python -I stranger.py without|with JOBS
 
-With `without` nothing can import mosaics. JOB is a JSON object: of every model `folder`, where to `save` it, and where to
-put what it computes, `out`. `computed` is also what tests compute with the package itself.
+With `without` nothing can import mosaics. JOBS is a JSON list of objects: the `folder` of a model, where to put what it
+computes, `out`, and where to `save` it. `computed` is also what tests compute with the package itself.
 """
 
 import json
