@@ -43,6 +43,12 @@ def computed(model) -> dict[str, Tensor]:
     found["loss"] = loss.detach()
     for name, gradient in zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
         found[f"gradient {name}"] = torch.zeros(()) if gradient is None else gradient
+    optimizer, drawn = torch.optim.SGD(parameters, lr=0.0), []
+    for _ in range(3):  # an optimizer's step draws anew
+        torch.manual_seed(2)
+        drawn.append(model(rows, labels=rows).loss.detach())
+        optimizer.step()
+    found["drawn"] = torch.stack(drawn)
     model.eval()
     return {name: x.contiguous().clone() for name, x in found.items()}
 
