@@ -159,10 +159,7 @@ class _Source:
         """What of the package's modules a statement uses: where, the module that defines it, and its name there."""
         aliases: set[ast.AST] = set()
         for node in self.nodes(statement, called):
-            if isinstance(node, ast.ImportFrom):
-                for _, (module, name) in _from_package(node):
-                    yield node, *_defined(module, name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module, name = self.imported.get(node.value.id, (None, ""))
                 if module and name is None:
                     aliases.add(node.value)
@@ -247,19 +244,14 @@ def _written(source: _Source, names: set[str], called: set[str]) -> str:
     used = {node.id for s in kept for node in source.nodes(s, called) if isinstance(node, ast.Name)}
     imports: dict[str, set[str]] = defaultdict(set)  # what is imported of each module of the folder
     for statement in kept:
-        nested: dict[ast.AST, list[str]] = defaultdict(list)
         for node, module, name in source.uses(statement, called):
-            if isinstance(node, ast.ImportFrom):
-                nested[node].append(f"from .{_flat(module)} import {name}")
-            elif isinstance(node, ast.Attribute):
+            if isinstance(node, ast.Attribute):
                 alias, (begin, end) = f"{node.value.id}_{name}", place(node)
                 assert data[begin:end].decode() == ast.unparse(node), f"{source.module}:{node.lineno} is not rewritten"
                 edits.append((begin, end, alias))
                 imports[module].add(f"{name} as {alias}")
             elif module != source.module:
                 imports[module].add(name if name == node.id else f"{name} as {node.id}")
-        for node, texts in nested.items():
-            edits.append((*place(node), "; ".join(texts)))
         for node in source.nodes(statement, called):
             for method in source.idle(node, called):
                 edits.append((*whole(method), ""))
