@@ -24,7 +24,6 @@ from mosaics.ops import kernel_regression, leaky_average, unit_values
 from stranger import computed
 
 ROOT = Path(__file__).parents[2]
-ARRANGEMENTS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
 NARROW = "memory-mosaics-v2-tiny in int8"
 LIMIT = 3000  # lines, for memory-mosaics-v2
 
@@ -32,6 +31,14 @@ LIMIT = 3000  # lines, for memory-mosaics-v2
 def types(preset: str) -> set[str]:
     steps = MosaicConfig.from_preset(preset).block_steps()
     return {memory["type"] for block in steps for step in block for memory in step}
+
+
+# One for each set of memories, and all whose memories have other names than their types.
+ARRANGEMENTS = list({frozenset(types(preset)): preset for preset in reversed(PRESETS) if "tiny" in preset}.values())
+ARRANGEMENTS = [
+    "memory-mosaics-v2-tiny",
+    *sorted({*ARRANGEMENTS, "transformer-long-short-tiny"} - {"memory-mosaics-v2-tiny"}),
+]
 
 
 def stranger(how: str, jobs: list[dict], folder: Path, path: str = "") -> list[str]:
