@@ -31,7 +31,7 @@ def tiny_config(preset: str = "memory-mosaics-v2-tiny", **overrides) -> MosaicCo
     else:
         own = dict(intermediate_size=24)
         reach = {"short_term.window": 6, "long_term.delay": 3, "long_term.train_delay": [3, 6]}
-        own |= reach if preset != "transformer-tiny" else {}
+        own |= {key: value for key, value in reach.items() if MosaicConfig.from_preset(preset).has(key)}
         own = {key: value for key, value in own.items() if key.partition(".")[2] not in overrides}
     return MosaicConfig.from_preset(preset, **{**sizes, **own, **overrides})
 

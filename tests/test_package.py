@@ -51,6 +51,7 @@ def test_wheel_holds_the_package_its_recipes_and_its_licence(wheel):
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "mosaics").rglob("*.py")}
     assert sources <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {"mosaics/py.typed", "mosaics/LICENSE"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"mosaics", f"mosaics-{mosaics.__version__}.dist-info"}
 
 

@@ -29,7 +29,8 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
-PAGES += [f"src/mosaics/ops/{op}/README.md" for op in ("kernel_regression", "leaky_average", "delta_rule", "inner_loop")]
+OPS = ("kernel_regression", "leaky_average", "delta_rule", "inner_loop")
+PAGES += [f"src/mosaics/ops/{op}/README.md" for op in OPS]
 PAGES += [f"docs/memories/{name}.md" for name in ("delta-rule", "ttt", "titans")]
 # Appended to the commands, so that what they start ends within seconds.
 SMALL = {

@@ -15,7 +15,7 @@ from mosaics.ops import leaky_average as op
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not op.HAS_TRITON, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not op.triton.HAS_TRITON, reason="Triton is not installed")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_leaky_average_triton_under_the_interpreter")
 
 
@@ -84,7 +84,7 @@ def test_leaky_average_triton_does_not_break_a_compiled_graph():
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on a processor")
 @pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_triton)])
 def test_leaky_average_triton_says_what_it_needs(installed, monkeypatch):
-    monkeypatch.setattr(op, "HAS_TRITON", installed)
+    monkeypatch.setattr(op.triton, "HAS_TRITON", installed)
     with pytest.raises(ValueError, match="runs on CUDA, not on cpu" if installed else "is not installed"):
         leaky_average(torch.ones(1, 1, 3, 2), torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), form="triton")
 
@@ -94,12 +94,12 @@ def test_leaky_average_takes_triton_on_cuda_alone(monkeypatch):
         SimpleNamespace(shape=shape, is_cuda=cuda, dtype=dtype)
     )
     monkeypatch.setattr(op.compiled, "pays", lambda _: False)
-    monkeypatch.setattr(op, "HAS_TRITON", True)
+    monkeypatch.setattr(op.triton, "HAS_TRITON", True)
     monkeypatch.setattr(op, "has_numbers", lambda _: True)
     assert asked(2, 3, 40, 64) == "triton"
     assert asked(2, 3, 40, 64, cuda=False) == asked(2, 3, 40, 256) == "chunked"
     assert asked(2, 3, 40, 64, dtype=torch.float64) == "chunked" and asked(2, 3, 1, 64) == "naive"
-    monkeypatch.setattr(op, "HAS_TRITON", False)
+    monkeypatch.setattr(op.triton, "HAS_TRITON", False)
     assert asked(2, 3, 40, 64) == "chunked"
 
 

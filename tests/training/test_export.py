@@ -4,12 +4,18 @@ import errno
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
 
+from mosaics.cli import main
+from mosaics.memories.mosaic.long_term import LongTermMemory
+from mosaics.models.loading import load_exported
 from mosaics.training.checkpoint import checkpoint_folder
 from mosaics.training.export import export_run
 
@@ -39,6 +45,30 @@ def test_export_run_model_card_snippet_runs(run, capsys):
     code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("PATH_OF_THIS_FOLDER", str(run / "export"))
     exec(code, {})
     assert capsys.readouterr().out.startswith("<|begin_of_text|>")
+
+
+def test_export_self_contained_card_snippet_runs_without_mosaics(run, tmp_path):
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--output", str(out), "--self-contained"]) == 0
+    text = (out / "README.md").read_text()
+    assert "import mosaics  #" not in text and "LICENSE-CODE.txt" in text and (out / "LICENSE-CODE.txt").is_file()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("PATH_OF_THIS_FOLDER", str(out))
+    refused = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from stranger import Refused\n"
+    refused += "sys.meta_path.insert(0, Refused())\n"
+    done = subprocess.run([sys.executable, "-I", "-c", refused + code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.startswith("<|begin_of_text|>"), done.stderr
+    model, _ = load_exported(out)  # with the package, and all files as they were written
+    assert torch.equal(model.lm_head.weight, load_exported(run / "export")[0].lm_head.weight)
+    (out / "modeling_mosaic.py").write_text("print('something else')")
+    with pytest.raises(ValueError, match=r"modeling_mosaic\.py has changed since it was exported"):
+        load_exported(out)
+
+
+def test_export_self_contained_refuses_the_memory_of_another_package(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LongTermMemory, "__module__", "elsewhere.memories")
+    assert main(["export", str(run), "--output", str(tmp_path / "out"), "--self-contained"]) == 2
+    assert "error: the memory 'long_term' is of another package (elsewhere.memories)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_export_run_takes_a_step(run, tmp_path):

@@ -88,7 +88,9 @@ def open_cache(cache: Cache, stack: Stack, batch: int | None = None) -> tuple[St
         raise ValueError(f"A mosaic cannot use {kind} cache; pass DynamicCache(config=model.config), or none.")
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers.extend(MosaicCacheLayer() for _ in stack.blocks)
-    if not all(isinstance(layer, MosaicCacheLayer) for layer in cache.layers) or len(cache.layers) != len(stack.blocks):
+    # By its name, as transformers finds it: that of the package and those of exported models do one another's work.
+    kinds = {getattr(layer, "_layer_type", None) for layer in cache.layers}
+    if kinds != {MosaicCacheLayer._layer_type} or len(cache.layers) != len(stack.blocks):
         raise ValueError("The cache belongs to another model; pass DynamicCache(config=model.config), or none.")
     for layer, block in zip(cache.layers, stack.blocks, strict=True):
         if layer.state is not None and layer.kinds != [memory.type for memory in block.memories()]:

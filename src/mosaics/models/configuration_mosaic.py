@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import os
 import re
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -122,13 +126,12 @@ class MosaicConfig(PreTrainedConfig):
         Raises:
             ValueError: the preset or a key is unknown, or a value is impossible.
         """
-        from mosaics.models.presets import PRESETS
-
-        if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
+        presets = _beside("presets").PRESETS
+        if name not in presets:
+            raise ValueError(f"There is no preset {name!r}; {nearest(name, presets)}")
         if overrides.get("blocks") is not None:
             cls(blocks=overrides["blocks"])  # refuses what are none, before options are set in them
-        return cls(**_changed(name, PRESETS[name], overrides))
+        return cls(**_changed(name, presets[name], overrides))
 
     def changed(self, name: str, /, **overrides: Any) -> MosaicConfig:
         """Another config with fields or options changed, as `from_preset` takes them; `name` is for error messages.
@@ -157,9 +160,7 @@ class MosaicConfig(PreTrainedConfig):
             if key not in valid | _TRANSFORMERS_KEYS and not key.startswith("_"):
                 raise ValueError(f"A mosaic has no setting {key!r}; {nearest(key, valid - _INHERITED)}")
         if self.blocks is None:
-            from mosaics.models.presets import PRESETS
-
-            self.blocks = PRESETS["memory-mosaics-v2-small"]["blocks"]
+            self.blocks = _beside("presets").PRESETS["memory-mosaics-v2-small"]["blocks"]
         self.blocks = copy.deepcopy(self.blocks)
         self._check()
         _check_inherited(vars(self) | kwargs)
@@ -228,11 +229,18 @@ class MosaicConfig(PreTrainedConfig):
                 if names.count(name) > 1:
                     raise ValueError(f"Two memories of a block have the name {name!r}; give each a name of its own.")
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As transformers does it, with a file that lets `trust_remote_code=True` load the folder where this package is
+        installed; a model that brought its code has taken that along."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._auto_class is None:
+            _beside("code").write_code(Path(save_directory))
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
         self._tell_peft()
         values = super().to_dict()
-        if not values.get("auto_map"):
+        if self._auto_class is None or not values.get("auto_map"):  # it names files of another folder
             values.pop("auto_map", None)
         return values
 
@@ -313,6 +321,18 @@ class MosaicConfig(PreTrainedConfig):
 
 _FIELDS = {f.name for f in dataclasses.fields(MosaicConfig)}
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+
+
+def _beside(name: str) -> ModuleType:
+    """A module that is beside this one in the package, but not in the code that goes with an exported model.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError:
+        raise ValueError(f"The {name} of mosaics are in the package alone; install it, or give all settings.") from None
 
 
 def _memories(blocks: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

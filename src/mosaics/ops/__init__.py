@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,35 @@ _reported: set[tuple[str, str]] = set()
 FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Given = tuple[str, Tensor | None, tuple[int | str, ...], tuple[torch.dtype, ...]]
+
+
+class Faster:
+    """Forms of an op that are there for speed alone, each in a module of the op's package.
+
+    The code that goes with an exported model has none of them, and does without.
+
+    Args:
+        package: of the op, whose name is the op's.
+        forms: names of modules; each has a function of the op's name and one that says whether it `pays` for an input.
+    """
+
+    def __init__(self, package: str, *forms: str) -> None:
+        self._op = package.rpartition(".")[2]
+        self._modules: dict[str, ModuleType] = {}
+        for form in forms:
+            try:
+                self._modules[form] = importlib.import_module(f"{package}.{form}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{package}.{form}":
+                    raise
+
+    def functions(self) -> dict[str, Callable]:
+        """The forms that are there, by name."""
+        return {form: getattr(module, self._op) for form, module in self._modules.items()}
+
+    def pays(self, form: str, *given: Any) -> bool:
+        """Whether a form is there, can be used and is worth it for an input."""
+        return form in self._modules and self._modules[form].pays(*given)
 
 
 def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mosaics._version import __version__
 from mosaics.training.checkpoint import (
@@ -11,7 +10,7 @@ from mosaics.training.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from mosaics.training.metrics import is_number, last_validation
+from mosaics.training.metrics import is_number, last_validation, read_metrics
 from mosaics.training.recipe import Recipe, data_of, open_recipe
 
 _FIGURES = ("bits_per_byte", "nats_per_token", "tokens", "bytes")
@@ -40,23 +39,32 @@ mosaics {version}.
 
 ## Use
 
-```python
-import mosaics  # teaches transformers this architecture
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{code}
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```python
+{imported}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"{trusted})
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"{trusted})
 prompt = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64, do_sample=True)[0]))
 ```
 
-or `mosaics generate PATH_OF_THIS_FOLDER --prompt "{prompt}"`.
+With mosaics installed also `mosaics generate PATH_OF_THIS_FOLDER --prompt "{prompt}"`. Programs that load models
+themselves need to be told to trust the folder's code:
+
+```sh
+lm-eval --model hf --model_args pretrained=PATH_OF_THIS_FOLDER,trust_remote_code=True --tasks TASKS
+```
 
 ## Training
 
 - corpus: `{corpus}`, {share:.2g} of its documents held out; longer ones than the context are {long_documents}
 - {step:,} steps of {batch:,} sequences x {context:,} tokens ({tokens:,} positions){beginning}{extended}
-- AdamW, peak learning rate {rate:g}, weight decay {decay:g}; seed {seed}
+- AdamW, peak learning rate {rate:g} after {warmup:,} steps of warm-up, weight decay {decay:g}, gradients clipped at
+  {clip:g}; seed {seed}{loss}
+
+## Evaluation
 
 {validation}
 
@@ -66,25 +74,36 @@ It says what is likely in text like its corpus, not what is true. It was not tun
 to refuse anything.
 {unlicensed}"""
 
+_PACKAGE = """\
+It needs the package `mosaics`, by `import mosaics` or, where a program can't be made to import it, by
+`trust_remote_code=True`: the folder's `modeling_mosaic.py` does nothing but import the package."""
+_SELF_CONTAINED = """\
+The folder brings its code, which PyTorch and transformers {transformers} run: `trust_remote_code=True` lets it. The
+code (`*.py`) is a part of mosaics {version}, under Apache-2.0 (`{license}`; not the licence of the weights), and
+computes in PyTorch alone. Where `mosaics` is installed, `import mosaics` in its place takes the faster kernels."""
 
-def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
+
+def export_run(run: Path, output: Path, *, step: int | None = None, self_contained: bool = False) -> Path:
     """Export a checkpoint of a run: weights, config, tokenizer and model card.
 
     Args:
         run: the run's folder.
         output: the folder to make; it must not exist, or be empty.
         step: whose checkpoint; None takes the newest whole one.
+        self_contained: whether all code that the model needs goes with it; else a file that imports this package.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or `output` holds something.
+        ValueError: there is no such checkpoint, it is damaged, `output` holds something, or a memory is of another
+            package, whose code can't go with the model.
         OSError: it can't be written; no partial folder is left.
     """
     import transformers
 
     from mosaics.data import PreparedCorpus
+    from mosaics.models.code import write_code
     from mosaics.models.loading import write_manifest
     from mosaics.training.sources import checkpoint_model
 
@@ -100,10 +119,12 @@ def export_run(run: Path, output: Path, *, step: int | None = None) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         model.save_pretrained(temporary)
+        if self_contained:
+            write_code(temporary, self_contained)
         tokenizer.save_pretrained(temporary)
         step = int(checkpoint.name.removeprefix("step-"))
-        found = last_validation(run / "metrics.jsonl", step)
-        (temporary / "README.md").write_text(model_card(recipe, model, step, found, run.name), encoding="utf-8")
+        card = model_card(recipe, model, step, run / "metrics.jsonl", run.name, self_contained)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         if output.exists():
             output.rmdir()
         write_manifest(temporary)
@@ -132,9 +153,23 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return checkpoint_folder(root, step)
 
 
-def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], name: str) -> str:
-    """The model card: Markdown with YAML front matter."""
-    config = model.config
+def model_card(recipe: Recipe, model, step: int, metrics: Path, name: str, self_contained: bool = False) -> str:
+    """The model card: Markdown with YAML front matter.
+
+    Args:
+        recipe: of the run.
+        model: what is exported.
+        step: of its checkpoint.
+        metrics: what the run has measured.
+        name: of the model.
+        self_contained: whether its code is in the folder.
+    """
+    import transformers
+
+    from mosaics.models.code import CODE_LICENSE
+
+    config, validation = model.config, last_validation(metrics, step)
+    losses = [line for line in read_metrics(metrics) if line["step"] <= step and is_number(line.get("loss"))]
     if all(is_number(validation.get(f"validation_{name}")) for name in _FIGURES):
         figures = (
             f"On held-out documents of the same corpus, at step {validation['step']:,}: "
@@ -152,6 +187,11 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
         arrangement=f"`{recipe.model.preset}`" if recipe.model.preset else f"that of `{recipe.training.init_from}`",
         name=name,
         version=__version__,
+        code=_SELF_CONTAINED.format(transformers=transformers.__version__, version=__version__, license=CODE_LICENSE)
+        if self_contained
+        else _PACKAGE,
+        imported="" if self_contained else "import mosaics  # teaches transformers this architecture\n",
+        trusted=", trust_remote_code=True" if self_contained else "",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -168,6 +208,9 @@ def model_card(recipe: Recipe, model, step: int, validation: dict[str, Any], nam
         beginning=f", begun with the weights of `{recipe.training.init_from}`" if recipe.training.init_from else "",
         extended="".join(f", extended by {e.steps:,} steps ({e.schedule})" for e in recipe.training.extensions),
         rate=recipe.training.learning_rate,
+        warmup=recipe.training.warmup_steps,
+        clip=recipe.training.gradient_clip,
+        loss=f"\n- loss at step {losses[-1]['step']:,}: {losses[-1]['loss']:.4f} nats per token" if losses else "",
         decay=recipe.training.weight_decay,
         seed=recipe.seed,
         validation=figures,

@@ -9,21 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import eager_on_cpu, has_numbers, run
-from mosaics.ops.kernel_regression import blockwise, compiled, flex, naive, shifted, single, sliced
+from mosaics.ops import Faster, eager_on_cpu, has_numbers, run
+from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.naive import check_read, weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
-FORMS = {
-    "naive": naive.kernel_regression,
-    "blockwise": blockwise.kernel_regression,
-    "shifted": shifted.kernel_regression,
-    "compiled": compiled.kernel_regression,
-    "single": single.kernel_regression,
-    "sliced": sliced.kernel_regression,
-    "flex": flex.kernel_regression,
-}
+FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
+FORMS = {"naive": naive.kernel_regression, "blockwise": blockwise.kernel_regression} | FASTER.functions()
 
 FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
@@ -78,10 +71,11 @@ def kernel_regression(
         raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
     if queries.numel() == 0 or keys.shape[2] == 0:
         form = "naive"  # nothing is asked, or nothing stored
-    if form is None and single.pays(queries, keys, values, bandwidth, dropout):
+    if form is None and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:
         form = _fastest(queries, keys, values, delay, window, start, dropout)
+        form = form if form in FORMS else "blockwise"
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout)
@@ -139,18 +133,16 @@ def _fastest(
         return "sliced"  # the others would widen all that is stored
     if time == 1 or (not queries.is_cuda and not has_numbers(queries)):
         return "naive"  # one query needs no tiles; without numbers there is nothing to ask them
-    if not dropout and compiled.pays(queries):
+    if not dropout and FASTER.pays("compiled", queries):
         return "compiled"
     if dropout and queries.device.type == "cpu":
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:
         return "shifted"
     cut = window is not None or start is not None
-    if cut and keys.shape[2] == time and not dropout and flex.pays(queries, values):
+    if cut and keys.shape[2] == time and not dropout and FASTER.pays("flex", queries, values):
         return "flex"
     if window is not None or keys.shape[2] != time:
         # Without a gradient, a tile need not be as wide as all that is stored.
         return "sliced" if window is None and keys.shape[2] > LONG and not torch.is_grad_enabled() else "blockwise"
-    # A call for each document pays as long as the documents are not shorter than a tile.
-    few = start is None or len(shifted.documents(start)) * blockwise.BLOCK <= start.numel()
-    return "shifted" if few else "blockwise"
+    return "shifted" if FASTER.pays("shifted", start) else "blockwise"

@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.blockwise import BLOCK
+
+
+def pays(start: Tensor | None) -> bool:
+    """Whether a call for each document is worth it: the documents are not shorter than a tile of the blockwise form."""
+    return start is None or len(documents(start)) * BLOCK <= start.numel()
 
 
 def kernel_regression(

@@ -2,33 +2,14 @@ r"""The gated recurrence that makes keys: `leaky_average`. The mathematics is in
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from mosaics.ops import FLOATS, check, eager_on_cpu, has_numbers, run
-from mosaics.ops.leaky_average import chunked, compiled, naive
+from mosaics.ops import FLOATS, Faster, check, eager_on_cpu, has_numbers, run
+from mosaics.ops.leaky_average import chunked, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
-HAS_TRITON = find_spec("triton") is not None
-
-
-def _triton(*args: Any, **options: Any) -> tuple[Tensor, LeakyAverageState]:
-    if not HAS_TRITON:
-        raise ValueError("The triton form needs Triton, which is not installed; install it or use the chunked form.")
-    from mosaics.ops.leaky_average import triton_form
-
-    return triton_form.leaky_average(*args, **options)
-
-
-FORMS = {
-    "naive": naive.leaky_average,
-    "chunked": chunked.leaky_average,
-    "compiled": compiled.leaky_average,
-    "triton": _triton,
-}
+FASTER = Faster(__name__, "compiled", "triton")
+FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average} | FASTER.functions()
 
 __all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
 
@@ -81,10 +62,8 @@ def leaky_average(
 
 
 def _fastest(inputs: Tensor) -> str:
-    if compiled.pays(inputs):
+    if FASTER.pays("compiled", inputs):
         return "compiled"
     if inputs.shape[2] == 1 or (not inputs.is_cuda and not has_numbers(inputs)):
         return "naive"  # one position is one step of the recurrence; without numbers there is nothing to ask them
-    # A tile of the kernel holds all of a head's width in registers.
-    fits = inputs.is_cuda and inputs.dtype != torch.float64 and inputs.shape[3] <= 128
-    return "triton" if fits and HAS_TRITON else "chunked"
+    return "triton" if FASTER.pays("triton", inputs) else "chunked"

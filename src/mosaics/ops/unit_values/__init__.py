@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import FLOATS, check, eager_on_cpu, has_numbers, run
-from mosaics.ops.unit_values import compiled, in_place, naive
+from mosaics.ops import FLOATS, Faster, check, eager_on_cpu, run
+from mosaics.ops.unit_values import naive
 
-FORMS = {"naive": naive.unit_values, "in_place": in_place.unit_values, "compiled": compiled.unit_values}
+FASTER = Faster(__name__, "in_place", "compiled")
+FORMS = {"naive": naive.unit_values} | FASTER.functions()
 
 __all__ = ["FORMS", "unit_values"]
 
@@ -37,5 +38,5 @@ def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0, f
     each = (("shares", mix, (heads,), FLOATS), ("lengths", length, (heads,), FLOATS))
     check("unit_values", raw.device, (("raw values", raw, (batch, heads, time, width), FLOATS), *each))
     if form is None:
-        form = "compiled" if compiled.pays(raw) else "in_place" if has_numbers(raw) else "naive"
+        form = "compiled" if FASTER.pays("compiled", raw) else "in_place" if FASTER.pays("in_place", raw) else "naive"
     return run(FORMS, form, "unit_values", raw, mix, length, eps=eps)

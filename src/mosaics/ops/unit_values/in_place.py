@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mosaics.ops import has_numbers
 from mosaics.ops.unit_values.naive import SMALLEST
+
+
+def pays(raw: Tensor) -> bool:
+    """Whether there are numbers to write over."""
+    return has_numbers(raw)
 
 
 def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0) -> Tensor:
