@@ -17,6 +17,10 @@ OPTIONS = {
     "feed_forward": dict(intermediate_size=12),
     "leaky_contextual": dict(num_attention_heads=2),
     "kernel_persistent": dict(num_attention_heads=2, num_pairs=11, num_banks=2),
+    "delta_rule": dict(num_attention_heads=2, write="delta", decay="head", unit_keys=True, convolution=3, gate="silu"),
+    "mamba2": dict(num_attention_heads=4, state_width=5),
+    "ttt": dict(num_attention_heads=2, chunk=4),
+    "titans": dict(num_attention_heads=2, chunk=4),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {

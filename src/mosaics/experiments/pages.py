@@ -86,8 +86,8 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
     yield f"```\n{record['command']}\n```\n"
     if checks := verdict["checks"]:
         yield markdown(["", "must hold", "found", "by", "95 % interval", ""], map(_check, checks))
-    if record["models"]:
-        yield _models(record["models"])
+    if models := [model for model in record["models"] if "trial" in model]:
+        yield _models(models)
     for setting, evaluation, rows in _asked(record):
         name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
         yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (lowest … highest):\n"
@@ -133,9 +133,9 @@ def _short(key: str) -> str:
 
 def _asked(record: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Setting, evaluation and rows of everything that was asked."""
-    for setting in {s["series"] or s["name"]: s for s in record["study"]["settings"]}.values():
-        shown_as = setting["series"] or setting["name"]
-        for evaluation in setting["evaluations"]:
+    for setting in {s.get("series") or s["name"]: s for s in record["study"]["settings"]}.values():
+        shown_as = setting.get("series") or setting["name"]
+        for evaluation in setting.get("evaluations", ()):  # an experiment of its own has none
             wanted = (shown_as, evaluation["name"])
             if rows := [row for row in record["rows"] if (row["setting"], row["evaluation"]) == wanted]:
                 yield shown_as, evaluation, rows
