@@ -17,4 +17,6 @@ def test_compare_refuses_in_one_sentence(refused, tmp_path):
     assert "transformer-tiny" in refused("compare", *to, "--arrangements", "transformer-tin")
     assert "no world 'recal'" in refused("compare", *to, "--worlds", "recal")
     assert "options only" in refused("compare", *to, "more")
+    assert "'nosuch'" in refused("compare", *to, "--text", "nosuch", *OPTIONS)
+    assert "'--samples'" in refused("compare", *to, "--samples", "0")
     assert not list(tmp_path.iterdir())

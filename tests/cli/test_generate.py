@@ -54,6 +54,7 @@ def test_generate_refuses_impossible_options(refused, small_run, option, value):
 
 def test_generate_refuses_what_is_no_model(refused, small_run, tmp_path):
     assert "there is no model" in refused("generate", tmp_path / "nothing", "--prompt", "x")
+    assert "there is no folder nosuch" in refused("generate", "nosuch", "--prompt", "x")
     assert "is no model" in refused("generate", tmp_path, "--prompt", "x")
     begun = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoints"))
     assert "has no checkpoint yet" in refused("generate", begun, "--prompt", "x")

@@ -28,7 +28,7 @@ def compare(
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
     ] = None,
     match: Annotated[str, Option(help="Equal parameters, flops, or both: parameters,flops.")] = "parameters",
-    samples: Annotated[int, Option(help="Questions for each length or number of shots.")] = 200,
+    samples: Annotated[int, Option(min=1, help="Questions for each length or number of shots.")] = 200,
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers; may be shared. [OUTPUT/cache]")
     ] = None,

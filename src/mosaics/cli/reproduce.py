@@ -38,7 +38,7 @@ def reproduce(
         bool,
         Option("--tune", help="Try learning rates until the best is not at the edge, rotary bases, starts, warm-up."),
     ] = False,
-    samples: Annotated[int, Option(help="Questions for each length or number of shots; test automata.")] = 500,
+    samples: Annotated[int, Option(min=1, help="Questions for each length or number of shots; test automata.")] = 500,
     automata: Annotated[str, Option(help="Of regbench: automata to learn from, a training each.")] = "100,500,2500",
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers, shared by claims. [OUTPUT/cache]")

@@ -33,7 +33,10 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
 
     Raises:
         ValueError: an arrangement or a setting is impossible.
+        OSError: there is no such text; nothing was trained then.
     """
+    for setting in study.settings:
+        work.check_data(setting.data)
     plan = Plan(study, cache)
     while trials := plan.trials():  # what is tried next depends on what was found
         run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")

@@ -196,6 +196,20 @@ def _is_prepared(data: Data) -> bool:
     return data.corpus is not None and (Path(data.corpus) / "manifest.json").is_file()
 
 
+def check_data(data: Data) -> None:
+    """Look for the texts, before anything is trained.
+
+    Raises:
+        OSError: one is not there.
+        ValueError: one can't be read.
+    """
+    from mosaics.data import open_corpus
+
+    for corpus in (data.corpus, data.validation, data.test):
+        if isinstance(corpus, str) and not (Path(corpus) / "manifest.json").is_file():
+            open_corpus(corpus, field=data.field)
+
+
 def prepared(data: Data, cache: Path) -> Path:
     """The folder of a prepared corpus, which is made unless the corpus is such a folder or the cache has it."""
     from mosaics.data import open_corpus, prepare

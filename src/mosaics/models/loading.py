@@ -178,6 +178,8 @@ def _load(kind: type, source: str | Path, **options: Any):
     if not folder.exists():
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
             raise ValueError(f"there is no model {source}")
+        if "/" not in str(source):
+            raise ValueError(f"there is no folder {source}; name a model's or a run's folder, or a hub id (owner/name)")
         options |= where_to_look()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
