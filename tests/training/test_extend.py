@@ -42,12 +42,12 @@ def test_train_extended_twice_equals_a_run_that_had_it_in_its_recipe_bit_for_bit
 
 def test_train_extended_twice_with_kills_between_equals_one_without_bit_for_bit(extended, finished, tiny, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    for extension, lines in ((FIRST, 8), (SECOND, 12)):
+    for extension, lines in ((FIRST, 11), (SECOND, 17)):
         words = ["--extend", str(extension.steps), "--schedule", extension.schedule]
         for until in (lines, None):  # the same command goes on
             process = _process(None, run, words)
             if until is not None:
-                _wait_for_steps(process, run, until + 3)  # and three of validation
+                _wait_for_steps(process, run, until)  # two more than there were
                 process.kill()
             output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "that was begun goes on" in output, output

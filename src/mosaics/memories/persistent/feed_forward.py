@@ -50,5 +50,9 @@ class FeedForwardMemory(Memory):
     def reach(self) -> tuple[int, int]:
         return 0, 0
 
+    def activation_bytes(self, element_size: int) -> float:
+        """As measured on a block of v2, in both precisions."""
+        return element_size * self.common.hidden_size + (8 + element_size) * self.options.intermediate_size
+
     def flops(self, context_length: int) -> float:
         return linear_flops(self)
