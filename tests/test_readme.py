@@ -37,7 +37,7 @@ SMALL = {
     "prepare": "--vocab-size 300 --validation 0.3",
     "train": "--model.hidden_size 16 --model.num_hidden_layers 1 --model.num_attention_heads 2 "
     "--model.intermediate_size 24 --model.window 8 --model.delay 4 --model.train_delay [4,8] "
-    "--data.vocabulary_size 300 --data.validation 0.3 --training.steps 2 --training.context_length 64 "
+    "--training.steps 2 --training.context_length 64 "
     "--training.batch_size 2 --validation.sequences 2",
     "generate": "--max-new-tokens 4",
 }
@@ -88,6 +88,8 @@ def test_document_runs_from_top_to_bottom(document, workplace, capsys):
             words = shlex.split(line, comments=True)
             if words[:1] == ["mosaics"] and words[1] not in NOT_RUN:
                 dry = [] if "--dry-run" in words else shlex.split(SMALL.get(words[1], ""))
+                if words[1] == "train" and "--data.prepared" not in words:
+                    dry += ["--data.vocabulary_size", "300", "--data.validation", "0.3"]
                 assert main([*words[1:], *dry]) == 0, f"{line}\n{capsys.readouterr().err}"
     if document == "docs/tutorial.md":  # what it says of its little model
         printed = capsys.readouterr().out

@@ -92,3 +92,20 @@ def test_prepare_command_help_shows_an_example_that_runs(tmp_path, capsys):
     assert (done.returncode, done.stderr) == (0, "")
     assert "python-stdlib in data/python" in done.stdout
     assert (tmp_path / "data" / "python" / "manifest.json").is_file()
+
+
+def test_prepare_command_takes_several_corpora(books, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "0.txt").write_text("Another book.\n" * 30)
+    words = ["--corpus", books, "--corpus", tmp_path / "more", "--vocab-size", 300, "--json"]
+    code, out, _ = run(capsys, "prepare", *words, "--out", tmp_path / "p")
+    counts = json.loads(out)
+    assert code == 0 and sum(part["documents"] for part in counts["splits"].values()) == 7
+
+
+def test_prepare_command_refuses_text_that_is_named_twice(books, tmp_path, capsys):
+    out = ["--out", tmp_path / "p"]
+    code, _, err = run(capsys, "prepare", "--corpus", books, "--corpus", books, *out)
+    assert code == 2 and "is given twice" in err
+    code, _, err = run(capsys, "prepare", "--corpus", books, "--validation-corpus", books, *out)
+    assert code == 2 and "which is trained on" in err and not (tmp_path / "p").exists()

@@ -201,3 +201,11 @@ def test_load_recipe_refuses_yaml_that_unfolds_without_end(tmp_path):
     path.write_text("\n".join(["a0: &a0 [1]", *lists, "data: {corpus: *a11}"]))
     with pytest.raises(ValueError, match=r"mine\.yaml holds more than 10000 values"):
         load_recipe(path)
+
+
+def test_parse_overrides_refuses_what_would_be_dropped_silently():
+    with pytest.raises(ValueError, match="--data.corpus is given twice"):
+        parse_overrides(["--data.corpus", "a", "--data.corpus=b"])
+    with pytest.raises(ValueError, match="--data.vocabulary_size says nothing beside --data.prepared"):
+        parse_overrides(["--data.prepared", "data/a", "--data.vocabulary_size", "300"])
+    assert parse_overrides(["--data.prepared", "null", "--data.vocabulary_size", "300"])[0]

@@ -13,9 +13,12 @@ EXAMPLE = "mosaics prepare --corpus python-stdlib --out data/python --vocab-size
 def prepare(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, or hold the same.")],
     corpus: Annotated[
-        str,
-        typer.Option(help="python-stdlib, a file, a folder, a quoted pattern, or a Hugging Face dataset."),
-    ] = "python-stdlib",
+        list[str] | None,
+        typer.Option(
+            help="python-stdlib, a file, a folder, a quoted pattern, or a Hugging Face dataset (repeatable). "
+            "[python-stdlib]"
+        ),
+    ] = None,
     text_field: Annotated[
         str, typer.Option("--field", help="Field of .jsonl records or column of a dataset.")
     ] = "text",
@@ -36,12 +39,19 @@ def prepare(
     """Tokenise a corpus into shards, and report documents, tokens, bytes per token and document lengths."""
     from mosaics.data import open_corpus
     from mosaics.data import prepare as prepare_corpus
+    from mosaics.data.corpus import join_corpora
+
+    given = corpus or ["python-stdlib"]
+    if validation_corpus in given:
+        raise ValueError(
+            f"--validation-corpus is {validation_corpus}, which is trained on; give other documents, or --validation"
+        )
 
     def opened(spec: str):
         return open_corpus(spec, field=text_field, encoding=encoding, split=dataset_split)
 
     report = prepare_corpus(
-        opened(corpus),
+        join_corpora([opened(spec) for spec in given]),
         out,
         tokenizer=tokenizer,
         vocab_size=vocab_size,

@@ -9,7 +9,7 @@ import re
 import stat
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,27 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         return self.documents()
+
+
+def join_corpora(corpora: Sequence[Corpus]) -> Corpus:
+    """One corpus after the other; a document's name begins with that of its corpus.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    if len(corpora) == 1:
+        return corpora[0]
+    names = [corpus.name for corpus in corpora]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the corpus {twice!r} is given twice; give it once")
+
+    def documents() -> Iterator[Document]:
+        for corpus in corpora:
+            for document in corpus:
+                yield Document(f"{corpus.name}/{document.id}", document.text)
+
+    return Corpus(", ".join(names), documents)
 
 
 def open_corpus(

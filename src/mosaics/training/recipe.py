@@ -277,6 +277,9 @@ def recipe_keys() -> list[str]:
     return keys
 
 
+_PREPARED = {f"data.{key}" for key in ("corpus", "field", "tokenizer", "vocabulary_size", "validation")}
+
+
 def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Split words of a command line into dotted overrides and the rest.
 
@@ -309,7 +312,12 @@ def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[
             if not queue or queue[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value, as in --{name} VALUE")
             value = queue.pop(0)
+        if name in overrides:
+            raise ValueError(f"--{name} is given twice; give it once")
         overrides[name] = _read_value(value)
+    made = [name for name in overrides if name in _PREPARED]
+    if made and overrides.get("data.prepared") is not None:
+        raise ValueError(f"--{made[0]} says nothing beside --data.prepared, whose text is tokenised; leave one out")
     return overrides, rest
 
 
