@@ -283,7 +283,7 @@ _PREPARED = {f"data.{key}" for key in ("corpus", "field", "tokenizer", "vocabula
 def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Split words of a command line into dotted overrides and the rest.
 
-    ``--training.steps 100`` and ``--training.steps=100`` are the same; values are read as YAML scalars and
+    Of a key that is given twice the last value counts. ``--training.steps 100`` and ``--training.steps=100`` are the same; values are read as YAML scalars and
     lists (``null``, ``true``, ``1e-3``, ``[8, 32]``), anything else is text.
 
     Args:
@@ -312,8 +312,8 @@ def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[
             if not queue or queue[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value, as in --{name} VALUE")
             value = queue.pop(0)
-        if name in overrides:
-            raise ValueError(f"--{name} is given twice; give it once")
+        if name == "data.corpus" and name in overrides:
+            raise ValueError("--data.corpus is given twice; give one, or mosaics prepare --corpus A --corpus B first")
         overrides[name] = _read_value(value)
     made = [name for name in overrides if name in _PREPARED]
     if made and overrides.get("data.prepared") is not None:
