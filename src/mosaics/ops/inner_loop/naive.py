@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaics.ops.inner_loop.network import Network
-from mosaics.ops.inner_loop.state import InnerState, Steps, chosen
+from mosaics.ops.inner_loop.state import InnerState, Steps
 
 
 def inner_loop(
@@ -38,11 +38,11 @@ def inner_loop(
             if chunk.momentum is None and scale is None:
                 keep = 0.0  # no momentum
             new = [keep * s - by * g for s, g in zip(state.momentum, slopes, strict=True)]
-            momentum = [chosen(real, n, s) for n, s in zip(new, state.momentum, strict=True)]
+            momentum = [torch.where(real, n, s) for n, s in zip(new, state.momentum, strict=True)]
             current = state.current
             if scale is None:
                 left = 1.0 if chunk.decay is None else 1 - chunk.decay[:, :, t, None, None]
-                current = [chosen(real, left * m + s, m) for m, s in zip(current, momentum, strict=True)]
+                current = [torch.where(real, left * m + s, m) for m, s in zip(current, momentum, strict=True)]
                 read = current
             else:
                 rate = chunk.scale[:, :, t, None, None]

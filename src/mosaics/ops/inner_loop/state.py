@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def chosen(where: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """`torch.where` of tensors that broadcast."""
-    return torch.where(where, yes, no)
-
-
 class InnerState(NamedTuple):
     """For each map `(batch, heads, inputs, outputs)`: the weights at the start of the open chunk, at which gradients
     are taken; the weights now; and the momentum (or, with a scale, the sum of the chunk's steps)."""
@@ -35,11 +30,11 @@ class InnerState(NamedTuple):
         current, momentum = self.current, self.momentum
         if scale is not None:  # the last place of a chunk decides what is left of it
             ended = [a + scale[-1].to(a.dtype) * s for a, s in zip(self.anchor, momentum, strict=True)]
-            current = [chosen(opens, e, m) for e, m in zip(ended, current, strict=True)]
-            momentum = [chosen(opens, torch.zeros_like(s), s) for s in momentum]
-        current = [chosen(begins, w.to(m.dtype)[None], m) for w, m in zip(initial, current, strict=True)]
-        momentum = [chosen(begins, torch.zeros_like(s), s) for s in momentum]
-        anchor = [chosen(opens, m, a) for m, a in zip(current, self.anchor, strict=True)]
+            current = [torch.where(opens, e, m) for e, m in zip(ended, current, strict=True)]
+            momentum = [torch.where(opens, torch.zeros_like(s), s) for s in momentum]
+        current = [torch.where(begins, w.to(m.dtype)[None], m) for w, m in zip(initial, current, strict=True)]
+        momentum = [torch.where(begins, torch.zeros_like(s), s) for s in momentum]
+        anchor = [torch.where(opens, m, a) for m, a in zip(current, self.anchor, strict=True)]
         return InnerState(anchor, current, momentum)
 
 
