@@ -283,8 +283,9 @@ _PREPARED = {f"data.{key}" for key in ("corpus", "field", "tokenizer", "vocabula
 def parse_overrides(words: Sequence[str], options: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Split words of a command line into dotted overrides and the rest.
 
-    Of a key that is given twice the last value counts. ``--training.steps 100`` and ``--training.steps=100`` are the same; values are read as YAML scalars and
-    lists (``null``, ``true``, ``1e-3``, ``[8, 32]``), anything else is text.
+    ``--training.steps 100`` and ``--training.steps=100`` are the same; values are read as YAML scalars and
+    lists (``null``, ``true``, ``1e-3``, ``[8, 32]``), anything else is text. Of a key that is given twice the last
+    value counts.
 
     Args:
         words: the words.
