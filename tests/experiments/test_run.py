@@ -59,7 +59,9 @@ def test_run_study_does_nothing_twice(results, small_study, cache, monkeypatch):
 
     monkeypatch.setattr(work, "_train", refuse)
     monkeypatch.setattr(work, "_scorer", refuse)
-    assert run_study(small_study, cache)["rows"] == results["rows"]
+    again = run_study(small_study, cache)
+    assert again["rows"] == results["rows"] and any(model["trial"] for model in again["models"])
+    assert sorted(map(str, again["models"])) == sorted(map(str, results["models"]))  # trials of before, too
 
 
 def test_training_continues_after_an_interruption_bit_for_bit(small_study, results, cache, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
         run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
     main = plan.jobs()
     run_each(_do, [(job, asked(job), cache) for job in main], jobs, "model")
-    every = {job.digest: job for job in [*main, *plan.tried]}
+    every = {job.digest: job for job in [*main, *plan.tried.values()]}
     kept = {job.digest for job in main}
     return {
         "study": study.model_dump(mode="json"),
@@ -69,14 +69,14 @@ class Plan:
     """The trainings of a study: first tuning trials, round by round, then all seeds with what was best.
 
     Attributes:
-        tried: the trials so far.
+        tried: the trials that are done, by digest, also those that another study left in the cache.
     """
 
     def __init__(self, study: Study, cache: Path) -> None:
         self.study, self.cache = study, cache
         from mosaics.training.setup import build_config, check_model
 
-        self.tried: list[Training] = []
+        self.tried: dict[str, Training] = {}
         for arrangement in study.arrangements:  # whatever is impossible is said before anything is trained
             for setting in study.settings:
                 recipe = Training(arrangement, study.arrangements[0], setting, study.seeds[0]).recipe
@@ -89,7 +89,6 @@ class Plan:
             for arrangement in self.study.arrangements:
                 missing, _ = self._tuned(arrangement, setting)
                 found += [job for job in missing if job.digest not in {other.digest for other in found}]
-        self.tried += found
         return found
 
     def expected(self) -> tuple[list[Training], list[Training]]:
@@ -140,8 +139,12 @@ class Plan:
             return self._training(arrangement, setting, self.study.seeds[0], variant, start, setting.tuning_steps)
 
         def score(variant: dict[str, Any]) -> tuple[float, ...] | None:
-            result = trial(variant).result(self.cache)
-            return None if result is None else merit(setting, result)
+            job = trial(variant)
+            result = job.result(self.cache)
+            if result is None:
+                return None
+            self.tried.setdefault(job.digest, job)
+            return merit(setting, result)
 
         missing, best = next_trials(axes, score, setting.beyond)
         return [trial(variant) for variant in missing], best
