@@ -52,9 +52,10 @@ def test_convert_refuses_wrong_input_in_one_sentence(llama, tmp_path, capsys, ch
 
 
 def test_convert_takes_a_run_at_any_time_and_keeps_its_tokenizer(tmp_path, capsys, small_run):
-    text = str(small_run / "data"), "--data.prepared"
-    words = ["train", "quickstart", "--run", str(tmp_path / "run"), *reversed(text), *OPTIONS, *ATTENTION]
-    assert main([*words, "--training.steps", "2"]) == 0
+    pairs = zip(OPTIONS[::2], OPTIONS[1::2], strict=True)
+    sizes = [word for pair in pairs if not pair[0].startswith("--data.") for word in pair]
+    words = ["train", "quickstart", "--run", str(tmp_path / "run"), "--data.prepared", str(small_run / "data")]
+    assert main([*words, *sizes, *ATTENTION, "--training.steps", "2"]) == 0
     shutil.rmtree(tmp_path / "run" / "export")
     assert main(["convert", str(tmp_path / "run"), "--to", "llama", "--output", str(tmp_path / "llama")]) == 0
     assert "without a tokenizer" not in capsys.readouterr().out
