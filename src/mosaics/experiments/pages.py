@@ -115,8 +115,7 @@ def _models(models: Sequence[dict[str, Any]]) -> str:
         kept = [m for m in found if not m["trial"]] or found
         variant = {"learning rate": kept[0]["learning_rate"]} | kept[0].get("variant", {})
         best = ", ".join(f"{_short(key)} {shown(value)}" for key, value in variant.items() if key != _RATE)
-        enough = [m["enough_at"] for m in kept if m.get("enough_at")]
-        learnt = ", ".join(map(str, enough)) if enough else "never" if kept[0].get("probes") else ""
+        learnt = ", ".join(str(m["enough_at"] or "never") for m in kept) if kept[0].get("probes") else ""
         steps = shown_range([m["steps"] for m in kept])
         row = [setting, arrangement, kept[0]["parameters"], sum(m["trial"] for m in found), best, learnt, steps]
         rows.append([*row, f"{sum(m['seconds'] for m in found) / 3600:.2f}"])
