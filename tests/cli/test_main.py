@@ -1,6 +1,7 @@
 """What holds for all verbs: help, errors, exit codes."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,23 @@ def test_python_m_mosaics_is_the_command():
 def test_no_arguments_show_the_help(mosaics):
     code, output, _ = mosaics()
     assert code == 0 and "Usage: mosaics" in output
+
+
+def test_help_cuts_no_summary(mosaics):
+    code, output, _ = mosaics("--help")
+    assert code == 0 and "..." not in output.split("Commands:")[1] and "…" not in output
+
+
+def test_the_shell_completes_verbs_and_options():
+    def completed(*words: str) -> list[str]:
+        asked = {"_MOSAICS_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        command = [sys.executable, "-c", "import sys; sys.argv = ['mosaics']; from mosaics.cli import main; main()"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | asked)
+        return found.stdout.split()
+
+    assert completed("mosaics", "re") == ["reproduce", "report"]
+    assert completed("mosaics", "train", "--ext") == ["--extend"]
+    assert completed("mosaics", "train", "--schedule", "r") == ["rewarm"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

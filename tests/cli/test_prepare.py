@@ -109,3 +109,20 @@ def test_prepare_command_refuses_text_that_is_named_twice(books, tmp_path, capsy
     assert code == 2 and "is given twice" in err
     code, _, err = run(capsys, "prepare", "--corpus", books, "--validation-corpus", books, *out)
     assert code == 2 and "which is trained on" in err and not (tmp_path / "p").exists()
+
+
+def test_prepare_command_takes_standard_input(tmp_path):
+    def piped(spec: str, text: str, name: str):
+        command = [sys.executable, "-m", "mosaics", "prepare", "--corpus", spec, "--out", tmp_path / name]
+        command += ["--vocab-size", "300", "--json"]
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+    def documents(found) -> int:
+        assert found.returncode == 0, found.stderr
+        return sum(split["documents"] for split in json.loads(found.stdout)["splits"].values())
+
+    assert documents(piped("-", "A text that is piped.\n" * 40, "one")) == 2  # its end is held out
+    records = "".join(json.dumps({"text": f"Record {number} of several.\n" * 9}) + "\n" for number in range(5))
+    assert documents(piped("-.jsonl", records, "five")) == 5
+    nothing = piped("-", "", "nothing")
+    assert nothing.returncode == 2 and "holds no text" in nothing.stderr and not (tmp_path / "nothing").exists()

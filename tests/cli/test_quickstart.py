@@ -28,6 +28,12 @@ def test_quickstart_goes_from_text_to_sample_and_again(mosaics, refused, text_fo
         lines = comparison.split(question)[1].splitlines()[1:3]
         assert [line.split()[0] for line in lines] == ["memory-mosaics-v2", "transformer"]
         assert all(len(line.split()) == 5 for line in lines)
+    assert "Text: 4 steps of 4 x 48 tokens, one training each with seed 0." in comparison
+    assert all(f"  ({name})" in comparison for name in ("bigram", "trigram", "chance", "last words"))
+    questions = comparison.split("three of the questions, and what both said:\n")[1].splitlines()
+    assert [line.split(":")[0] for line in questions[::3]] == [f"at {n} tokens" for n in (48, 192, 384)]
+    assert all(line.startswith(name) for line, name in zip(questions[1::3], ["  memory-mosaics-v2"] * 3, strict=True))
+    assert all(" … " in line and " → " in line for line in questions[::3])
     assert (tmp_path / "run" / "comparison" / "report.html").is_file()
     code, again, _ = mosaics(*command)
     assert code == 0 and "is finished" in again

@@ -5,6 +5,7 @@ import os
 import sysconfig
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,31 @@ def test_open_corpus_dataset_on_the_hub_by_name_and_configuration(monkeypatch):
 def test_open_corpus_dataset_that_cannot_be_loaded_is_one_sentence():
     with pytest.raises(ValueError, match="^'no-such-owner/no-such-set' is no file here, and no Hugging Face dataset"):
         open_corpus("no-such-owner/no-such-set")
+
+
+def test_open_corpus_dataset_says_at_once_that_the_hub_is_out_of_reach(monkeypatch):
+    import socket
+
+    import datasets
+    from huggingface_hub import constants
+
+    def nobody(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits to try again"))
+    with pytest.raises(ValueError, match="no-such-owner/no-such-set"):
+        open_corpus("no-such-owner/no-such-set")
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_open_corpus_refuses_standard_input_that_is_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(ValueError, match="nothing is piped into it"):
+        open_corpus("-")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,16 @@ def test_train_prepares_its_corpus_into_the_run_and_needs_it_no_more(tiny, corpu
     assert train(recipe, tmp_path / "run").finished and (tmp_path / "run" / "export").is_dir()
 
 
+def test_train_warns_of_a_text_that_a_step_takes_whole(tiny, tmp_path, capsys):
+    warning = "warning: the training text has"
+    (tmp_path / "text.txt").write_text("A text of a few words, too few to learn from. " * 5)
+    changes = {"data.prepared": None, "data.corpus": str(tmp_path / "text.txt"), "training.steps": 1}
+    train(tiny(changes), tmp_path / "few")
+    assert capsys.readouterr().out.count(warning) == 1
+    train(tiny({"training.steps": 1}), tmp_path / "enough")
+    assert warning not in capsys.readouterr().out
+
+
 def test_train_resumed_in_a_fresh_process_equals_the_uninterrupted_run_bit_for_bit(finished, run, tiny):
     _cut(run, 2)
     process = _process(tiny(), run)

@@ -40,7 +40,6 @@ app = typer.Typer(
     epilog="MOSAICS_TRACEBACK=1 shows the traceback of an error.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
 )
 
@@ -63,11 +62,13 @@ def _root(
 for _verb in VERBS:
     _module = import_module(f"mosaics.cli.{_verb}")
     _example = getattr(_module, "EXAMPLE", None)
+    _function = getattr(_module, _verb)
     app.command(
         _verb,
+        short_help=" ".join(_function.__doc__.split("\n\n")[0].split()),  # else click cuts it to a line
         epilog=f"\b\nExample:\n  {_example}" if _example else None,
         context_settings=getattr(_module, "CONTEXT", None),
-    )(getattr(_module, _verb))
+    )(_function)
 
 
 _LONGEST = 1200  # characters of an error: a value from outside that is repeated in it may be of any length

@@ -15,8 +15,8 @@ def prepare(
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            help="python-stdlib, a file, a folder, a quoted pattern, or a Hugging Face dataset (repeatable). "
-            "[python-stdlib]"
+            help="python-stdlib, a file, a folder, a quoted pattern, a Hugging Face dataset, or - for standard input "
+            "(repeatable). [python-stdlib]"
         ),
     ] = None,
     text_field: Annotated[

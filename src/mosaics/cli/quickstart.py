@@ -60,8 +60,10 @@ def quickstart(
     print(f"\nmore: mosaics generate {run} --prompt 'import '")
     if not comparison:
         return
-    from mosaics.experiments.quickstart import compare_run, in_words
+    from mosaics.experiments.quickstart import compare_run, in_words, some_questions
 
     print("\nnow a Transformer with as many parameters on the same text, and both on questions about made-up facts")
     results = compare_run(recipe, run, changes, jobs or min(4, os.cpu_count() or 1))
-    print(f"\n{in_words(results)}\nreport: {run / 'comparison' / 'report.html'}")
+    folder = run / "comparison"
+    print(f"\n{in_words(results)}\nreport: {folder / 'report.html'}")
+    print(f"\nthree of the questions, and what both said:\n{some_questions(results, folder / 'cache')}")

@@ -6,8 +6,11 @@ import json
 import lzma
 import os
 import re
+import shutil
 import stat
+import sys
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 STANDARD_LIBRARY, WORLD = "python-stdlib", "world:"
+STANDARD_INPUT = {"-": "stdin.txt", "-.jsonl": "stdin.jsonl"}
 # Tests, tables and build settings: no text that one would read, and twice the size of all the rest.
 _NOT_LIBRARY_TEXT = {
     "site-packages",
@@ -96,7 +100,8 @@ def open_corpus(
               unpacked while reading; the order is that of the sorted names;
             - a Hugging Face dataset, `owner/name` or `owner/name:configuration`; `hf:` in front forces this
               reading, for names without an owner and for local dataset folders;
-            - `world:NAME`, episodes of a synthetic world: see `mosaics.data.worlds.open_world`.
+            - `world:NAME`, episodes of a synthetic world: see `mosaics.data.worlds.open_world`;
+            - `-`: standard input, one document; `-.jsonl`: a record a line. It is copied to a temporary file.
         field: the field of a `.jsonl` record or the column of a dataset that holds the text.
         encoding: how the bytes of files are read; a byte-order mark at the start is dropped.
         split: the split of a Hugging Face dataset.
@@ -123,6 +128,8 @@ def open_corpus(
         return open_world(spec)
     if spec.startswith("hf:"):
         return _open_dataset(spec, spec[3:], field, split)
+    if spec in STANDARD_INPUT:
+        return _open_standard_input(spec, field, encoding)
     path = Path(spec).expanduser()
     if not spec.strip():
         raise ValueError(f"the corpus has an empty name; give a file, a folder, a pattern or {STANDARD_LIBRARY!r}")
@@ -145,6 +152,22 @@ def open_corpus(
     if not files:
         raise FileNotFoundError(f"{wanted} in {spec!r}; give another folder or pattern")
     return Corpus(spec, lambda: _read_files(files, field, encoding))
+
+
+def _open_standard_input(spec: str, field: str, encoding: str) -> Corpus:
+    """It can be read once, a corpus again and again."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError(f"the corpus {spec} is standard input, and nothing is piped into it; name a file")
+    folder = tempfile.TemporaryDirectory(prefix="mosaics-")
+    path = Path(folder.name, STANDARD_INPUT[spec])
+    with path.open("wb") as stream:
+        shutil.copyfileobj(sys.stdin.buffer, stream)
+
+    def documents() -> Iterator[Document]:
+        assert folder  # it goes when the corpus goes
+        return _read_files([(path.name, path)], field, encoding)
+
+    return Corpus(spec, documents)
 
 
 def _standard_library() -> list[tuple[str, Path]]:
@@ -258,9 +281,12 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 def _open_dataset(spec: str, source: str, field: str, split: str) -> Corpus:
     from datasets import load_dataset
 
+    from mosaics.data.hub import no_waiting
+
     name, _, configuration = (source, "", "") if os.path.exists(source) else source.partition(":")
     try:
-        dataset = load_dataset(name, configuration or None, split=split)
+        with no_waiting():
+            dataset = load_dataset(name, configuration or None, split=split)
     except Exception as error:  # whatever the hub, the network or a data file may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mosaics.experiments.compare import arrangements, text_setting, world_setting
+from mosaics.experiments.questions import WorldQuestions
 from mosaics.experiments.report import grid, shown, write_report
-from mosaics.experiments.run import run_study
+from mosaics.experiments.run import Plan, run_study
 from mosaics.experiments.study import Study
-from mosaics.experiments.work import Training, adopt
+from mosaics.experiments.work import Training, adopt, answers
 from mosaics.training.recipe import Recipe, data_of
 
 STEPS = 70  # in the world: v2 answers its questions after about 50
@@ -50,9 +51,14 @@ def compare_run(recipe: Recipe, run: Path, changes: dict[str, Any] | None = None
 
 
 def in_words(results: dict[str, Any]) -> str:
-    """What came out, a line for every arrangement and question."""
+    """What came out, a line for every arrangement and simple predictor, with what it was trained on."""
     lines = []
     for setting in results["study"]["settings"]:
+        training = setting["training"]
+        lines.append(
+            f"{'Facts' if setting['data']['world'] else 'Text'}: {training['steps']} steps of {training['batch_size']} "
+            f"x {training['context_length']} tokens, one training each with seed {results['study']['seeds'][0]}."
+        )
         for evaluation in setting["evaluations"]:
             wanted = (setting["name"], evaluation["name"])
             rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == wanted]
@@ -62,7 +68,37 @@ def in_words(results: dict[str, Any]) -> str:
             else:
                 where, unit = f"at {', '.join(f'{x:g}' for x in points)} tokens", "% right"
             lines.append(f"{evaluation['title']} {where} ({unit}):")
-            for label, found in grid(rows).items():
-                figures = (sum(found[x].values()) / len(found[x]) for x in points)
-                lines.append(f"  {label:<20}" + "".join(f"{shown(float(y)):>9}" for y in figures))
+            figures = {label: [sum(at[x].values()) / len(at[x]) for x in points] for label, at in grid(rows).items()}
+            for row in results["baselines"]:  # in the order of the points
+                if (row["setting"], row["evaluation"]) == wanted:
+                    for name, value in row.items():
+                        if name not in ("setting", "evaluation", "x"):
+                            figures.setdefault(f"({name.replace('_', ' ')})", []).append(value)
+            lines += [f"  {label:<20}" + "".join(f"{shown(float(y)):>9}" for y in ys) for label, ys in figures.items()]
+    return "\n".join([*lines, "In brackets: counts of words and word pairs, and look-ups in the text, for comparison."])
+
+
+def some_questions(results: dict[str, Any], cache: Path) -> str:
+    """The first question at the shortest, a middle and the longest length: the sentence that holds the answer, the
+    question, and what each model said."""
+    study = Study.model_validate(results["study"])
+    setting = next(setting for setting in study.settings if setting.data.world)
+    evaluation = setting.evaluations[0]
+    plan, lines = Plan(study, cache), []
+    said = {
+        arrangement.label: {
+            record["id"]: record["prediction"]
+            for record in answers(plan.job(arrangement, setting, study.seeds[0]), evaluation, cache)["examples"]
+        }
+        for arrangement in study.arrangements
+    }
+    asked: dict[int, Any] = {}
+    for length, example in WorldQuestions(**evaluation.options).asked():
+        asked.setdefault(length, example)
+    lengths = sorted(asked)
+    for length in dict.fromkeys((lengths[0], lengths[len(lengths) // 2], lengths[-1])):
+        example = asked[length]
+        told = [part.strip() for part in example.context.split(" .") if example.answer in part.split()]
+        lines.append(f"at {length} tokens: … {told[-1]} … {example.question} → {example.answer}")
+        lines += [f"  {label:<20}{predictions[example.id]}" for label, predictions in said.items()]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from typing import Any
 
 from mosaics._version import __version__
 from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, digest
+from mosaics.training.progress import as_clock
 
 CHECKPOINT_SECONDS = 120
 HELD_OUT_ROWS = 64
@@ -312,7 +313,7 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
             if now - told > 10 or step == training.steps:
                 left = state["seconds"] / step * (training.steps - step)
                 known = f", {state['probes'][-1][2]:.3g}" if state["probes"] else ""
-                say(f"{job}: step {step}/{training.steps}, loss {done.loss:.3f}{known}, {left:.0f} s left")
+                say(f"{job}: step {step}/{training.steps}, loss {done.loss:.3f}{known}, {as_clock(left)} left")
                 told = now
             if now - saved > CHECKPOINT_SECONDS and step < training.steps:
                 save_checkpoint(folder / "checkpoints", step, model, optimizer, state)
@@ -462,7 +463,35 @@ def _asked(
 ) -> list[dict[str, Any]]:
     from mosaics.experiments.questions import SUITES
 
-    suite, table, x, y = SUITES[evaluation.suite]
+    _, table, x, y = SUITES[evaluation.suite]
+    found = answers(job, evaluation, cache, options, changes)
+    parts: dict[Any, dict[str, list[float]]] = {}
+    for example in found["examples"]:
+        meta = example["meta"]
+        here = parts.setdefault(meta.get("x", meta.get("multiple")), {})
+        here.setdefault(str(meta.get("episode", meta.get("document"))), []).append(example["score"])
+    rows = []
+    for row in found["summary"]["tables"][table]:
+        rows.append({"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row})
+        if groups := list(parts.get(row[x], {}).values()):
+            rows[-1] |= {"scores": [s for group in groups for s in group], "groups": list(map(len, groups))}
+    return rows
+
+
+def answers(
+    job: Training,
+    evaluation: Evaluation,
+    cache: Path,
+    options: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a trained model said to every example, and its tables, as `mosaics.evaluation.evaluate` writes them; asked
+    now unless the cache has it. `options` and `changes` take the place of those of the evaluation."""
+    from mosaics.experiments.questions import SUITES
+
+    options = evaluation.options if options is None else options
+    changes = evaluation.changes if changes is None else changes
+    suite = SUITES[evaluation.suite][0]
     sample = _sample(options.get("task"), "automata" in suite.model_fields)
     key = digest([suite.name, options, evaluation.without, changes, job.setting.data.test, sample])
     if "data" in suite.model_fields:  # it asks about text
@@ -476,18 +505,7 @@ def _asked(
             scorer = _scorer(job.folder(cache) / "model", evaluation.without, json.dumps(changes))
             more = {"without": list(evaluation.without)} if evaluation.without else None
             ask(suite(**options), scorer, folder, model=str(job), more_settings=more)
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    parts: dict[Any, dict[str, list[float]]] = {}
-    for example in found["examples"]:
-        meta = example["meta"]
-        here = parts.setdefault(meta.get("x", meta.get("multiple")), {})
-        here.setdefault(str(meta.get("episode", meta.get("document"))), []).append(example["score"])
-    rows = []
-    for row in found["summary"]["tables"][table]:
-        rows.append({"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row})
-        if groups := list(parts.get(row[x], {}).values()):
-            rows[-1] |= {"scores": [s for group in groups for s in group], "groups": list(map(len, groups))}
-    return rows
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def _length(job: Training) -> int:

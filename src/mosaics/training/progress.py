@@ -58,7 +58,7 @@ class Progress(AbstractContextManager):
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._every == 0 or step == self._steps:
             seconds = (time.monotonic() - self._began) / max(1, step - self._start) * (self._steps - step)
-            print(f"step {step}/{self._steps} · {text} · {_clock(seconds)} left", flush=True)
+            print(f"step {step}/{self._steps} · {text} · {as_clock(seconds)} left", flush=True)
 
     def validation(self, step: int, bits_per_byte: float, nats_per_token: float) -> None:
         """Held-out text was measured."""
@@ -70,7 +70,8 @@ class Progress(AbstractContextManager):
         self.say("\n".join(f"  | {line}" for line in text.splitlines()))
 
 
-def _clock(seconds: float) -> str:
+def as_clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -246,6 +246,11 @@ def _run(
                 + (f"{group.size} processes of " if group.size > 1 else "")
                 + f"{torch.get_num_threads()} threads"
             )
+            if (words := data["train"].tokens) < recipe.tokens_per_step:
+                progress.say(
+                    f"warning: the training text has {words:,} tokens, fewer than a step takes; it will be learnt by "
+                    "heart, so give more text"
+                )
             if fresh and training.init_from is not None:
                 save()  # from here on the run needs the model no more that it began with
             if step == 0:
