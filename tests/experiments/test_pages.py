@@ -21,7 +21,7 @@ def kept(tmp_path_factory):
 
 
 def test_page_has_the_verdict_the_command_and_every_number(kept, tmp_path):
-    page = write_results_page(kept, tmp_path / "page.md")
+    [page] = write_results_page(kept, tmp_path / "page.md")
     text, [record] = page.read_text(encoding="utf-8"), records_in(kept)
     assert record["command"] in text and str(record["commit"]) in text
     assert f"## `table12`: {record['verdict']['verdict']}" in text and "| `table3` |" in text and "not run" in text

@@ -1,5 +1,7 @@
 """`mosaics compare`: arrangements on equal terms."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +10,8 @@ from typer import Context, Option
 EXAMPLE = "mosaics compare --output runs/compare --text 'books/*.txt' --learning-rates 1e-3,2e-3,4e-3"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OPTIONS = (
-    "--output --arrangements --worlds --text --field --seeds --learning-rates --match --samples --cache --jobs --help"
+    "--output --arrangements --systems --worlds --automata --text --field --seeds --learning-rates --match --samples "
+    "--cache --jobs --results --help"
 )
 
 
@@ -18,9 +21,16 @@ def compare(
     arrangements: Annotated[
         str, Option(help="Presets, separated by commas; the others are matched to the first.")
     ] = "memory-mosaics-v2-tiny,transformer-tiny",
+    systems: Annotated[
+        str | None,
+        Option(help="A league instead: these presets (all: every tiny one), a task for all before the next."),
+    ] = None,
     worlds: Annotated[
         str, Option(help="Synthetic worlds, a training each: those named here, persistent-knowledge, mixed, or none.")
     ] = "recall,new-knowledge,in-context-learning",
+    automata: Annotated[
+        int | None, Option(min=1, help="Of a league: train on RegBench too, on so many automata.")
+    ] = None,
     text: Annotated[str, Option(help="Your text: a path, a glob or a data set id; or none.")] = "python-stdlib",
     field: Annotated[str, Option(help="The field of a .jsonl record that holds the text.")] = "text",
     seeds: Annotated[str, Option(help="Seeds of the trainings.")] = "0,1,2",
@@ -32,7 +42,10 @@ def compare(
     cache: Annotated[
         Path | None, Option(metavar="FOLDER", help="Trained models and answers; may be shared. [OUTPUT/cache]")
     ] = None,
-    jobs: Annotated[int, Option(help="Processes that train side by side.")] = 1,
+    jobs: Annotated[int, Option(min=1, help="Processes that train side by side.")] = 1,
+    results: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Of a league: where league.json is kept, after every system anew.")
+    ] = None,
 ) -> None:
     """Train arrangements on the same data, in the same order, with the same budget; ask them all the same.
 
@@ -47,19 +60,33 @@ def compare(
     changes, words = parse_overrides(context.args, OPTIONS.split())
     if words:
         raise ValueError(f"compare takes options only, not {words[0]!r}")
-    planned = study(
-        parts(arrangements),
-        () if worlds == "none" else parts(worlds),
-        None if text == "none" else text,
-        field=field,
-        seeds=numbers("--seeds", seeds, int),
-        learning_rates=numbers("--learning-rates", learning_rates, float) if learning_rates else (),
-        match=parts(match),
-        samples=samples,
-        changes=changes,
-    )
-    results = run_study(planned, cache or output / "cache", jobs)
-    print(f"report: {write_report(results, output)}")
+    common = {
+        "field": field,
+        "seeds": numbers("--seeds", seeds, int),
+        "learning_rates": numbers("--learning-rates", learning_rates, float) if learning_rates else (),
+        "samples": samples,
+        "changes": changes,
+    }
+    tasks = () if worlds == "none" else parts(worlds)
+    corpus, where = None if text == "none" else text, cache or output / "cache"
+    if systems is None:
+        if automata is not None or results is not None:
+            raise ValueError("--automata and --results are of a league; name its --systems")
+        planned = study(parts(arrangements), tasks, corpus, match=parts(match), **common)
+        print(f"report: {write_report(run_study(planned, where, jobs), output)}")
+        return
+    from mosaics.experiments.league import NAME, league, run_league
+    from mosaics.experiments.league import systems as find
+    from mosaics.experiments.records import write_record
+
+    planned = league(find(parts(systems)), tasks, corpus, automata=automata, **common)
+
+    def keep(found) -> None:
+        if results is not None:
+            command = shlex.join(["mosaics", *sys.argv[1:]])
+            write_record(results / f"{NAME}.json", NAME, found, command, costs=found["costs"])
+
+    print(f"report: {write_report(run_league(planned, where, jobs, keep), output)}")
 
 
 def parts(text: str) -> list[str]:

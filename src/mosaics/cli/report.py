@@ -14,7 +14,7 @@ def report(
         Path, Option(metavar="FILE", help="The page, in Markdown; plots go into images beside it.")
     ] = Path("results.md"),
 ) -> None:
-    """Make a page of kept results: every claim, its verdict and the numbers that decided."""
+    """Make a page of kept results: claims, verdicts and the numbers that decided; a league has one of its own."""
     from mosaics.experiments.pages import write_results_page
 
-    print(write_results_page(results, output))
+    print(*write_results_page(results, output), sep="\n")

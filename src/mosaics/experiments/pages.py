@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mosaics.experiments.league import NAME
+from mosaics.experiments.league_page import draw_league, league_page
 from mosaics.experiments.records import read_record
-from mosaics.experiments.report import draw_evaluation, grid, shown, shown_range
+from mosaics.experiments.report import draw_evaluation, grid, markdown, shown, shown_range, simple_predictors
 from mosaics.experiments.reproduce import CLAIMS
 
 _HEAD = """\
@@ -21,32 +23,52 @@ Newcombe's. A claim *can't be told* where a premise is not met or an interval ha
 
 
 def records_in(folder: Path) -> list[dict[str, Any]]:
-    """All kept results of a folder, in the order of the claims.
+    """All kept claims of a folder, in the order of the claims.
 
     Raises:
-        ValueError: there are none, or a file holds no results.
+        ValueError: a file holds no results.
     """
-    found = {record["name"]: record for record in map(read_record, sorted(folder.glob("*.json")))}
-    if not found:
-        raise ValueError(f"there are no results in {folder}; make some with mosaics reproduce NAME --results {folder}")
+    found = {record["name"]: record for record in map(read_record, _files(folder)) if "verdict" in record}
     names = [*(name for name in CLAIMS if name in found), *(name for name in found if name not in CLAIMS)]
     return [found[name] for name in names]
 
 
-def write_results_page(folder: Path, page: Path) -> Path:
-    """Write the page of a folder's results, with a plot for each evaluation in `images` beside it.
+def league_in(folder: Path) -> dict[str, Any] | None:
+    """The kept league of a folder, if there is one; raises as `records_in`."""
+    return next((record for record in map(read_record, _files(folder)) if record["name"] == NAME), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    if not (found := sorted(folder.glob("*.json"))):
+        raise ValueError(f"there are no results in {folder}; make some with mosaics reproduce NAME --results {folder}")
+    return found
+
+
+def write_results_page(folder: Path, page: Path) -> list[Path]:
+    """Write the page of a folder's results, with a plot for each evaluation in `images` beside it, and if there is a
+    league the page of that, `league.md`, beside it.
+
+    Returns:
+        The pages.
 
     Raises:
         ValueError: there are no results.
     """
-    records = records_in(folder)
+    written, records = [], records_in(folder)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(results_page(records, folder, page), encoding="utf-8")
+    if records:
+        page.write_text(results_page(records, folder, page), encoding="utf-8")
+        written.append(page)
     for record in records:
         for setting, evaluation, rows in filter(lambda asked: _is_drawn(asked[1]), _asked(record)):
             (page.parent / "images").mkdir(exist_ok=True)
             draw_evaluation(evaluation, rows, record, page.parent / _image(record, setting, evaluation))
-    return page
+    if league := league_in(folder):
+        other = page.with_name(f"{NAME}.md")
+        other.write_text(league_page(league, folder, page), encoding="utf-8")
+        draw_league(league, other)
+        written.append(other)
+    return written
 
 
 def results_page(records: Sequence[dict[str, Any]], folder: Path, page: Path) -> str:
@@ -55,12 +77,6 @@ def results_page(records: Sequence[dict[str, Any]], folder: Path, page: Path) ->
     for record in records:
         parts += _record(record)
     return "\n".join(parts)
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers as `shown` gives them."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(shown(cell).replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def _verdicts(records: Sequence[dict[str, Any]]) -> str:
@@ -91,7 +107,7 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
     for setting, evaluation, rows in _asked(record):
         name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
         yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (lowest … highest):\n"
-        yield _answers(rows, _simple(record, setting, evaluation["name"]))
+        yield _answers(rows, simple_predictors(record, setting, evaluation["name"]))
         if _is_drawn(evaluation):
             yield f"![{name}]({_image(record, setting, evaluation).as_posix()})\n"
 
@@ -143,17 +159,6 @@ def _asked(record: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any], list[d
 def _is_drawn(evaluation: dict[str, Any]) -> bool:
     """Not where the same models are asked the same again with something changed."""
     return not (evaluation["changes"] or evaluation["without"] or evaluation["stretch"])
-
-
-def _simple(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
-    """What simple predictors reach, by name and point."""
-    found: dict[str, dict[float, float]] = {}
-    for row in record.get("baselines", []):
-        if (row["setting"], row["evaluation"]) == (setting, evaluation):
-            for name, y in row.items():
-                if name not in ("setting", "evaluation", "x") and y is not None:
-                    found.setdefault(name.replace("_", " "), {})[row["x"]] = y
-    return found
 
 
 def _answers(rows: Sequence[dict[str, Any]], simple: dict[str, dict[float, float]]) -> str:

@@ -111,6 +111,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; numbers as `shown` gives them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(shown(cell).replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
+    """What simple predictors reach, by name and point."""
+    found: dict[str, dict[float, float]] = {}
+    for row in record.get("baselines", []):
+        if (row["setting"], row["evaluation"]) == (setting, evaluation):
+            for name, y in row.items():
+                if name not in ("setting", "evaluation", "x") and y is not None:
+                    found.setdefault(name.replace("_", " "), {})[row["x"]] = y
+    return found
+
+
 def _details(title: str, inside: str) -> str:
     return f"<details><summary>{_text(title)}</summary>{inside}</details>"
 
@@ -264,7 +281,7 @@ def draw(plot: dict[str, Any], png: Path) -> str:
     axes = figure.subplots()
     labels = list(dict.fromkeys(curve[0] for curve in plot["curves"]))
     for number, label in enumerate(labels):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
         points: dict[float, list[float]] = {}
         for _, _, xs, ys in (curve for curve in plot["curves"] if curve[0] == label):
             for x, y in zip(xs, ys, strict=True):

@@ -1,0 +1,168 @@
+"""The page of a league: standings of every task, differences with their intervals, costs, and what was not run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaics.experiments.claims import Check, Term
+from mosaics.experiments.evidence import difference
+from mosaics.experiments.league import CLAIMED, NAME
+from mosaics.experiments.report import draw, draw_evaluation, grid, markdown, shown_range, simple_predictors
+from mosaics.experiments.study import Evaluation, Setting, Study
+
+_HEAD = """\
+# One memory in the place of another
+
+Made from `{folder}/league.json` by `mosaics report {folder} --output {page}`; nothing here is written by hand. Every \
+system stands in the place of the contextual memories of the first one, with as many parameters (the feed-forward \
+networks make up for what the memories differ in), the same rows in the same order, equally many tuning trials and the \
+same questions. *Beside {first}*: the difference in the middle of its 95 % interval over seeds and questions; **bold** \
+where the interval leaves 0 out. The models are small and the budgets short: who has not learnt a task here may do so \
+later.
+"""
+
+
+def league_page(record: dict[str, Any], folder: Path, page: Path) -> str:
+    """The page of a kept league, in Markdown."""
+    study = Study.model_validate(record["study"])
+    labels = [arrangement.label for arrangement in study.arrangements]
+    seeds = ", ".join(map(str, study.seeds))
+    machine = record["machine"]
+    parts = [
+        _HEAD.format(folder=folder.name, page=page.as_posix(), first=labels[0]),
+        f"Commit {record['commit']}, {machine.get('processor', machine['device'])}, torch {machine['torch']}, seeds "
+        f"{seeds}:\n\n```\n{record['command']}\n```\n",
+    ]
+    for setting in study.settings:
+        training = setting.training
+        tried = ", ".join(f"{rate:g}" for rate in setting.tuning.get("training.learning_rate", ()))
+        rates = f"learning rates tried for each: {tried}" if tried else f"learning rate {training['learning_rate']:g}"
+        size = f"{training['batch_size']} × {training['context_length']} tokens"
+        parts.append(f"## {setting.name}\n\nAt most {training['steps']} steps of {size}; {rates}.\n")
+        models = [m for m in record["models"] if m["setting"] == setting.name]
+        for evaluation in setting.evaluations:
+            rows = _rows(record, setting, evaluation)
+            if rows:
+                parts.append(f"**{evaluation.title or evaluation.name}** {_unit(evaluation)}:\n")
+                parts.append(_standings(record, setting, evaluation, rows, models, labels))
+                parts.append(f"![{evaluation.name}]({image(setting, evaluation.name).as_posix()})\n")
+        if _learning(setting, models):
+            parts.append(f"![learning]({image(setting, 'learning').as_posix()})\n")
+        missing = [label for label in labels if not any(m["arrangement"] == label for m in models)]
+        if missing:
+            parts.append(f"Not run: {', '.join(missing)}.\n")
+    parts += ["## What they cost\n", _costs(record, labels), "## What their papers claim\n"]
+    parts.append(markdown(["system", "at its own size"], [[name, CLAIMED.get(name, "")] for name in labels]))
+    return "\n".join(parts)
+
+
+def draw_league(record: dict[str, Any], page: Path) -> None:
+    """Draw the plots of the page beside it."""
+    study = Study.model_validate(record["study"])
+    for setting in study.settings:
+        for evaluation in setting.evaluations:
+            if rows := _rows(record, setting, evaluation):
+                png = page.parent / image(setting, evaluation.name)
+                png.parent.mkdir(exist_ok=True)
+                draw_evaluation(evaluation.model_dump(mode="json"), rows, record, png)
+        models = [m for m in record["models"] if m["setting"] == setting.name]
+        if curves := _learning(setting, models):
+            on_text = setting.data.corpus is not None
+            y = "held-out loss (nats per token)" if on_text else "new questions of the training side (% right)"
+            title = f"What was learnt meanwhile, {setting.name}"
+            plot = {"title": title, "x": "optimisation step", "y": y, "log_x": False, "curves": curves}
+            draw(plot, page.parent / image(setting, "learning"))
+
+
+def image(setting: Setting, name: str) -> Path:
+    """Where the plot of an evaluation lies, from the page."""
+    return Path("images") / f"{'-'.join(f'{NAME} {setting.name} {name}'.replace(',', '').split())}.png"
+
+
+def _learning(setting: Setting, models: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The probes of every training: label, seed, steps, values."""
+    kept = [m for m in models if not m["trial"] and m["probes"]]
+    return [(m["arrangement"], m["seed"], [p[0] for p in m["probes"]], [p[2] for p in m["probes"]]) for m in kept]
+
+
+def _rows(record: dict[str, Any], setting: Setting, evaluation: Evaluation) -> list[dict[str, Any]]:
+    wanted = (setting.shown_as, evaluation.name)
+    own = {m["arrangement"] for m in record["models"] if m["setting"] == setting.name}
+    return [r for r in record["rows"] if (r["setting"], r["evaluation"]) == wanted and r["arrangement"] in own]
+
+
+def _unit(evaluation: Evaluation) -> str:
+    if evaluation.suite == "perplexity":
+        return "(nats per token, by multiples of the training length; less is better)"
+    if evaluation.suite == "regbench-variation":
+        return "(total variation; less is better)"
+    at = "shots" if evaluation.options.get("shots") else "automata" if evaluation.suite == "regbench" else "tokens"
+    return f"(% right, by {at}; mean over seeds, lowest … highest)"
+
+
+def _standings(
+    record: dict[str, Any],
+    setting: Setting,
+    evaluation: Evaluation,
+    rows: Sequence[dict[str, Any]],
+    models: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+) -> str:
+    points, xs = grid(rows), sorted({row["x"] for row in rows})
+    lines = []
+    for label in labels:
+        own = [m for m in models if m["arrangement"] == label]
+        kept = [m for m in own if not m["trial"]]
+        if not kept or label not in points:
+            if own:
+                lines.append([label, "diverged"])
+            continue
+        learnt = (
+            ", ".join(str(m["enough_at"] or "never") for m in kept) if setting.probe and setting.probe.enough else ""
+        )
+        line = [label, f"{kept[0]['parameters']:,}", f"{kept[0]['learning_rate']:g}", learnt]
+        line += [shown_range(list(points[label][x].values())) if x in points[label] else "" for x in xs]
+        far = dict.fromkeys((0, len(xs) - 1))
+        lines.append([*line, *(_beside(rows, setting, evaluation, label, labels[0], at) for at in far)])
+    for name, found in simple_predictors(record, setting.shown_as, evaluation.name).items():
+        lines.append([f"*{name}*", "", "", "", *(found.get(x, "") for x in xs)])
+    columns = ["system", "parameters", "learning rate", "learnt at step", *(f"{x:g}" for x in xs)]
+    columns += [f"beside {labels[0]} at {x:g}" for x in dict.fromkeys((xs[0], xs[-1]))]
+    return markdown(columns, [[*line, *[""] * (len(columns) - len(line))] for line in lines])
+
+
+def _beside(
+    rows: Sequence[dict[str, Any]], setting: Setting, evaluation: Evaluation, label: str, first: str, at: int
+) -> str:
+    if label == first:
+        return ""
+    left, right = (
+        Term(arrangement=name, setting=setting.shown_as, evaluation=evaluation.name, at=at) for name in (label, first)
+    )
+    check = Check(says="", left=left, relation=">=", right=right)
+    found = difference(check, list(rows))
+    if found is None:
+        return ""
+    text = f"{found['estimate']:+.3g} ({found['low']:+.3g} … {found['high']:+.3g})"
+    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+
+
+def _costs(record: dict[str, Any], labels: Sequence[str]) -> str:
+    lines = []
+    for label in labels:
+        for cost in (c for c in record["costs"] if c["arrangement"] == label):
+            models = [
+                m
+                for m in record["models"]
+                if (m["arrangement"], m["setting"]) == (label, cost["setting"]) and m["steps"]
+            ]
+            if models:
+                step = 1000 * sum(m["seconds"] for m in models) / sum(m["steps"] for m in models)
+                lines.append(
+                    [cost["setting"], label, *(f"{n:,}" for n in cost["state_bytes"])]
+                    + [f"{models[0]['flops_per_token']:.3g}", f"{step:,.0f}"]
+                )
+    columns = ["task", "system", "bytes of state at 1×", "at 8×", "FLOPs a token", "ms a training step"]
+    return markdown(columns, sorted(lines, key=lambda line: line[0]))

@@ -1,0 +1,83 @@
+"""The league of `mosaics compare --systems`, with trainings of three steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.experiments.conftest import OPTIONS
+
+from mosaics.experiments.league import league, run_league, systems
+from mosaics.experiments.league_page import league_page
+from mosaics.experiments.pages import league_in, write_results_page
+from mosaics.models import PRESETS
+
+ROOT = Path(__file__).parents[2]
+WORDS = "--worlds recall,new-knowledge --text none --seeds 0 --samples 4".split()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    from mosaics.cli import main
+
+    folder = tmp_path_factory.mktemp("league")
+    words = ["compare", "--systems", "memory-mosaics-v2,gla", "--output", str(folder / "out"), *WORDS, *OPTIONS]
+    assert main([*words, "--results", str(folder / "results")]) == 0
+    return folder
+
+
+def test_league_page_has_all_numbers_and_what_was_not_run(kept, tmp_path):
+    record = league_in(kept / "results")
+    assert {(m["setting"], m["arrangement"]) for m in record["models"]} == {
+        (task, system) for task in ("recall", "new-knowledge") for system in ("memory-mosaics-v2", "gla")
+    }
+    [page] = write_results_page(kept / "results", tmp_path / "results.md")
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "league.md" and "Not run" not in text and str(record["command"]) in text
+    assert "**One fact in a long text**" in text and "beside memory-mosaics-v2 at" in text
+    images = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert len(images) >= 3 and all((tmp_path / image).is_file() for image in images)
+    for cost in record["costs"]:
+        assert all(f"{number:,}" in text for number in cost["state_bytes"])
+    before = text
+    record["rows"][-1]["y"] += 12.5
+    assert league_page(record, kept / "results", tmp_path / "results.md") != before
+    record["models"] = [m for m in record["models"] if (m["setting"], m["arrangement"]) != ("recall", "gla")]
+    without = league_page(record, kept / "results", tmp_path / "results.md")
+    assert without.count("Not run: gla.") == 1
+    assert "| gla |" not in without.split("## recall")[1].split("## new-knowledge")[0]
+
+
+def test_league_takes_from_the_cache_what_is_there(kept, monkeypatch):
+    study = league(systems(["memory-mosaics-v2", "gla"]), ["recall", "new-knowledge"], None, seeds=(0,), samples=4)
+    monkeypatch.setattr("mosaics.experiments.work.train", lambda *_: pytest.fail("trains again"))
+    changes = json.loads((kept / "results" / "league.json").read_text())["study"]["settings"]
+    settings = tuple(type(study.settings[0]).model_validate(setting) for setting in changes)
+    told = []
+    study = study.model_copy(update={"settings": settings})
+    monkeypatch.setattr("mosaics.experiments.run._do", lambda job, *_: told.append(job) or str(job))
+    results = run_league(study, kept / "out" / "cache", kept=lambda found: told.append(len(found["models"])))
+    assert [n for n in told if isinstance(n, int)] == [1, 2, 3, 4] and len(results["rows"]) == len(
+        league_in(kept / "results")["rows"]
+    )
+
+
+def test_systems_are_presets_by_any_name():
+    assert systems(["titans-lmm", "transformer-tiny"]) == ["titans-lmm-tiny", "transformer-tiny"]
+    every = systems(["memory-mosaics-v2", "all"])
+    assert every[0] == "memory-mosaics-v2-tiny" and len(set(every)) == len(every)
+    assert {name for name in PRESETS if name.endswith("-tiny")} - set(every) == {"transformer-long-short-tiny"}
+    with pytest.raises(ValueError, match="no system 'titan-lmm'; did you mean titans-lmm"):
+        systems(["titan-lmm"])
+
+
+def test_league_refuses_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        league(systems(["gla"]), [], None)
+    with pytest.raises(ValueError, match="no world 'recal'"):
+        league(systems(["gla"]), ["recal"], None)
+
+
+@pytest.mark.skipif(not (ROOT / "results" / "league.json").is_file(), reason="there is no kept league")
+def test_league_page_in_the_docs_is_made_of_the_results():
+    made = league_page(league_in(ROOT / "results"), ROOT / "results", Path("docs/results.md"))
+    assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made
