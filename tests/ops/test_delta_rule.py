@@ -12,7 +12,7 @@ from mosaics.ops.delta_rule import FORMS, WRITES, delta_rule
 DECAYS = (None, "head", "channel")
 
 
-def inputs(time, decay="head", strength=True, state=True, batch=2, heads=3, width=5, value_width=4, seed=0):
+def inputs(time, decay="head", strength=True, state=True, batch=2, heads=3, width=5, value_width=4, seed=0, steep=1.0):
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -24,7 +24,7 @@ def inputs(time, decay="head", strength=True, state=True, batch=2, heads=3, widt
         queries=normal(batch, heads, time, width),
         keys=keys,
         values=normal(batch, heads, time, value_width),
-        log_decay=None if decay is None else -normal(*shape).exp(),
+        log_decay=None if decay is None else -steep * normal(*shape).exp(),
         strength=2 * normal(batch, heads, time).sigmoid() if strength else None,
         state=normal(batch, heads, width, value_width) if state else None,
     )
@@ -48,9 +48,10 @@ def results(tensors, **options):
     state=st.booleans(),
     documents=st.booleans(),
     seed=st.integers(0, 99),
+    steep=st.sampled_from((0.02, 0.2, 1.0, 8.0)),
 )
-def test_chunked_equals_the_recurrence(time, decay, write, strength, state, documents, seed):
-    tensors, start = inputs(time, decay, strength, state, seed=seed), None
+def test_chunked_equals_the_recurrence(time, decay, write, strength, state, documents, seed, steep):
+    tensors, start = inputs(time, decay, strength, state, seed=seed, steep=steep), None
     if documents:
         border = torch.rand(2, time, generator=torch.Generator().manual_seed(seed)) < 0.05
         start = torch.where(border, torch.arange(time).expand(2, time), -3).cummax(1).values
@@ -94,9 +95,10 @@ def test_gradients_are_those_of_differences(form, decay):
     )
 
 
+@pytest.mark.parametrize("steep", [0.03, 0.2, 1.0])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_float32_keeps_its_digits(decay):
-    tensors = inputs(2000, decay, batch=1)
+def test_float32_keeps_its_digits(decay, steep):
+    tensors = inputs(2000, decay, batch=1, steep=steep)
     expected = results(tensors, form="naive")
     narrow = {name: None if x is None else x.float() for name, x in tensors.items()}
     for found, wanted in zip(results(narrow, form="chunked"), expected, strict=True):

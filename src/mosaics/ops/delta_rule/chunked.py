@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import cast
+from mosaics.ops import cast, has_numbers
 
-CHUNK, CHUNK_OF_CHANNELS = 64, 16  # decays of their own for every channel take CHUNK times the memory
+CHUNK, CHUNK_OF_CHANNELS = 64, 16  # decays of their own for every channel take CHUNK times the memory, unless mild
 LEAST = -200.0  # exp of it is 0 beside anything
+MILD = -80.0  # decays of a chunk that come to no more are parted into two factors, each within float32
 
 
 def delta_rule(
@@ -29,7 +30,8 @@ def delta_rule(
     dtype, given = torch.promote_types(keys.dtype, torch.float32), values.dtype
     batch, heads, time, width = keys.shape
     channels = log_decay is not None and log_decay.dim() == 4
-    size = min(CHUNK_OF_CHANNELS if channels else CHUNK, time)
+    mild = channels and _is_mild(log_decay)
+    size = min(CHUNK_OF_CHANNELS if channels and not mild else CHUNK, time)
     chunks = -(-time // size)
     missing = chunks * size - time
 
@@ -50,21 +52,25 @@ def delta_rule(
         kept = (position >= start[..., -1:])[..., None]  # whether it is of the document that is open at the chunk's end
 
     # What a position finds of another's write, of what came before, and what is left of a write at the end.
+    readers = (queries, keys) if write == "delta" else (queries,)
     if log_decay is None:
-        between = visible.to(dtype)
-        overlap, read = (x @ keys.mT * between for x in (keys, queries))
+        found = [x @ keys.mT * visible.to(dtype) for x in readers]
         since = keys.new_ones(1, 1, 1, 1, 1)
         until, closing = since, since[..., 0]
     else:
         sums = cut(log_decay.double().clamp(min=LEAST)).cumsum(3)
-        if channels:
+        if mild:
+            middle = sums - sums[..., size // 2, None, :]
+            left, right = middle.to(dtype).exp(), keys * (-middle).to(dtype).exp()
+            found = [((x * left) @ right.mT).masked_fill(~visible, 0.0) for x in readers]
+        elif channels:
             between = (sums[..., :, None, :] - sums[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf)
             between = between.to(dtype).exp()
-            overlap, read = ((x[..., :, None, :] * between * keys[..., None, :, :]).sum(-1) for x in (keys, queries))
+            found = [(x[..., :, None, :] * between * keys[..., None, :, :]).sum(-1) for x in readers]
         else:
             sums = sums[..., None]
             between = (sums - sums.mT).masked_fill(~visible, -torch.inf).to(dtype).exp()
-            overlap, read = (x @ keys.mT * between for x in (keys, queries))
+            found = [x @ keys.mT * between for x in readers]
         since, until = (x.to(dtype).exp() for x in (sums, sums[..., -1:, :] - sums))
         closing = since[..., -1, :]
     if carried is not None:
@@ -74,7 +80,7 @@ def delta_rule(
     written = values if strength is None else cut(cast(strength, dtype))[..., None] * values
     if write == "delta":
         rates = keys.new_ones(1) if strength is None else cut(cast(strength, dtype))[..., None]
-        lower = (rates * overlap).tril(-1)
+        lower = (rates * found[1]).tril(-1)
         right = torch.cat([written, rates * keys * since], dim=-1)
         solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
         written, seen = solved.split([values.shape[-1], width], dim=-1)
@@ -89,5 +95,17 @@ def delta_rule(
             new = new - seen[:, :, chunk] @ memory
         writes.append(new)
         memory = closing[:, :, chunk] * memory + after[:, :, chunk] @ new
-    answers = before @ torch.stack(memories, dim=2) + read @ torch.stack(writes, dim=2)
+    answers = before @ torch.stack(memories, dim=2) + found[0] @ torch.stack(writes, dim=2)
     return cast(answers.flatten(2, 3)[:, :, :time], given), memory
+
+
+def _is_mild(log_decay: Tensor) -> bool:
+    """Whether no channel decays by more than `MILD` in any chunk of `CHUNK` positions; not asked of what is traced."""
+    if torch.compiler.is_compiling() or not has_numbers(log_decay):
+        return False
+    with torch.no_grad():
+        least = log_decay.min() if log_decay.numel() else log_decay.new_zeros(())
+        if bool(least * CHUNK >= MILD):
+            return True
+        cut = F.pad(log_decay, (0, 0, 0, -log_decay.shape[2] % CHUNK)).unflatten(2, (-1, CHUNK))
+        return bool((cut.sum(3) >= MILD).all())

@@ -1,0 +1,97 @@
+"""What each memory costs in the place of v2's: a training step, decoding, and the state, beside v2 and a Llama of as
+many parameters, in turn and in one process.
+
+python benchmarks/systems.py --results results     # every `-tiny` preset; some minutes each, on a quiet machine
+
+Written to FOLDER/systems.json after every system, and shown by `mosaics report FOLDER` with the league. A case whose
+step takes more than a minute is left out and said to be.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from mosaics import MosaicConfig, MosaicForCausalLM
+from mosaics.experiments.bench import Bench, decoding, paired, training_step
+from mosaics.experiments.league import systems
+from mosaics.experiments.records import write_record
+from mosaics.experiments.run import machine
+from mosaics.models.matching import matched
+
+FIRST, PEER, LIMIT = "memory-mosaics-v2-tiny", "llama", 60.0
+TRAINING, DECODING = 2048, (1024, 16384)
+
+
+def runs_of(settings: Bench, models: dict[str, Any], part: str, context: int) -> tuple[dict[str, Any], float]:
+    """A function for each model, called once, and the seconds of the longest call."""
+    make, runs, longest = training_step if part == "training" else decoding, {}, 0.0
+    for name, model in models.items():
+        runs[name] = make(settings, "llama" if name == PEER else "mosaic", model, context, 1)
+        began = time.perf_counter()
+        runs[name]()
+        longest = max(longest, time.perf_counter() - began)
+    return runs, longest
+
+
+def seconds_to_read(settings: Bench, model: Any) -> float:
+    """Of a prompt of 1,024 tokens."""
+    model.eval().to(settings.torch_dtype)
+    ids = torch.zeros(1, DECODING[0], dtype=torch.long)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - began
+
+
+def measure(preset: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """The cases of one system, each beside v2 and the Llama in the same rounds."""
+    first = MosaicConfig.from_preset(FIRST, max_position_embeddings=DECODING[-1])
+    config = matched(MosaicConfig.from_preset(preset, max_position_embeddings=DECODING[-1]), first)
+    settings, own = Bench(first, rounds=rounds, dtype=dtype), Bench(config, rounds=rounds, dtype=dtype)
+    figures = MosaicForCausalLM(config)
+    found = []
+    for part, context in (("training", TRAINING), *(("decoding", n) for n in DECODING)):
+        case = {"system": preset.removesuffix("-tiny"), "part": part, "context": context, "batch_size": 1}
+        case |= {"parameters": figures.num_parameters(), "state_bytes": figures.describe(context)["state_bytes"]}
+        models = {FIRST: settings.build("mosaic"), PEER: settings.build(PEER), preset: own.build("mosaic")}
+        if part == "decoding" and seconds_to_read(own, models[preset]) * context / DECODING[0] > 2 * LIMIT:
+            found.append(case | {"left_out": "reading the prompt takes too long"})
+            continue
+        runs, longest = runs_of(settings, models, part, context)
+        if longest > LIMIT:
+            found.append(case | {"left_out": f"a step takes {longest:.0f} s"})
+            continue
+        samples = paired(runs, rounds, settings.torch_device, 16 if part == "decoding" else None)
+        for name, key in ((FIRST, "to_v2"), (PEER, "to_llama")):
+            ratios = [a / b for a, b in zip(samples[preset], samples[name], strict=True)]
+            case[key] = [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
+        found.append(case | {"seconds": round(statistics.median(samples[preset]), 6)})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default="all")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    cases: list[dict[str, Any]] = []
+    about = {"machine": machine() | {"threads": torch.get_num_threads()}, "models": [], "rows": cases}
+    for preset in systems(given.systems.split(",")):
+        for dtype in given.dtypes.split(","):
+            cases += [case | {"dtype": dtype} for case in measure(preset, dtype, given.rounds)]
+            for case in cases[-3:]:
+                print(case, flush=True)
+            write_record(given.results / "systems.json", "systems", about, shlex.join(["python", *sys.argv]))
+
+
+if __name__ == "__main__":
+    main()
