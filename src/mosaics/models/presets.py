@@ -103,6 +103,9 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "titans-lmm": ("titans", {}),
 }
 
+# Local linear fits over the stored pairs of a Transformer's attention.
+_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {"lla": ("lla", {}), "parallax": ("parallax", {})}
+
 
 def _in_the_place(memory: str, options: dict[str, Any]) -> dict[str, Any]:
     """One memory in the place of the contextual ones of v2-tiny."""
@@ -158,5 +161,5 @@ _V1 = {
     ),
 }
 
-_SYSTEMS = {f"{name}-tiny": _in_the_place(*system) for name, system in _FAST_WEIGHTS.items()}
+_SYSTEMS = {f"{name}-tiny": _in_the_place(*system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
 PRESETS: dict[str, dict[str, Any]] = _presets() | _V1 | _SYSTEMS

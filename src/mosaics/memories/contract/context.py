@@ -55,10 +55,12 @@ class Read:
     """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs.
 
     `memory` is the memory's name in its block; `contextual` says whether the slots are positions of the context, and
-    not pairs that training filled.
+    not pairs that training filled. `residual` `(batch, heads, time)` is the share of a linear system that was left
+    unsolved, for a memory that solves one to read.
     """
 
     memory: str
     layer_index: int
     weights: Tensor
     contextual: bool = True
+    residual: Tensor | None = None

@@ -43,7 +43,7 @@ def _tile_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _tiles(
+def tiles(
     first: Tensor, end: Tensor, block: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor | None]]:
     """Rows, queries and slots of each tile; -inf where it must not be read, and which of its queries read nothing."""
@@ -90,9 +90,9 @@ class _Blockwise(torch.autograd.Function):
         drop: tuple[float, int],
     ) -> Tensor:
         ctx.block, ctx.drop = block, drop
-        factors = _dropout(queries.device, *drop)
+        factors = dropout_factors(queries.device, *drop)
         out = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=values.dtype, device=values.device)
-        for rows, here, slots, bias, empty in _tiles(first, end, block, queries.dtype):
+        for rows, here, slots, bias, empty in tiles(first, end, block, queries.dtype):
             weights = _weights(queries[rows, :, here], keys[rows, :, slots], bias, empty)
             if factors is not None:
                 weights *= factors(weights)
@@ -121,8 +121,8 @@ def _gradients(
     grad_queries = torch.zeros_like(queries)
     grad_keys = torch.zeros_like(keys, dtype=dtype)
     grad_values = torch.zeros_like(values, dtype=dtype)
-    factors = _dropout(queries.device, *drop)
-    for rows, here, slots, bias, empty in _tiles(first, end, block, dtype):
+    factors = dropout_factors(queries.device, *drop)
+    for rows, here, slots, bias, empty in tiles(first, end, block, dtype):
         tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
         weights = _weights(tile_queries, tile_keys, bias, empty)
         tile_grad = grad[rows, :, here].to(dtype)
@@ -143,7 +143,7 @@ def _weights(queries: Tensor, keys: Tensor, bias: Tensor, empty: Tensor | None) 
     return weights if empty is None else weights.masked_fill_(empty, 0.0)
 
 
-def _dropout(device: torch.device, probability: float, seed: int) -> Callable[[Tensor], Tensor] | None:
+def dropout_factors(device: torch.device, probability: float, seed: int) -> Callable[[Tensor], Tensor] | None:
     """What multiplies the weights of one tile after the other; the same seed gives the same factors."""
     if probability == 0:
         return None
