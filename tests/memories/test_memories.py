@@ -21,6 +21,8 @@ OPTIONS = {
     "mamba2": dict(num_attention_heads=4, state_width=5),
     "ttt": dict(num_attention_heads=2, chunk=4),
     "titans": dict(num_attention_heads=2, chunk=4),
+    "lla": dict(num_attention_heads=4, num_key_value_heads=2),
+    "parallax": dict(num_attention_heads=4, num_key_value_heads=2),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
@@ -222,7 +224,12 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("attention", dict(num_attention_heads=2, rotary_scaling="ntk"), "choose linear or yarn"),
         ("attention", dict(num_attention_heads=2, rotary_scaling="yarn"), "needs rotary_trained_length"),
         ("attention", dict(num_attention_heads=2, rotary_factor=0.5), "give 1 or more"),
-        *((name, {**OPTIONS[name], "initializer_range": 0.0}, "above 0") for name in TABLE_6),
+        *((name, {**OPTIONS[name], "initializer_range": 0.0}, "above 0") for name in (*TABLE_6, "lla", "parallax")),
+        *((name, dict(num_attention_heads=3), "not a multiple") for name in ("lla", "parallax")),
+        ("lla", dict(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
+        ("parallax", dict(num_attention_heads=8), "even width"),
+        ("lla", dict(num_attention_heads=2, iterations=0), "at least 1"),
+        ("lla", dict(num_attention_heads=2, initial_ridge=0.0), "above 0"),
     ],
 )
 def test_build_refuses_wrong_options(name, options, message):

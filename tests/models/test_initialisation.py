@@ -160,6 +160,12 @@ EXPECTED = {
     "long_term": CONTEXTUAL_V2,
     "feed_forward": {"*_proj.weight": TABLE_6},
     "attention": {"*_proj.weight": TABLE_6},  # the paper gives none for its baseline
+    "lla": {  # its paper's are not known; a ridge of 1
+        "*_proj.weight": TABLE_6,
+        "*_scale": ONES,
+        "ridge": Constant(math.log(math.e - 1)),
+    },
+    "parallax": {"*_proj.weight": TABLE_6},
     # Memory Mosaics v1: the authors' library, or their nano version where a deviation is given.
     "leaky_contextual": {
         "key_extractor.proj.weight": V1_MAP,

@@ -8,6 +8,7 @@ from mosaics.memories.contract import Pairs
 from mosaics.models.kept import fingerprint, load_memory, read_context, save_memory
 
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
+PRESETS += ["lla-tiny", "parallax-tiny"]
 
 
 @pytest.fixture(scope="module", params=PRESETS)

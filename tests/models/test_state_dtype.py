@@ -10,6 +10,7 @@ from mosaics.memories.contract import Pairs
 from mosaics.models.cache import open_cache
 
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
+PRESETS += ["lla-tiny", "parallax-tiny"]
 
 
 @pytest.fixture(scope="module", params=[(preset, dtype) for preset in PRESETS for dtype in ("bfloat16", "int8")])
