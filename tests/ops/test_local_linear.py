@@ -162,7 +162,7 @@ def test_gradients_are_those_of_differences(kind, form, small_tiles):
 
 
 @pytest.mark.parametrize("kind", ["relative", "probe"])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
 def test_lower_precision_keeps_its_digits(kind, dtype, bound):
     rounded = inputs(kind, 300, width=16, dtype=dtype)
     expected, _ = local_linear(**{name: x.double() for name, x in rounded.items()}, form="naive")
