@@ -33,6 +33,8 @@ CLAIMED = {
     "ttt-linear": "matches Transformers and Mamba from 125 M to 1.3 B parameters; goes on falling beyond 16k tokens",
     "ttt-mlp": "as TTT-Linear, and more promising in long contexts",
     "titans-lmm": "beats Transformers and linear recurrent models; finds needles in more than 2 M tokens",
+    "lla": "better than softmax attention and linear recurrent models in associative recall and regression in context",
+    "parallax": "lower perplexity than Transformers at 0.6 B and 1.7 B parameters with Muon, hardly with AdamW",
 }
 
 
