@@ -21,7 +21,7 @@ from mosaics.memories.contract import (
 )
 from mosaics.memories.fast_weights.common import ShortConvolution
 from mosaics.memories.fast_weights.inner import LearningState, Maps
-from mosaics.ops.inner_loop import Network, inner_loop
+from mosaics.ops.inner_loop import Loss, Network, inner_loop
 from mosaics.ops.rotary import frequencies, rotated
 
 NETWORKS = ("linear", "mlp")
@@ -91,7 +91,7 @@ class TTTMemory(Memory):
         self.maps = Maps(heads, [self.width, *inner, self.width], bias=True)
         self.norm_scale, self.norm_shift = (nn.Parameter(torch.empty(heads, self.width)) for _ in range(2))
         self.read_scale, self.read_shift = (nn.Parameter(torch.empty(d)) for _ in range(2))
-        self.inner = Network("gelu_tanh", bias=True, loss="normed")
+        self.inner = Network("gelu_tanh", bias=True, residual=True, normed=True, loss=Loss(half=True))
 
     def initial_state(self) -> LearningState:
         return self.maps.initial_state()
@@ -119,7 +119,7 @@ class TTTMemory(Memory):
         scale = (1 / places + self.place_rates.to(wide)).clamp(min=0)
         norm = self.norm_scale[:, None].to(wide), self.norm_shift[:, None].to(wide)
         before = None if state is None else state.inner()
-        answer, after = inner_loop(
+        read, after = inner_loop(
             list(self.maps.weights),
             queries,
             keys,
@@ -131,7 +131,6 @@ class TTTMemory(Memory):
             scale=scale,
             state=before,
         )
-        read = queries + _layer_normed(answer, *norm)
         read = read.transpose(1, 2).flatten(2)
         read = _layer_normed(read, self.read_scale.to(wide), self.read_shift.to(wide)).to(x.dtype)
         if self.gate_proj is not None:

@@ -1,15 +1,18 @@
 """The inner loop chunk by chunk: since all gradients of a chunk are taken at its start, each is a product of two
-vectors, and what every token reads is a few products of small matrices."""
+vectors, and what every token reads is a few products of small matrices, or of the sums that a retention is taken of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from mosaics.ops.inner_loop.network import Network
-from mosaics.ops.inner_loop.state import InnerState, Steps
+from mosaics.ops.inner_loop.network import Network, Norm
+from mosaics.ops.inner_loop.retention import Retention
+from mosaics.ops.inner_loop.state import InnerState, Steps, spread
 
 
 def inner_loop(
@@ -17,39 +20,72 @@ def inner_loop(
     initial: Sequence[Tensor],
     steps: Steps,
     network: Network,
-    norm: tuple[Tensor, Tensor] | None,
+    retention: Retention,
+    norm: Norm | None,
     scale: Tensor | None,
     state: InnerState,
 ) -> tuple[Tensor, InnerState]:
     """See `mosaics.ops.inner_loop.inner_loop`; the keys are those of the steps."""
     reads = []
     for chunk in steps.chunks():
-        state = state.opened(initial, chunk.begins, chunk.opens, scale)
-        left, kept, weighed, carried, ends = _coefficients(chunk)
-        inputs, errors = network.gradients(state.anchor, chunk.keys, chunk.values, norm)
+        state = state.opened(initial, chunk.begins, chunk.opens, scale, retention)
+        shares = _Shares.of(chunk)
+        step = chunk.step * chunk.filled[..., None]
+        delta = None if chunk.delta is None else spread(chunk.delta, chunk.values.shape[-1])
+        inputs, errors = network.gradients(state.anchor, chunk.keys, chunk.values, delta, norm)
         x, current, momentum = chunk.queries, [], []
         for number, (given, error) in enumerate(zip(inputs, errors, strict=True)):
             x = network.with_bias(network.active(x) if number else x)
+            error = spread(step, error.shape[-1]) * error
             weights = state.anchor[number] if chunk.scale is not None else state.current[number]
-            read = left * (x @ weights) - (x @ given.mT * weighed) @ error
-            if carried is not None:
-                read = read + carried * (x @ state.momentum[number])
-            last = (given * weighed[..., -1, :, None]).mT @ error
-            if chunk.scale is None:
-                after = left[..., -1:, :] * weights - last
-                if carried is not None:
-                    after = after + carried[..., -1:, :] * state.momentum[number]
-                current.append(after)
+            old = state.momentum[number] if shares.carried is not None else None
+            if retention.linear:
+                x = _read(x, weights, old, shares, given, error)
+            elif torch.is_grad_enabled():  # what each token reads is as large as the weights: made again when needed
+                x = checkpoint(
+                    _read_retained, x, weights, old, shares, given, error, retention,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
-                current.append(state.current[number])
-            if ends is not None:
-                momentum.append(kept * state.momentum[number] - (given * ends[..., None]).mT @ error)
-            else:
-                momentum.append(state.momentum[number])
-            x = read
+                x = _read_retained(x, weights, old, shares, given, error, retention)
+            now = state.current[number]
+            current.append(now if chunk.scale is not None else _last(now, old, shares, given, error))
+            momentum.append(state.momentum[number])
+            if shares.ends is not None:
+                momentum[-1] = shares.kept * momentum[-1] - (given * shares.ends).mT @ error
         state = InnerState(state.anchor, current, momentum)
-        reads.append(x)
+        reads.append(network.completed(x, chunk.queries, norm))
     return steps.joined(reads), state
+
+
+class _Shares(NamedTuple):
+    """What place t has of everything: `left` `(batch, heads, time, channels)` of the weights at hand, `carried` of the
+    momentum, less `weighed` `(batch, heads, channels, time, time)` of each step. And the momentum at the end: `kept`
+    `(batch, heads, 1, 1)` of it, less `ends` `(batch, heads, time, 1)` of each step."""
+
+    left: Tensor
+    weighed: Tensor
+    carried: Tensor | None
+    kept: Tensor | None
+    ends: Tensor | None
+
+    @classmethod
+    def of(cls, chunk: Steps) -> _Shares:
+        filled = chunk.filled[:, :, None]
+        ones = torch.ones_like(chunk.keys[:, :1, :, 0])[:, :, None]  # (batch, 1, 1, time)
+        if chunk.scale is not None:
+            weighed = (chunk.scale[:, :, None, :, None] * ones[..., None, :]).tril()
+            return cls(ones.mT, weighed, chunk.scale[..., None], ones[..., :1], ones.mT)
+        decay = ones if chunk.decay is None else torch.where(filled, 1 - chunk.decay.mT, 1.0)
+        products, left = _products(decay), decay.cumprod(-1).mT
+        if chunk.momentum is None:
+            return cls(left, products, None, None, None)
+        # A place without a token adds no momentum a second time.
+        eta = torch.where(filled, chunk.momentum[:, :, None], 1.0)
+        passed, since = _products(eta), eta.cumprod(-1)
+        taken = products * filled[..., None, :]
+        carried = (taken @ since[..., None])[..., 0].mT
+        return cls(left, taken @ passed, carried, since[..., -1:], passed[:, :, 0, -1, :, None])
 
 
 def _products(factors: Tensor) -> Tensor:
@@ -59,23 +95,43 @@ def _products(factors: Tensor) -> Tensor:
     return torch.where(later, factors[..., :, None], 1.0).cumprod(-2).tril()
 
 
-def _coefficients(chunk: Steps) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """How the weights that place t reads are made: `left` of those at hand, `carried` of the momentum, less `weighed`
-    of each gradient; and of the momentum at the end what was `kept` and each gradient's share `ends`."""
-    step = chunk.step * chunk.filled
-    ones = torch.ones_like(step)
-    if chunk.scale is not None:
-        weighed = (chunk.scale[..., :, None] * step[..., None, :]).tril()
-        return ones[..., None], ones[..., :1, None], weighed, chunk.scale[..., None], step
-    decay = ones if chunk.decay is None else torch.where(chunk.filled, 1 - chunk.decay, 1.0)
-    products = _products(decay)
-    left = decay.cumprod(-1)[..., None]
-    if chunk.momentum is None:
-        return left, None, products * step[..., None, :], None, None
-    # A place without a token has no step, and adds no momentum a second time.
-    eta = torch.where(chunk.filled, chunk.momentum, 1.0)
-    passed, since = _products(eta), eta.cumprod(-1)
-    taken = products * chunk.filled[..., None, :]
-    weighed = taken @ passed * step[..., None, :]
-    carried = taken @ since[..., None]
-    return left, since[..., -1:, None], weighed, carried, passed[..., -1, :] * step
+def _read(x: Tensor, weights: Tensor, momentum: Tensor | None, shares: _Shares, given: Tensor, error: Tensor) -> Tensor:
+    """What the weights of every place make of its own x; `error` times the step is that of the inputs `given`."""
+    units = weights.shape[-1]
+    read = spread(shares.left, units) * (x @ weights) - _mixed((x @ given.mT)[:, :, None] * shares.weighed, error)
+    return read if momentum is None else read + spread(shares.carried, units) * (x @ momentum)
+
+
+def _read_retained(
+    x: Tensor,
+    weights: Tensor,
+    momentum: Tensor | None,
+    shares: _Shares,
+    given: Tensor,
+    error: Tensor,
+    retention: Retention,
+) -> Tensor:
+    """The same with weights that a retention makes of the sums of every place, `(batch, heads, time, inputs, outputs)`
+    numbers."""
+    steps = (given[..., :, None] * error[..., None, :]).flatten(-2)
+    sums = spread(shares.left, weights.shape[-1])[..., None, :] * weights[:, :, None]
+    sums = sums - _mixed(shares.weighed, steps).view_as(sums)
+    if momentum is not None:
+        sums = sums + spread(shares.carried, weights.shape[-1])[..., None, :] * momentum[:, :, None]
+    return (x[..., None, :] @ retention.weights(sums))[..., 0, :]
+
+
+def _last(weights: Tensor, momentum: Tensor | None, shares: _Shares, given: Tensor, error: Tensor) -> Tensor:
+    """The weights, or their sums, of the last place."""
+    units = weights.shape[-1]
+    after = spread(shares.left[:, :, -1:], units) * weights
+    after = after - given.mT @ (spread(shares.weighed[..., -1, :].mT, units) * error)
+    return after if momentum is None else after + spread(shares.carried[:, :, -1:], units) * momentum
+
+
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    """`weights` `(batch, heads, channels, n, m)` of `rows` `(batch, heads, m, units)`, each channel of its units."""
+    channels = weights.shape[2]
+    if channels == 1:
+        return weights[:, :, 0] @ rows
+    return (weights @ rows.unflatten(-1, (-1, channels)).movedim(-1, 2)).movedim(2, -1).flatten(-2)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("l2", "normed")
+from mosaics.ops.inner_loop.losses import Loss
+
 ACTIVATIONS = ("gelu", "gelu_tanh")
+Norm = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,22 @@ class Network:
     Attributes:
         activation: between two maps: `gelu`, or `gelu_tanh`, its usual approximation.
         bias: whether the last row of each map is its bias.
-        loss: `l2` is the squared norm of f(k) - v; `normed` half the squared norm of LN(f(k)) - (v - k) with the
-            layer norm that comes with it (TTT, arXiv 2407.04620).
+        residual: whether the answer is added to the input.
+        normed: whether a layer norm is behind the last map, whose scale and shift the inner loop does not change.
+        loss: of the answer.
         eps: of that norm.
     """
 
     activation: str = "gelu"
     bias: bool = False
-    loss: str = "l2"
+    residual: bool = False
+    normed: bool = False
+    loss: Loss = field(default_factory=Loss)
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name, known in (("activation", ACTIVATIONS), ("loss", LOSSES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; choose {' or '.join(ACTIVATIONS)}.")
 
     def with_bias(self, x: Tensor) -> Tensor:
         """The inputs of a map, with a 1 for its bias."""
@@ -55,23 +59,22 @@ class Network:
         t = torch.tanh(c * (z + 0.044715 * z**3))
         return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
 
-    def answer(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def answer(self, x: Tensor, weights: Sequence[Tensor], norm: Norm | None) -> Tensor:
         """f(x) of rows `(..., n, width)` with maps `(..., inputs, outputs)`."""
+        z = x
         for number, weight in enumerate(weights):
-            x = self.with_bias(self.active(x) if number else x) @ weight
-        return x
+            z = self.with_bias(self.active(z) if number else z) @ weight
+        return self.completed(z, x, norm)
 
-    def losses(self, answer: Tensor, keys: Tensor, values: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The loss of every row."""
-        if self.loss == "l2":
-            return (answer - values).square().sum(-1)
-        scale, shift = norm
-        centred = answer - answer.mean(-1, keepdim=True)
-        normed = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt() * scale + shift
-        return 0.5 * (normed - (values - keys)).square().sum(-1)
+    def completed(self, z: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
+        """f(x) of what the last map made of x."""
+        if self.normed:
+            scale, shift = norm
+            z = self._normed(z)[0] * scale + shift
+        return x + z if self.residual else z
 
     def gradients(
-        self, weights: Sequence[Tensor], keys: Tensor, values: Tensor, norm: tuple[Tensor, Tensor] | None
+        self, weights: Sequence[Tensor], keys: Tensor, values: Tensor, delta: Tensor | None, norm: Norm | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of every row's loss: inputs `x` and errors `e` of each map, so that the gradient of its weights is x e^T."""
         inputs, sums, x = [], [], keys
@@ -79,19 +82,22 @@ class Network:
             inputs.append(self.with_bias(self.active(x) if number else x))
             x = inputs[-1] @ weight
             sums.append(x)
-        errors = [self._error(x, keys, values, norm)]
+        errors = [self._behind_the_norm(self.loss.errors(self.completed(x, keys, norm), values, delta), x, norm)]
         for number in range(len(weights) - 1, 0, -1):
             back = errors[0] @ weights[number].mT
             back = back[..., :-1] if self.bias else back
             errors.insert(0, back * self.slope(sums[number - 1]))
         return inputs, errors
 
-    def _error(self, answer: Tensor, keys: Tensor, values: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.loss == "l2":
-            return 2 * (answer - values)
-        scale, shift = norm
-        centred = answer - answer.mean(-1, keepdim=True)
-        inverse = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        normed = centred * inverse
-        g = scale * (scale * normed + shift - (values - keys))
+    def _behind_the_norm(self, error: Tensor, z: Tensor, norm: Norm | None) -> Tensor:
+        if not self.normed:
+            return error
+        normed, inverse = self._normed(z)
+        g = norm[0] * error
         return (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)) * inverse
+
+    def _normed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean 0 and variance 1, and what the deviations were multiplied by."""
+        centred = z - z.mean(-1, keepdim=True)
+        inverse = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return centred * inverse, inverse

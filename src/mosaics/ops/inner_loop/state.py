@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mosaics.ops.inner_loop.retention import Retention
+
 
 class InnerState(NamedTuple):
     """For each map `(batch, heads, inputs, outputs)`: the weights at the start of the open chunk, at which gradients
-    are taken; the weights now; and the momentum (or, with a scale, the sum of the chunk's steps)."""
+    are taken; the weights now, or the sums that a retention makes them of; and the momentum (or, with a scale, the sum
+    of the chunk's steps)."""
 
     anchor: list[Tensor]
     current: list[Tensor]
@@ -24,7 +27,9 @@ class InnerState(NamedTuple):
         weights = [w.to(dtype).expand(batch, *w.shape) for w in initial]
         return cls(weights, weights, [torch.zeros_like(w) for w in weights])
 
-    def opened(self, initial: Sequence[Tensor], begins: Tensor, opens: Tensor, scale: Tensor | None) -> InnerState:
+    def opened(
+        self, initial: Sequence[Tensor], begins: Tensor, opens: Tensor, scale: Tensor | None, retention: Retention
+    ) -> InnerState:
         """Where a chunk opens `(batch,)`; where a document begins `(batch,)`, all is as at first."""
         begins, opens = (x[:, None, None, None] for x in (begins, opens))
         current, momentum = self.current, self.momentum
@@ -34,19 +39,24 @@ class InnerState(NamedTuple):
             momentum = [torch.where(opens, torch.zeros_like(s), s) for s in momentum]
         current = [torch.where(begins, w.to(m.dtype)[None], m) for w, m in zip(initial, current, strict=True)]
         momentum = [torch.where(begins, torch.zeros_like(s), s) for s in momentum]
-        anchor = [torch.where(opens, m, a) for m, a in zip(current, self.anchor, strict=True)]
+        weights = [retention.weights(m) for m in current]
+        if retention.goes_on_from_weights:
+            current = [torch.where(opens, w, m) for w, m in zip(weights, current, strict=True)]
+        anchor = [torch.where(opens, w, a) for w, a in zip(weights, self.anchor, strict=True)]
         return InnerState(anchor, current, momentum)
 
 
 @dataclass(frozen=True)
 class Steps:
     """What tokens bring, `(batch, heads, time, ...)`; of a chunk `time` are its places, and `begins`, `opens` are set.
+    What has channels is repeated for the units of a map, see `spread`.
 
     Attributes:
         queries, keys, values: `(batch, heads, time, width)`.
-        step: the step size theta; 0 where there is no token.
+        step: the step size theta, `(batch, heads, time, channels)`; 0 where there is no token.
         momentum: eta, or None.
-        decay: alpha, or None.
+        decay: alpha, `(batch, heads, time, channels)`, or None.
+        delta: of the loss, `(batch, heads, time, channels)`, or None.
         scale: `(batch or 1, 1, time)`, or None.
         filled: `(batch, 1, time)`, where there are tokens.
         segments: of the call.
@@ -58,6 +68,7 @@ class Steps:
     step: Tensor
     momentum: Tensor | None
     decay: Tensor | None
+    delta: Tensor | None
     scale: Tensor | None
     filled: Tensor
     segments: Any
@@ -71,6 +82,9 @@ class Steps:
         real = segments.scatter(filled.long()[..., None])[..., 0].bool()[:, None]
         place = segments.position[:, None]
         scales = None if scale is None else scale[place]
+        for name in ("step", "decay", "delta"):
+            x = tensors[name]
+            tensors[name] = x[..., None] if x is not None and x.dim() == 3 else x
         return cls(**tensors, scale=scales, filled=real, segments=segments)
 
     def chunks(self) -> Iterator[Steps]:
@@ -79,7 +93,7 @@ class Steps:
         if self.keys.shape[2] == 1:
             yield replace(self, begins=s.begins[:, 0], opens=s.opens[:, 0])
             return
-        names = ("queries", "keys", "values", "step", "momentum", "decay")
+        names = ("queries", "keys", "values", "step", "momentum", "decay", "delta")
         parts = {name: getattr(self, name) for name in names}
         parts = {n: None if x is None else s.gather(x.transpose(1, 2)).transpose(2, 3) for n, x in parts.items()}
         for number in range(s.count):
@@ -97,3 +111,8 @@ class Steps:
         if self.keys.shape[2] == 1:
             return reads[0]
         return self.segments.scatter(torch.stack(reads, dim=1).transpose(2, 3)).transpose(1, 2)
+
+
+def spread(x: Tensor, units: int) -> Tensor:
+    """`(..., channels)` as `(..., units)`: channel c is that of the units c, c + channels, ...; one channel stays."""
+    return x if x.shape[-1] == 1 else x.repeat(*[1] * (x.dim() - 1), units // x.shape[-1])
