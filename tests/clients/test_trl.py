@@ -28,9 +28,7 @@ def losses(trainer) -> list[float]:
 
 def sft(model, tokenizer, data, output, **arguments):
     settings = trl.SFTConfig(str(output), **SETTINGS | dict(max_length=128) | arguments)
-    return trl.SFTTrainer(
-        model=model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer
-    )
+    return trl.SFTTrainer(model=model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
 
 
 def test_sft_by_path_equals_sft_of_a_model(folder, documents, tmp_path):

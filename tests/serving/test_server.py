@@ -107,9 +107,7 @@ def test_stream_says_what_was_used_when_asked(client, ask):
 
 def test_seed_repeats_and_answers_differ(client):
     draw = dict(temperature=1, n=3)
-    first, again, other = (
-        [choice.text for choice in said(client, seed=seed, **draw).choices] for seed in (5, 5, 6)
-    )
+    first, again, other = ([choice.text for choice in said(client, seed=seed, **draw).choices] for seed in (5, 5, 6))
     assert first == again != other and len(set(first)) == 3
     assert first[1] == said(client, seed=6, temperature=1).choices[0].text  # the n-th answer has the n-th seed
     assert said(client, **draw).choices != said(client, **draw).choices

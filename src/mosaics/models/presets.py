@@ -101,6 +101,9 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt-linear": ("ttt", {"network": "linear", "base_rate": 1.0}),
     "ttt-mlp": ("ttt", {"network": "mlp", "base_rate": 0.1}),
     "titans-lmm": ("titans", {}),
+    "moneta": ("miras", {"loss": "l_p", "loss_power": 3.0, "retention": "l_q", "retention_power": 4.0}),
+    "yaad": ("miras", {"loss": "huber", "retention": "l2"}),
+    "memora": ("miras", {"loss": "l2", "retention": "kl", "base_step": 0.2}),
 }
 
 # Local linear fits over the stored pairs of a Transformer's attention.

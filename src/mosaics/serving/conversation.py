@@ -33,9 +33,7 @@ class Conversation:
         OSError: there is no memory.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, memory: Path | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, memory: Path | None = None) -> None:
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         end = model.generation_config.eos_token_id
         self._end = frozenset(end if isinstance(end, list) else [] if end is None else [end])

@@ -133,8 +133,10 @@ class Desk:
             return self.memories.get(id)
         except KeyError:
             raise Refused(
-                404, f"there is no memory {id!r}; it was never here, was deleted, or had to go for others",
-                "memory_not_found", "memory",
+                404,
+                f"there is no memory {id!r}; it was never here, was deleted, or had to go for others",
+                "memory_not_found",
+                "memory",
             ) from None
 
     def check_length(self, prompt: Prompt, answer: int = 0) -> None:

@@ -43,11 +43,11 @@ def inner_loop(
                 x = _read(x, weights, old, shares, given, error)
             elif torch.is_grad_enabled():  # what each token reads is as large as the weights: made again when needed
                 x = checkpoint(
-                    _read_retained, x, weights, old, shares, given, error, retention,
+                    _retained, x, weights, old, shares, given, error, retention,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                x = _read_retained(x, weights, old, shares, given, error, retention)
+                x = _retained(x, weights, old, shares, given, error, retention)
             now = state.current[number]
             current.append(now if chunk.scale is not None else _last(now, old, shares, given, error))
             momentum.append(state.momentum[number])
@@ -102,7 +102,7 @@ def _read(x: Tensor, weights: Tensor, momentum: Tensor | None, shares: _Shares, 
     return read if momentum is None else read + spread(shares.carried, units) * (x @ momentum)
 
 
-def _read_retained(
+def _retained(
     x: Tensor,
     weights: Tensor,
     momentum: Tensor | None,
@@ -111,14 +111,19 @@ def _read_retained(
     error: Tensor,
     retention: Retention,
 ) -> Tensor:
-    """The same with weights that a retention makes of the sums of every place, `(batch, heads, time, inputs, outputs)`
-    numbers."""
-    steps = (given[..., :, None] * error[..., None, :]).flatten(-2)
-    sums = spread(shares.left, weights.shape[-1])[..., None, :] * weights[:, :, None]
-    sums = sums - _mixed(shares.weighed, steps).view_as(sums)
+    """The same with weights that a retention makes of the sums of every place, as many numbers for each place as the
+    map has; in parts `(batch, heads, channels, time, units of a channel, inputs)`."""
+    channels = shares.weighed.shape[2]
+    steps = _parts(error, channels)[..., None] * given[:, :, None, :, None, :]
+    sums = (-shares.weighed @ steps.flatten(-2)).unflatten(-1, steps.shape[-2:])
+    sums = torch.addcmul(sums, shares.left.mT[..., None, None], _parts(weights, channels).mT[:, :, :, None])
     if momentum is not None:
-        sums = sums + spread(shares.carried, weights.shape[-1])[..., None, :] * momentum[:, :, None]
-    return (x[..., None, :] @ retention.weights(sums))[..., 0, :]
+        sums = torch.addcmul(sums, shares.carried.mT[..., None, None], _parts(momentum, channels).mT[:, :, :, None])
+    dims = {"inputs": -1, "outputs": (2, -2)}
+    if retention.scales:
+        return _read(x, weights, momentum, shares, given, error) / retention.size(sums, **dims)[:, :, 0, :, 0]
+    read = retention.weights(sums, **dims) @ x[:, :, None, ..., None]
+    return read[..., 0].movedim(2, -1).flatten(-2)
 
 
 def _last(weights: Tensor, momentum: Tensor | None, shares: _Shares, given: Tensor, error: Tensor) -> Tensor:
@@ -134,4 +139,9 @@ def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
     channels = weights.shape[2]
     if channels == 1:
         return weights[:, :, 0] @ rows
-    return (weights @ rows.unflatten(-1, (-1, channels)).movedim(-1, 2)).movedim(2, -1).flatten(-2)
+    return (weights @ _parts(rows, channels)).movedim(2, -1).flatten(-2)
+
+
+def _parts(x: Tensor, channels: int) -> Tensor:
+    """`(batch, heads, n, units)` as `(batch, heads, channels, n, units of a channel)`."""
+    return x.unflatten(-1, (-1, channels)).movedim(-1, 2)

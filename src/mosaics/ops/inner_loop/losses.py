@@ -31,8 +31,8 @@ class Loss:
             `dot`: \( -\langle f(k), v \rangle \).
         half: whether the squared norm of `l2` and `huber` counts half. It does in the others.
         power: p of `l_p`, at least 1.
-        sharpness: a of \( \tanh(a x) \), in the place of the sign of x in the errors of `l_p` and `huber`; None: the sign, through
-            which no outer gradient passes.
+        sharpness: a of \( \tanh(a x) \), which is put in the place of the sign of x in the errors of `l_p` and `huber`;
+            None: the sign, through which no outer gradient passes.
         smoothing: \( \sqrt{x^2 + s} \) stands for |x| in the errors of `l_p`.
     """
 

@@ -61,14 +61,25 @@ class Retention:
         """Whether the next chunk begins with the weights, and not with the sums."""
         return self.name == "elastic_net_proximal"
 
-    def weights(self, sums: Tensor) -> Tensor:
-        """Of sums `(..., inputs, outputs)`."""
-        if self.name in ("l_q", "l_q_minimiser"):
-            powers = sums.abs().pow(self.power).sum((-2, -1), keepdim=True)
-            size = powers.clamp(min=torch.finfo(sums.dtype).tiny).pow((self.power - 2) / self.power) + self.eps
-            return (sums if self.name == "l_q" else sums.sign() * sums.abs().pow(self.power - 1)) / size
+    @property
+    def scales(self) -> bool:
+        """Whether weights are the sums over one number."""
+        return self.name == "l_q"
+
+    def size(self, sums: Tensor, inputs: int = -2, outputs: tuple[int, ...] = (-1,)) -> Tensor:
+        """What sums are divided by, as `weights` takes them; dimensions stay."""
+        q = self.power
+        powers = (sums.square().pow(q / 2) if q >= 2 else sums.abs().pow(q)).sum((inputs, *outputs), keepdim=True)
+        return powers.clamp(min=torch.finfo(sums.dtype).tiny).pow((q - 2) / q) + self.eps
+
+    def weights(self, sums: Tensor, inputs: int = -2, outputs: tuple[int, ...] = (-1,)) -> Tensor:
+        """Of sums, in which a map's inputs and outputs have these dimensions (`over` outputs, the last of them)."""
+        if self.name == "l_q":
+            return sums / self.size(sums, inputs, outputs)
+        if self.name == "l_q_minimiser":
+            return sums.sign() * sums.abs().pow(self.power - 1) / self.size(sums, inputs, outputs)
         if self.name == "kl":
-            dim = -2 if self.over == "inputs" else -1
+            dim = inputs if self.over == "inputs" else outputs[-1]
             scale = math.sqrt(sums.shape[dim]) if self.scale is None else self.scale
             return scale * sums.softmax(dim)
         if self.name.startswith("elastic_net"):
