@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from helpers import relative_error
 from mosaics.memories import Common, Context, Layout
 from mosaics.memories.contract import build
+from mosaics.memories.fast_weights.common import unit
 
 
 def test_mamba2_is_that_of_transformers(shared):
@@ -98,3 +99,68 @@ def test_ttt_is_that_of_its_authors(name, shared):
     assert relative_error(x.grad, file["grad/hidden_states"]) < bound
     assert relative_error(memory.q_proj.weight.grad, file["grad/param/q_proj.weight"]) < bound
     assert relative_error(memory.place_rates.grad, file["grad/param/learnable_token_idx"]) < bound
+
+
+MIRAS = {
+    "moneta": {"loss": "l_p", "retention": "l_q"},
+    "yaad": {"loss": "huber"},
+    "memora": {"retention": "kl", "base_step": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", MIRAS)
+def test_miras_is_the_recurrence_of_the_paper(name):
+    """Equations 24 to 32 for matrices as the paper writes them, one token after the other, by automatic derivatives."""
+    memory = build(
+        "miras", MIRAS[name] | {"num_attention_heads": 1, "chunk": 1, "convolution": 0}, Common(6), 0
+    ).double()
+    memory.reset_parameters(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        if name == "yaad":
+            memory.rates["delta"][1].bias.fill_(4.0)  # errors on both sides of it
+    x = torch.randn(1, 9, 6, dtype=torch.float64)
+    y, _ = memory(x, Layout(1, 9), None, Context())
+    x = x[0]
+    q, k = (unit(proj(x)) for proj in (memory.q_proj, memory.k_proj))
+    alpha = torch.sigmoid(memory.rates["retain"](x))
+    eta = memory.options.base_step / 6 * torch.nn.functional.softplus(memory.rates["step"](x))
+    kept = [w[0].T.detach() for w in memory.maps.weights]  # W_2 (4 d, d) and W_1 (d, 4 d), or A
+    norms = torch.nn.functional.layer_norm
+    branches = set()
+
+    def answer(weights, x):
+        inner = weights[1] @ torch.nn.functional.gelu(weights[0] @ x)
+        return x + norms(inner, (6,), memory.norm_scale[0], memory.norm_shift[0], 1e-5)
+
+    def weights_of(kept):
+        if name == "moneta":
+            return [a / ((a**4).sum() ** 0.5 + 1e-6) for a in kept]
+        if name == "memora":
+            return [a.shape[1] ** 0.5 * a.softmax(1) for a in kept]
+        return kept
+
+    reads, weights = [], weights_of(kept)
+    for t in range(9):
+        own = [w.detach().requires_grad_() for w in weights]
+        answered = answer(own, k[t])
+        e = answered - memory.v_proj(x[t])
+        error = 2 * e
+        if name == "moneta":
+            error = 3 * torch.tanh(10 * e) * (e**2 + 1e-6)
+        if name == "yaad":
+            delta = torch.nn.functional.softplus(memory.rates["delta"](x[t]))
+            error = torch.where(e.norm() <= delta, 2 * e, delta * torch.tanh(10 * e))
+            branches |= set((e.norm() <= delta).tolist())
+        slopes = torch.autograd.grad(answered, own, error)
+        rows = [alpha[t].repeat(4)[:, None], alpha[t][:, None]], [eta[t].repeat(4)[:, None], eta[t][:, None]]
+        if name == "memora":
+            kept = [w.log() for w in weights]
+        kept = [a * m - h * g for a, m, h, g in zip(rows[0], kept, rows[1], slopes, strict=True)]
+        weights = weights_of(kept)
+        reads.append(answer(weights, q[t]))
+    read = torch.stack(reads)
+    read = read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale
+    assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x))) < 1e-9
+    assert name != "yaad" or branches == {False, True}

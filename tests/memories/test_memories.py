@@ -23,9 +23,12 @@ OPTIONS = {
     "titans": dict(num_attention_heads=2, chunk=4),
     "lla": dict(num_attention_heads=4, num_key_value_heads=2),
     "parallax": dict(num_attention_heads=4, num_key_value_heads=2),
+    "miras": dict(num_attention_heads=2, chunk=4, loss="l_p", retention="l_q"),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
+    "miras, huber": ("miras", dict(loss="huber", retention="l2")),
+    "miras, kl": ("miras", dict(loss="l2", retention="kl")),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
     "attention, yarn": (

@@ -117,6 +117,11 @@ def _titans_rates(count, options):
     return torch.cat([torch.zeros(heads), torch.full((heads,), -4.0), torch.zeros(count - 2 * heads)])
 
 
+def _of_sums(weight, options, **_):
+    """Of weights, or of their logarithms."""
+    return 1.0 if options["retention"] in ("kl", "logit") else weight.shape[1] ** -0.5
+
+
 CONVOLUTION = Within(lambda weight: (-(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5))
 # Mamba-2: e^a from 1 to 16, and softplus(b) from 0.001 to 0.1 by its logarithm.
 DECAY_RATE = Within(lambda _: (1, 16), torch.exp)
@@ -146,6 +151,17 @@ EXPECTED = {
         "convolution.weight": CONVOLUTION,
         "maps.weights.?": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
         "read_scale": ONES,
+    },
+    "miras": {
+        "*_proj.weight": TABLE_6,
+        "rates.*.weight": TABLE_6,
+        "rates.retain.1.bias": Constant(6.0),
+        "rates.step.1.bias": ZEROS,
+        "rates.delta.1.bias": Constant(math.log(math.e - 1)),
+        "convolution.weight": CONVOLUTION,
+        "maps.weights.?": Normal(_of_sums, clamped=False),
+        "*_scale": ONES,
+        "*_shift": ZEROS,
     },
     "mamba2": {
         "*_proj.weight": TABLE_6,

@@ -172,7 +172,7 @@ class MirasMemory(Memory):
         deltas are near 1; the paper says nothing of either."""
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             init_map(linear, layer_index, self.options.initializer_range)
-        first = {"retain": 4.0, "step": 0.0, "delta": math.log(math.e - 1)}
+        first = {"retain": 6.0, "step": 0.0, "delta": math.log(math.e - 1)}
         for name, proj in self.rates.items():
             nn.init.constant_(proj[1].bias, first[name])
         if self.convolution is not None:
