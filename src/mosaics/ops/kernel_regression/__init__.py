@@ -12,6 +12,7 @@ from torch import Tensor
 from mosaics.ops import Faster, eager_on_cpu, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.merged import merged
 from mosaics.ops.kernel_regression.naive import check_read, weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
@@ -22,7 +23,7 @@ FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
 HUGE = 1e30  # a key as large may make a logit infinite
 
-__all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "readable", "weights", "widened"]
+__all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "merged", "readable", "weights", "widened"]
 
 
 @eager_on_cpu
@@ -36,8 +37,9 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
+    log_sum: bool = False,
     form: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs
     that t may read.
 
@@ -56,10 +58,13 @@ def kernel_regression(
             this call (negative: so many pairs before it; never decreasing); None: all stored pairs and positions are
             one document.
         dropout: probability with which a weight is set to 0, the others growing to make up for it.
+        log_sum: whether to return the logarithm of the sum of weights \( \sum_i e^{\beta k_t^\top k_i} \) as well, with
+            which reads over several stores can be `merged`. No weight is dropped from that sum.
         form: force one of `FORMS`; by default the fastest for this input.
 
     Returns:
-        `(batch, heads, time, value width)` in the dtype of `values`.
+        `(batch, heads, time, value width)` in the dtype of `values`; with `log_sum` also `(batch, heads, time)` in
+        float32 or wider, -inf without pairs.
 
     Raises:
         ValueError: the delay is negative, the window is below 1, the dropout no probability below 1, a fixed set is cut
@@ -75,12 +80,12 @@ def kernel_regression(
         form = "single"
     if form is None:
         form = _fastest(queries, keys, values, delay, window, start, dropout)
-        form = form if form in FORMS else "blockwise"
+        form = form if form in FORMS and not (log_sum and form == "shifted") else "blockwise"
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
-    access = dict(delay=delay, window=window, start=start, dropout=dropout)
+    access = dict(delay=delay, window=window, start=start, dropout=dropout, log_sum=log_sum)
     read = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
-    if form == "single" or delay is None or _is_sound(read):
+    if form == "single" or delay is None or _is_sound(read[0] if log_sum else read):
         return read
     return _without_unreadable(read, form, queries, widened(keys), widened(values), bandwidth, access)
 
@@ -96,14 +101,14 @@ def _is_sound(read: Tensor) -> bool:
 
 
 def _without_unreadable(
-    read: Tensor,
+    read: Tensor | tuple[Tensor, Tensor],
     form: str,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
     access: dict[str, Any],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """What was `read`, where it is no number because of a pair that its position may not read: 0 times NaN is NaN, and
     most forms multiply what they mask by 0."""
     time, slots = queries.shape[2], keys.shape[2]
@@ -113,10 +118,14 @@ def _without_unreadable(
     first, end = readable(time, slots - time, access["start"], access["delay"], access["window"], keys.device)
     before = F.pad(bad.cumsum(-1), (1, 0))  # bad pairs before each slot
     at = (x.clamp(0, slots).expand(len(queries), time)[:, None].expand(queries.shape[:3]) for x in (end, first))
-    reads_bad = torch.gt(*(before.gather(-1, x) for x in at))[..., None]
+    reads_bad = torch.gt(*(before.gather(-1, x) for x in at))
     keys, values = (x.masked_fill(bad[..., None], 0) for x in (keys, values))
     sound = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
-    return torch.where(reads_bad, read, sound) if reads_bad.any() else sound
+    if not reads_bad.any():
+        return sound
+    if access["log_sum"]:
+        return torch.where(reads_bad[..., None], read[0], sound[0]), torch.where(reads_bad, read[1], sound[1])
+    return torch.where(reads_bad[..., None], read, sound)
 
 
 def _fastest(

@@ -25,7 +25,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 in tiles; see `mosaics.ops.kernel_regression.kernel_regression`."""
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time, start, delay, window, keys.device)
@@ -36,7 +37,8 @@ def kernel_regression(
     block = BLOCK if window is None else min(BLOCK, max(window, 32))
     # What is dropped is drawn again in the backward pass, tile by tile, from this seed.
     drop = (dropout, int(torch.randint(2**62, ())) if dropout else 0)
-    return _Blockwise.apply(scaled, keys, values, first, end, block, drop)
+    read, logs = _Blockwise.apply(scaled, keys, values, first, end, block, drop, log_sum)
+    return (read, logs) if log_sum else read
 
 
 def _tile_dtype(x: Tensor) -> torch.dtype:
@@ -88,27 +90,34 @@ class _Blockwise(torch.autograd.Function):
         end: Tensor,
         block: int,
         drop: tuple[float, int],
-    ) -> Tensor:
+        log_sum: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.block, ctx.drop = block, drop
         factors = dropout_factors(queries.device, *drop)
         out = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=values.dtype, device=values.device)
+        logs = queries.new_full(queries.shape[:-1], -torch.inf) if log_sum else None
         for rows, here, slots, bias, empty in tiles(first, end, block, queries.dtype):
-            weights = _weights(queries[rows, :, here], keys[rows, :, slots], bias, empty)
+            logits = _logits(queries[rows, :, here], keys[rows, :, slots], bias)
+            weights = _weights(logits, empty)
+            if log_sum:
+                sums = logits.logsumexp(-1)
+                logs[rows, :, here] = sums if empty is None else sums.masked_fill(empty[..., 0], -torch.inf)
             if factors is not None:
                 weights *= factors(weights)
             out[rows, :, here] = (weights @ values[rows, :, slots].to(weights.dtype)).to(out.dtype)
         ctx.save_for_backward(queries, keys, values, first, end)
-        return out
+        return out, logs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor, grad_logs: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # the caller's backward may run inside one
-            return *_gradients(grad, *ctx.saved_tensors, ctx.block, ctx.drop), None, None, None, None
+            return *_gradients(grad, grad_logs, *ctx.saved_tensors, ctx.block, ctx.drop), *[None] * 5
 
 
 def _gradients(
     grad: Tensor,
+    grad_logs: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -124,7 +133,7 @@ def _gradients(
     factors = dropout_factors(queries.device, *drop)
     for rows, here, slots, bias, empty in tiles(first, end, block, dtype):
         tile_queries, tile_keys = queries[rows, :, here], keys[rows, :, slots].to(dtype)
-        weights = _weights(tile_queries, tile_keys, bias, empty)
+        weights = _weights(_logits(tile_queries, tile_keys, bias), empty)
         tile_grad = grad[rows, :, here].to(dtype)
         grad_weights = tile_grad @ values[rows, :, slots].to(dtype).mT
         read = weights
@@ -133,13 +142,19 @@ def _gradients(
             read, grad_weights = weights * factor, grad_weights * factor
         grad_values[rows, :, slots] += read.mT @ tile_grad
         grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
+        if grad_logs is not None:
+            grad_logits += weights * grad_logs[rows, :, here, None].to(dtype)
         grad_queries[rows, :, here] = grad_logits @ tile_keys
         grad_keys[rows, :, slots] += grad_logits.mT @ tile_queries
     return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype)
 
 
-def _weights(queries: Tensor, keys: Tensor, bias: Tensor, empty: Tensor | None) -> Tensor:
-    weights = (queries @ keys.to(queries.dtype).mT).add_(bias).softmax(-1)
+def _logits(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    return (queries @ keys.to(queries.dtype).mT).add_(bias)
+
+
+def _weights(logits: Tensor, empty: Tensor | None) -> Tensor:
+    weights = logits.softmax(-1)
     return weights if empty is None else weights.masked_fill_(empty, 0.0)
 
 

@@ -171,8 +171,11 @@ struct OfBeta {
     double grads, grads_logs, logs;
 
     // As the sum of g is 0 but for rounding, logits may be counted from their mean: then rounding is not multiplied by
-    // all of them, but by what they differ.
-    double value(double beta) const { return (grads_logs - grads * logs) / beta; }
+    // all of them, but by what they differ. `log_sum`, the logarithm of the sum of exponentials, adds its gradient
+    // times their mean.
+    double value(double beta, double log_sum, double of_log_sum) const {
+        return (grads_logs - grads * logs + of_log_sum * (logs + log_sum)) / beta;
+    }
 };
 
 struct Sizes {
@@ -236,8 +239,9 @@ struct Tile {
     }
 
     // Gradients of the logits in the place of those of the weights, which sum to `total` over all slots and whose mean
-    // gradient is `along`.
-    void softmax_backward(int64_t i, const T* weights, const T* logs, T along, T total, T* grads, OfBeta& sums) const {
+    // gradient is `along`. That of the logarithm of `total`, over `total`, is `of_sum`; `sums` are without it.
+    void softmax_backward(int64_t i, const T* weights, const T* logs, T along, T of_sum, T total, T* grads,
+                          OfBeta& sums) const {
         const T *p = weights + i * SLOTS, *log = logs + i * SLOTS, largest = std::log(total);
         const int64_t low = begin(i), high = stop(i);
         T *row = grads + i * SLOTS, g = 0, g_log = 0, p_log = 0;
@@ -246,9 +250,10 @@ struct Tile {
 #pragma omp simd reduction(+ : g, g_log, p_log)
         for (int64_t j = low; j < high; j++) {
             const T x = log[j] - largest;
-            row[j] = (row[j] - along) * p[j];
-            g += row[j];
-            g_log += row[j] * x;
+            const T own = (row[j] - along) * p[j];
+            row[j] = own + of_sum * p[j];
+            g += own;
+            g_log += own * x;
             p_log += p[j] * x;
         }
         sums.grads += g;
@@ -337,13 +342,14 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
 template <typename T>
 void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
               const int64_t* first, const int64_t* end, Array<T> out, const T* totals, Array<T> grad,
-              Array<T> grad_queries, Array<T> grad_keys, Array<T> grad_values, T* grad_beta) {
+              const T* grad_logs, Array<T> grad_queries, Array<T> grad_keys, Array<T> grad_values, T* grad_beta) {
     constexpr int64_t p = PANEL * Vector<T>::width;
     const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width);
 #pragma omp parallel num_threads(s.threads)
     {
         FlushDenormals flush;
-        std::vector<T> asked(s.time * wide), asked_grad(s.time * wide), answer_grad(s.time * value_wide), along(s.time);
+        std::vector<T> asked(s.time * wide), asked_grad(s.time * wide), answer_grad(s.time * value_wide);
+        std::vector<T> along(s.time), of_sum(s.time);
         std::vector<T> key_columns(SLOTS * s.width), key_rows(SLOTS * wide), value_columns(SLOTS * s.value_width);
         std::vector<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
         std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS), logs(QUERIES * SLOTS);
@@ -363,6 +369,7 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
                 T* row = &answer_grad[i * value_wide];
                 for (int64_t d = 0; d < s.value_width; d++) row[d] *= inverse;
                 along[i] = dot<T>(row, out.at(b, h) + i * out.stride[2], s.value_width);
+                of_sum[i] = grad_logs ? grad_logs[line * s.time + i] * inverse : T(0);
             }
             for (int64_t left = 0; left < s.slots; left += SLOTS) {
                 const int64_t filled = std::min(SLOTS, s.slots - left);
@@ -384,8 +391,8 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
                     product<T>(rows, t.from, t.to, s.value_width, answer, value_wide, 1, value_columns.data(), p,
                                p * s.value_width, tile_grad.data(), SLOTS, false);
                     for (int64_t r = 0; r < rows; r++)
-                        t.softmax_backward(r, tile.data(), logs.data(), along[i + r], totals[line * s.time + i + r],
-                                           tile_grad.data(), of_beta[i + r]);
+                        t.softmax_backward(r, tile.data(), logs.data(), along[i + r], of_sum[i + r],
+                                           totals[line * s.time + i + r], tile_grad.data(), of_beta[i + r]);
                     product<T>(rows, 0, wide, read, tile_grad.data() + t.from, SLOTS, 1,
                                key_rows.data() + t.from * wide, wide, p, asked_grad.data() + i * wide, wide, true);
                     product<T>(read, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
@@ -403,8 +410,10 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
                 T* row = grad_queries.at(b, h) + i * grad_queries.stride[2];
                 const T sharpness = beta[line * s.time + i];
                 // Near 0 the logarithms of the weights say nothing of the logits.
-                grad_beta[line * s.time + i] = std::abs(sharpness) < T(0.1) ? dot<T>(&asked_grad[i * wide], query, s.width)
-                                                                            : T(of_beta[i].value(sharpness));
+                const T sum = totals[line * s.time + i], log_sum = shift[line * s.time + i] + std::log(sum);
+                grad_beta[line * s.time + i] = std::abs(sharpness) < T(0.1)
+                                                   ? dot<T>(&asked_grad[i * wide], query, s.width)
+                                                   : T(of_beta[i].value(sharpness, log_sum, of_sum[i] * sum));
                 for (int64_t d = 0; d < s.width; d++) row[d] = asked_grad[i * wide + d] * sharpness;
             }
         }
@@ -422,9 +431,9 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
     extern "C" void backward_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, T* v,          \
                                       const int64_t* vs, const T* beta, const T* shift, const int64_t* first,          \
                                       const int64_t* end, T* out, const int64_t* os, const T* total, T* g,             \
-                                      const int64_t* gs, T* gq, const int64_t* gqs, T* gk, const int64_t* gks, T* gv,  \
-                                      const int64_t* gvs, T* gb) {                                                     \
-        backward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, {g, gs}, {gq, gqs},      \
+                                      const int64_t* gs, const T* gl, T* gq, const int64_t* gqs, T* gk,                \
+                                      const int64_t* gks, T* gv, const int64_t* gvs, T* gb) {                          \
+        backward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, {g, gs}, gl, {gq, gqs},  \
                     {gk, gks}, {gv, gvs}, gb);                                                                         \
     }
 

@@ -44,7 +44,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 in tiles that stay in the cache of a core; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     Raises:
@@ -60,12 +61,15 @@ def kernel_regression(
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)
     wide = (x.to(dtype) for x in (queries, keys, values))
-    return _Compiled.apply(*wide, beta, first, end).to(values.dtype)
+    read, logs = _Compiled.apply(*wide, beta, first, end, log_sum)
+    return (read.to(values.dtype), logs) if log_sum else read.to(values.dtype)
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    def forward(
+        ctx, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor, log_sum: bool
+    ) -> tuple[Tensor, Tensor | None]:
         queries, keys, values = (dense(x) for x in (queries, keys, values))
         beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
         shift = _shift(queries, keys, beta, end)
@@ -82,15 +86,20 @@ class _Compiled(torch.autograd.Function):
             shift.copy_(torch.where(far, total, shift))
             _call("forward", *given, False)
         ctx.save_for_backward(*given)
-        return out
+        if not log_sum:
+            return out, None
+        return out, (shift + total.log()).masked_fill_((end <= first).view(-1, 1, time), -torch.inf)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor, grad_logs: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, keys, values, beta, *rest = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (queries, keys, values, beta)]
-        _call("backward", queries, keys, values, beta, *rest, dense(grad), *grads)
-        return *grads, None, None
+        if grad_logs is not None:
+            first, end = rest[1:3]
+            grad_logs = grad_logs.masked_fill((end <= first).view(-1, 1, end.shape[-1]), 0).contiguous()
+        _call("backward", queries, keys, values, beta, *rest, dense(grad), grad_logs, *grads)
+        return *grads, None, None, None
 
 
 def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:
@@ -104,16 +113,16 @@ def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:
     return torch.where(bound <= PLAIN, 0.0, bound - SHIFTED)
 
 
-def _call(name: str, queries: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | bool) -> None:
+def _call(name: str, queries: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | bool | None) -> None:
     """Call the C++ function: after the sizes every tensor's address, and of those with a width the strides too."""
     first = rest[2]
     lines = first.shape[0] if first.dim() == 2 else 1
     width, value_width, threads = queries.shape[3], values.shape[3], torch.get_num_threads()
     given = [(c_int64 * 8)(*queries.shape[:3], keys.shape[2], width, value_width, lines, threads)]
     for x in (queries, keys, values, *rest):
-        if isinstance(x, Tensor):
-            given += strided(x) if x.dim() == 4 else plain(x)
-        else:
+        if isinstance(x, bool):
             given.append(int(x))
+        else:
+            given += strided(x) if x is not None and x.dim() == 4 else plain(x)
     kind = "double" if queries.dtype == torch.float64 else "float"
     getattr(library(SOURCE), f"{name}_{kind}")(*given)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
@@ -33,7 +33,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 through FlexAttention; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     On a processor it runs unfused, writes out every weight and has no gradient: for tests.
@@ -59,7 +60,11 @@ def kernel_regression(
     attend = _compiled() if queries.is_cuda and not torch.compiler.is_compiling() else flex_attention
     common = torch.promote_types(queries.dtype, values.dtype)
     alike = (x.to(common) for x in (queries, keys, values))
-    return attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0).to(values.dtype)
+    if not log_sum:
+        return attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0).to(values.dtype)
+    aux = AuxRequest(lse=True)
+    read, aux = attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0, return_aux=aux)
+    return read.to(values.dtype), aux.lse.to(wide).masked_fill((end <= first).view(-1, 1, time), -torch.inf)
 
 
 @cache

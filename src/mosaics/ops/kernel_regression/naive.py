@@ -72,17 +72,22 @@ def weights(
         ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
     """
     check_read(queries, keys, None, bandwidth, delay, window, start)
-    return _weights(queries, keys, bandwidth, delay, window, start)
+    return _weights(*_logits(queries, keys, bandwidth, delay, window, start))
 
 
-def _weights(
+def _weights(logits: Tensor, empty: Tensor) -> Tensor:
+    return logits.softmax(-1).masked_fill(empty, 0.0)
+
+
+def _logits(
     queries: Tensor,
     keys: Tensor | Narrow,
     bandwidth: Bandwidth,
     delay: int | None,
     window: int | None,
     start: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """-inf where a query may not read, and which queries `(..., time, 1)` read nothing: theirs are 0."""
     keys = widened(keys)
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time, start, delay, window, keys.device)
@@ -95,7 +100,7 @@ def _weights(
     logits = beta[..., None] * (queries @ keys.transpose(-1, -2))
     logits = logits.masked_fill(~allowed, -torch.inf)
     empty = ~allowed.any(-1, keepdim=True)
-    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return logits.masked_fill(empty, 0.0), empty
 
 
 def kernel_regression(
@@ -108,8 +113,11 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
-    read = F.dropout(_weights(queries, keys, bandwidth, delay, window, start), dropout)
-    return (read @ values.to(read.dtype)).to(dtype)
+    logits, empty = _logits(queries, keys, bandwidth, delay, window, start)
+    read = F.dropout(_weights(logits, empty), dropout)
+    read = (read @ values.to(read.dtype)).to(dtype)
+    return (read, logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)) if log_sum else read

@@ -27,15 +27,18 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 through PyTorch's fused attention, a call for each document; see
     `mosaics.ops.kernel_regression.kernel_regression`.
 
     Rows that have the same document at the same place share a call.
 
     Raises:
-        ValueError: there is a window, or a pair of an earlier call.
+        ValueError: there is a window, or a pair of an earlier call, or the sum of weights is asked for.
     """
+    if log_sum:
+        raise ValueError("The shifted form has no sums of weights; use the blockwise form.")
     time = queries.shape[2]
     if delay is not None and (window is not None or keys.shape[2] != time):
         raise ValueError("The shifted form reads whole documents without a window; use the blockwise form.")

@@ -65,7 +65,7 @@ inline void exponentials(double* x, int64_t count) {
 
 template <typename T, typename S>
 void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, const T* base, const T* slope,
-          const T* exponent, const int64_t* start, T* out) {
+          const T* exponent, const int64_t* start, T* out, T* logs) {
     constexpr int64_t BLOCK = 128;
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
     for (int64_t line = 0; line < s.batch * s.heads; line++) {
@@ -78,6 +78,7 @@ void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, cons
         }
         T* answer = out + line * s.value_width;
         std::fill(answer, answer + s.value_width, T(0));
+        if (logs) logs[line] = -std::numeric_limits<T>::infinity();
         if (end <= first) continue;
         const double beta = base[h] + (slope ? slope[h] * std::pow(double(end - first), double(exponent[h])) : 0.0);
         std::vector<T> query(s.width);
@@ -125,6 +126,7 @@ void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, cons
             }
         }
         for (int64_t d = 0; d < s.value_width; d++) answer[d] /= total;
+        if (logs) logs[line] = top + std::log(total);
     }
 }
 
@@ -134,8 +136,8 @@ void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, cons
     extern "C" void read_##suffix(const Sizes* s, const T* q, const S* k, const int64_t* ks, const float* kf,          \
                                   const int64_t* kfs, const S* v, const int64_t* vs, const float* vf,                  \
                                   const int64_t* vfs, const T* base, const T* slope, const T* exponent,                \
-                                  const int64_t* start, T* out) {                                                      \
-        read<T, S>(*s, q, {k, ks, kf, kfs}, {v, vs, vf, vfs}, base, slope, exponent, start, out);                      \
+                                  const int64_t* start, T* out, T* logs) {                                             \
+        read<T, S>(*s, q, {k, ks, kf, kfs}, {v, vs, vf, vfs}, base, slope, exponent, start, out, logs);                \
     }
 
 EXPORT(double, double, float64)

@@ -63,7 +63,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 for one query; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     Raises:
@@ -77,6 +78,7 @@ def kernel_regression(
     wide = _computed(queries)
     batch, heads, _, width = queries.shape
     out = torch.empty(batch, heads, 1, values.shape[3], dtype=wide)
+    logs = torch.empty(batch, heads, 1, dtype=wide) if log_sum else None
     kept = [cast(queries, wide).contiguous()]
     given = plain(kept[0])
     for x in (keys, values):
@@ -95,5 +97,6 @@ def kernel_regression(
     limits = (-1 if x is None else x for x in (delay, window))
     sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
     kind = str(kept[1].dtype).removeprefix("torch.")
-    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out))
-    return cast(out, values.dtype)
+    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs))
+    out = cast(out, values.dtype)
+    return (out, logs) if log_sum else out

@@ -28,7 +28,8 @@ def kernel_regression(
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+    log_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4, a slice of slots after the other; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     The softmax of what was read so far is kept as its maximum, its sum and its sum of values (Milakov and Gimelshein,
@@ -40,12 +41,13 @@ def kernel_regression(
     scaled = beta[..., None].to(torch.promote_types(queries.dtype, torch.float32)) * queries
     blocks = (slice(begin, begin + BLOCK) for begin in range(0, time, BLOCK))
     read = [_read(scaled[:, :, b], keys, values, first[..., b], end[..., b], dropout) for b in blocks]
-    return torch.cat(read, dim=2).to(values.dtype)
+    answer = torch.cat([x for x, _ in read], dim=2).to(values.dtype)
+    return (answer, torch.cat([log for _, log in read], dim=2)) if log_sum else answer
 
 
 def _read(
     queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, first: Tensor, end: Tensor, dropout: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     low, high = int(first.min()), int(end.max())
     free = range(int(first.max()), int(end.min()) + 1)  # borders between which all queries read all slots
     total = 0 * queries[..., :1]
@@ -70,7 +72,9 @@ def _read(
         if value_scale is not None:
             weights = weights * value_scale.mT
         read = read * fade + weights @ value
-    return read / total.masked_fill(total == 0, 1)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    return read / total, (top + total.log()).masked_fill(empty, -torch.inf)[..., 0]
 
 
 def _part(x: Tensor | Narrow, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
