@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import gradients, relative_error
 from mosaics.memories import REGISTRY, Common, Context, Layout, Rows, Stack
 from mosaics.memories.contract import build
 from mosaics.memories.mosaic.common import mapped
+from mosaics.ops.kernel_regression import kernel_regression
 
 OPTIONS = {
     "attention": dict(num_attention_heads=4, num_key_value_heads=2, window=5, delay=1),
@@ -31,6 +33,7 @@ CASES = {name: (name, {}) for name in OPTIONS} | {
     "miras, kl": ("miras", dict(loss="l2", retention="kl")),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
+    "attention, persistent tokens": ("attention", dict(persistent_tokens=3)),
     "attention, yarn": (
         "attention",
         dict(head_dim=8, rotary_scaling="yarn", rotary_factor=4.0, rotary_trained_length=8),
@@ -331,6 +334,55 @@ def test_attention_memory_with_alibi_adds_a_slope_times_the_distance(heads, shar
     logits = (queries @ keys.mT) / 2 - slopes[:, None, None] * distance
     expected = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
     assert relative_error(context.reads[0].weights[0], expected) < 1e-9
+
+
+YARN = dict(rotary_scaling="yarn", rotary_factor=4.0, rotary_trained_length=8)
+
+
+@pytest.mark.parametrize("more", [{}, dict(positions="none"), dict(positions="alibi"), YARN])
+@pytest.mark.parametrize("heads, shared", [(2, 1), (4, 2)])
+def test_attention_memory_reads_persistent_tokens_together_with_its_pairs(heads, shared, more):
+    options = dict(num_attention_heads=heads, num_key_value_heads=heads // shared, head_dim=4, delay=1, window=4, **more)
+    plain = build("attention", options, Common(8), 0).double()
+    plain.reset_parameters(0)
+    made = build("attention", {**options, "persistent_tokens": 3}, Common(8), 0).double()
+    made.load_state_dict({**plain.state_dict(), "persistent": torch.randn(3, 8).double()})
+    x, context = 3 * torch.randn(1, 9, 8, dtype=torch.float64), Context(reads=[])
+    y, _ = made(x, Layout(1, 9), None, context)
+    split = lambda z: z.unflatten(-1, (-1, 4)).transpose(0, 1)  # noqa: E731
+    queries, keys, values, learned, learned_values = (
+        split(proj(z)).repeat_interleave(1 if proj is made.q_proj else shared, dim=0)
+        for proj, z in [(made.q_proj, x[0]), (made.k_proj, x[0]), (made.v_proj, x[0])]
+        + [(made.k_proj, made.persistent), (made.v_proj, made.persistent)]
+    )
+    # Nobody's turn and nobody's distance, but the sharpness of all.
+    sharpness = (0.1 * math.log(4) + 1) ** 2 if "rotary_scaling" in more else 1
+    distance = (torch.arange(9)[:, None] - torch.arange(9))[None]
+    logits = queries @ keys.mT / 2
+    if made.options.positions == "rotary":
+        alone = Context(reads=[])
+        plain(x, Layout(1, 9), None, alone)
+        logits = alone.reads[0].weights[0].log() + _sums(plain, x)[..., None]
+    elif made.options.positions == "alibi":
+        slopes = torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)], dtype=torch.float64)
+        logits = logits - slopes[:, None, None] * distance
+    logits = logits.masked_fill((distance < 1) | (distance > 3), -torch.inf)
+    expected = torch.cat([logits, sharpness * queries @ learned.mT / 2], dim=-1).softmax(-1)
+    for read, known, contextual in zip(context.reads, expected.split([9, 3], dim=-1), (True, False), strict=True):
+        assert relative_error(read.weights[0], known) < 1e-9 and read.contextual == contextual
+    answer = (expected @ torch.cat([values, learned_values], dim=1)).transpose(0, 1).flatten(1)
+    assert relative_error(y[0], made.o_proj(answer)) < 1e-9
+
+
+def _sums(made, x):
+    """Logarithms of the sums of weights of what a memory without persistent tokens reads."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules[type(made).__module__]
+        patch.setattr(module, "kernel_regression", lambda *given, **more: seen.append((given, more)) or given[0])
+        made(x, Layout(1, x.shape[1]), None, Context())
+    (given, more) = seen[0]
+    return kernel_regression(*given, **{**more, "log_sum": True}, form="naive")[1][0]
 
 
 def test_attention_memory_without_positions_does_not_know_the_order():

@@ -82,6 +82,12 @@ def test_to_llama_refuses_other_arrangements(preset):
         to_llama(MosaicForCausalLM(MosaicConfig.from_preset(preset, num_hidden_layers=1)))
 
 
+def test_to_llama_refuses_persistent_tokens():
+    config = MosaicConfig.from_preset("transformer-tiny", num_hidden_layers=1, persistent_tokens=2)
+    with pytest.raises(ValueError, match="persistent tokens"):
+        to_llama(MosaicForCausalLM(config))
+
+
 def test_transformer_large_has_the_size_of_the_paper():
     with torch.device("meta"):
         figures = MosaicForCausalLM(MosaicConfig.from_preset("transformer-large")).describe(256)

@@ -182,6 +182,7 @@ EXPECTED = {
         "ridge": Constant(math.log(math.e - 1)),
     },
     "parallax": {"*_proj.weight": TABLE_6},
+    "attention": {"*_proj.weight": TABLE_6, "persistent": Normal(lambda **_: 1.0, clamped=False)},  # the paper gives none for its baseline
     # Memory Mosaics v1: the authors' library, or their nano version where a deviation is given.
     "leaky_contextual": {
         "key_extractor.proj.weight": V1_MAP,

@@ -76,8 +76,8 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
     if len(c.blocks) > 1 or c.norm != "rms" or c.logit_scale != 1:
         raise ValueError("A Llama has equal blocks, RMS norms and unscaled logits; this mosaic differs.")
     options = mosaic.model.stack.blocks[0].steps[0].memories["attention"].options
-    if options.window is not None or options.delay or options.train_delay:
-        raise ValueError("A Llama's attention has neither window nor delay; this mosaic's has.")
+    if options.window is not None or options.delay or options.train_delay or options.persistent_tokens:
+        raise ValueError("A Llama's attention has neither window nor delay nor persistent tokens; this mosaic's has.")
     if options.positions != "rotary" or options.rotary_scaling is not None:
         raise ValueError("A Llama has rotary positions, here those it was trained with; this mosaic's differ.")
     memory = mosaic.model.stack.blocks[0].steps[0].memories["attention"]

@@ -24,7 +24,7 @@ from mosaics.memories.contract import (
     nearest,
     register,
 )
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
+from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, merged, weights
 from mosaics.ops.rotary import SCALINGS, frequencies, rotated
 
 POSITIONS = ("rotary", "alibi", "none")
@@ -67,6 +67,8 @@ class AttentionMemory(Memory):
         {"num_attention_heads": 2, "rotary_scaling": "linear", "rotary_factor": 2.0},
         {"num_attention_heads": 2, "rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_trained_length": 8},
         {"num_attention_heads": 1, "rotary_scaling": "yarn", "rotary_factor": 2.0, "rotary_trained_length": 64},
+        {"num_attention_heads": 2, "window": 3, "delay": 1, "persistent_tokens": 3},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "positions": "alibi", "persistent_tokens": 1},
     )
 
     @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class AttentionMemory(Memory):
         be stretched to `rotary_factor` times the length trained at: `rotary_scaling` is `"linear"` or `"yarn"`, which
         needs that length (`rotary_trained_length`). `initializer_range` is the standard deviation of the maps at the
         start; None for that of Memory Mosaics v2.
+
+        So many learned `persistent_tokens` can be read by every position together with the pairs, whatever the window
+        and the delay. They have no position: their keys, and the queries that read them, are not turned (with ALiBi
+        they are at no distance).
         """
 
         num_attention_heads: int
@@ -92,6 +98,7 @@ class AttentionMemory(Memory):
         rotary_scaling: str | None = None
         rotary_factor: float = 1.0
         rotary_trained_length: int | None = None
+        persistent_tokens: int = 0
         initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
@@ -125,6 +132,10 @@ class AttentionMemory(Memory):
         self.k_proj = nn.Linear(d, pair_heads * self.width, bias=common.bias)
         self.v_proj = nn.Linear(d, pair_heads * self.width, bias=common.bias)
         self.o_proj = nn.Linear(heads * self.width, d, bias=common.bias)
+        if options.persistent_tokens < 0:
+            raise ValueError(f"persistent_tokens is {options.persistent_tokens}; give 0 or more.")
+        shape = (options.persistent_tokens, d)
+        self.persistent = nn.Parameter(torch.empty(shape)) if options.persistent_tokens else None
 
     def initial_state(self) -> AttentionState:
         window = self.options.window
@@ -136,47 +147,86 @@ class AttentionMemory(Memory):
         queries, keys, values = (
             proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries, keys = self._positioned(queries, keys, layout.position(x.device))
+        asked, position = queries, layout.position(x.device)
+        queries, keys = self._positioned(queries, keys, position)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
-        shared = self.heads // self.pair_heads
-        all_keys, all_values = (y.repeat_interleave(shared, dim=1) if shared > 1 else y for y in (keys, values))
+        all_keys, all_values = self._shared(keys), self._shared(values)
         train_delay = self.options.train_delay
         delay = (
             self.options.delay if context.draw is None or train_delay is None else context.draw_integer(*train_delay)
         )
-        access = dict(delay=delay, window=self.options.window, start=layout.start)
         wide = torch.promote_types(queries.dtype, torch.float32)
         scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=wide, device=x.device))
-        read = kernel_regression(queries, all_keys, all_values, scale, dropout=self.read_dropout(), **access)
+        own = dict(delay=delay, window=self.options.window, start=layout.start)
+        stores = [(queries, all_keys, all_values, own)]
+        if self.persistent is not None:
+            stores.append((*self._learned(asked, position), dict(delay=None)))
+        several, dropout = len(stores) > 1, self.read_dropout()
+        reads = [
+            kernel_regression(q, k, v, scale, dropout=dropout, log_sum=several, **access) for q, k, v, access in stores
+        ]
+        read, log_sum = merged(*reads) if several else (reads[0], None)
         if context.reads is not None:
-            context.reads.append(Read(self.name, self.layer_index, weights(queries, all_keys, scale, **access)))
+            for number, (q, k, _, access) in enumerate(stores):
+                found = weights(q, k, scale, **access)
+                if several:
+                    found = found * (reads[number][1] - log_sum).exp()[..., None]
+                context.reads.append(Read(self.name, self.layer_index, found, contextual=number == 0))
         if state is not None:
             state.pairs.settle(layout)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """Keys or values `(batch, heads, ...)` with a head for each of the queries'."""
+        shared = self.heads // self.pair_heads
+        return x.repeat_interleave(shared, dim=1) if shared > 1 else x
+
+    def _learned(self, queries: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the persistent tokens, which have no position."""
+        keys, values = (
+            self._shared(proj(self.persistent).unflatten(-1, (-1, self.width)).transpose(0, 1)[None])
+            for proj in (self.k_proj, self.v_proj)
+        )
+        if self.options.positions == "rotary":
+            queries = queries * self._angles(queries)[1] ** 2  # as all queries and keys
+        if self.options.positions == "alibi":  # they are where the query is
+            slopes, parts = self._slopes(queries, position)
+            queries = torch.cat([queries, slopes * parts], dim=-1)
+            keys = torch.cat([keys, torch.ones_like(keys[..., :2])], dim=-1)
+        return queries, *(x.expand(len(queries), -1, -1, -1) for x in (keys, values))
 
     def _positioned(self, queries: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys that know their positions `(batch or 1, time)`, in one of three ways or not at all."""
         if self.options.positions == "none":
             return queries, keys
-        wide = torch.promote_types(queries.dtype, torch.float32)
         if self.options.positions == "rotary":
-            o = self.options
-            scaling = (o.rotary_scaling, o.rotary_factor, o.rotary_trained_length)
-            angles, factor = frequencies(self.width, self.common.rotary_base, *scaling, position.device, wide)
+            angles, factor = self._angles(queries)
             return rotated(queries, position, angles, factor), rotated(keys, position, angles, factor)
         # A slope times how far back a pair lies is a slope times its position, but for what is the same for all pairs.
-        # Two numbers hold a position also in bfloat16.
-        slopes = slopes_of(self.heads).to(queries) * math.sqrt(self.width)
-        slopes = slopes[:, None, None].expand(*queries.shape[:3], 2)
-        parts = torch.stack([position // 256 * 256, position % 256], dim=-1).to(keys.dtype)[:, None]
+        slopes, parts = self._slopes(queries, position)
         parts = parts.expand(*keys.shape[:3], 2)
         return torch.cat([queries, slopes], dim=-1), torch.cat([keys, parts], dim=-1)
 
+    def _angles(self, queries: Tensor) -> tuple[Tensor, float]:
+        o, wide = self.options, torch.promote_types(queries.dtype, torch.float32)
+        scaling = (o.rotary_scaling, o.rotary_factor, o.rotary_trained_length)
+        return frequencies(self.width, self.common.rotary_base, *scaling, queries.device, wide)
+
+    def _slopes(self, queries: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes `(batch, heads, time, 2)`, before logits are scaled, and positions as two numbers `(batch or 1, 1, time,
+        2)`, which hold them also in bfloat16."""
+        slopes = slopes_of(self.heads).to(queries) * math.sqrt(self.width)
+        parts = torch.stack([position // 256 * 256, position % 256], dim=-1).to(queries.dtype)[:, None]
+        return slopes[:, None, None].expand(*queries.shape[:3], 2), parts
+
     def reset_parameters(self, layer_index: int) -> None:
-        """As the maps of Memory Mosaics v2 (Table 6), since the paper gives none for its baseline."""
+        """As the maps of Memory Mosaics v2 (Table 6), since the paper gives none for its baseline; persistent tokens
+        from N(0, 1)."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_map(linear, layer_index, self.options.initializer_range)
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)  # as long as what comes from a norm
 
     def check(self, context_length: int) -> None:
         check_delay(self.name, max([self.options.delay, *(self.options.train_delay or ())]), context_length)
@@ -186,10 +236,12 @@ class AttentionMemory(Memory):
         return farthest, farthest
 
     def activation_bytes(self, element_size: int) -> float:
-        return super().activation_bytes(element_size) + 4 * 4 * self.heads * self.width  # turned, repeated, read
+        stores = 1 if self.persistent is None else 2
+        return super().activation_bytes(element_size) + 4 * 4 * stores * self.heads * self.width  # turned, repeated, read
 
     def flops(self, context_length: int) -> float:
-        return linear_flops(self) + 4 * mean_pairs(context_length, self.options.window) * self.heads * self.width
+        pairs = mean_pairs(context_length, self.options.window) + self.options.persistent_tokens
+        return linear_flops(self) + 4 * pairs * self.heads * self.width
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.options.window is None else min(context_length, self.options.window - 1)
