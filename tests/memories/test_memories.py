@@ -26,6 +26,8 @@ OPTIONS = {
     "lla": dict(num_attention_heads=4, num_key_value_heads=2),
     "parallax": dict(num_attention_heads=4, num_key_value_heads=2),
     "miras": dict(num_attention_heads=2, chunk=4, loss="l_p", retention="l_q"),
+    "titans_mag": dict(num_attention_heads=2, chunk=4, window=5),
+    "titans_mac": dict(num_attention_heads=2, chunk=4, segment=6),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
@@ -342,7 +344,8 @@ YARN = dict(rotary_scaling="yarn", rotary_factor=4.0, rotary_trained_length=8)
 @pytest.mark.parametrize("more", [{}, dict(positions="none"), dict(positions="alibi"), YARN])
 @pytest.mark.parametrize("heads, shared", [(2, 1), (4, 2)])
 def test_attention_memory_reads_persistent_tokens_together_with_its_pairs(heads, shared, more):
-    options = dict(num_attention_heads=heads, num_key_value_heads=heads // shared, head_dim=4, delay=1, window=4, **more)
+    options = dict(num_attention_heads=heads, num_key_value_heads=heads // shared, head_dim=4, delay=1, window=4)
+    options |= more
     plain = build("attention", options, Common(8), 0).double()
     plain.reset_parameters(0)
     made = build("attention", {**options, "persistent_tokens": 3}, Common(8), 0).double()

@@ -65,6 +65,38 @@ def test_segments_of_any_call_are_those_of_the_whole(data):
         begin += piece
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_calls_of_a_segment_each_hold_every_token_once_in_the_order_of_its_document(data):
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    time, size = data.draw(st.integers(1, 25)), data.draw(st.sampled_from([1, 2, 3, 7, 40]))
+    ids = (torch.rand(3, time, generator=draw) < 0.15).cumsum(1)
+    mask = torch.rand(3, time, generator=draw) < data.draw(st.sampled_from([0.6, 1.1]))
+    expected = looped(ids, mask, size)
+    rows, begin = None, 0
+    while begin < time:
+        piece = data.draw(st.integers(1, time - begin))
+        part = slice(begin, begin + piece)
+        layout, order, rows = Layout.of(3, piece, mask[:, part], ids[:, part], rows, begin)
+        order = torch.arange(piece).expand(3, piece) if order is None else order
+        seen = [[] for _ in range(3)]
+        for call, index in layout.calls(size, torch.device("cpu")):
+            assert index.shape == call.start.shape == (3, call.time) and call.batch == 3
+            lengths = [call.time] * 3 if call.length is None else call.length.tolist()
+            assert max(lengths) == call.time or (lengths == [0, 0, 0] and call.time == 1)
+            assert (call.length is None) == (min(lengths) == call.time)
+            position = call.position(torch.device("cpu"))
+            for row, length in enumerate(lengths):
+                assert (index[row, length:] == piece).all()
+                known = [expected[row][begin + int(order[row, i])] for i in index[row, :length]]
+                assert [number for _, number, _, _ in known] == position[row, :length].tolist()
+                assert len({(document, segment) for document, _, segment, _ in known}) <= 1
+                seen[row] += index[row, :length].tolist()
+        real = mask[:, part].sum(1).tolist()
+        assert seen == [list(range(n)) for n in real]
+        begin += piece
+
+
 def test_segments_refuse_an_impossible_size():
     with pytest.raises(ValueError, match="give at least 1"):
         Layout(1, 3).segments(0, torch.device("cpu"))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny_config
 from mosaics import MosaicConfig, MosaicForCausalLM
-from mosaics.memories import REGISTRY
+from mosaics.memories import REGISTRY, Memory
 from mosaics.models import PRESETS
 
 
@@ -163,6 +163,8 @@ EXPECTED = {
         "*_scale": ONES,
         "*_shift": ZEROS,
     },
+    "titans_mag": {"*_scale": ONES},  # the memories in it have their own
+    "titans_mac": {"retrieve_proj.weight": TABLE_6, "retrieve_convolution.weight": CONVOLUTION, "*_scale": ONES},
     "mamba2": {
         "*_proj.weight": TABLE_6,
         "convolution.weight": CONVOLUTION,
@@ -175,14 +177,16 @@ EXPECTED = {
     "short_term": CONTEXTUAL_V2,
     "long_term": CONTEXTUAL_V2,
     "feed_forward": {"*_proj.weight": TABLE_6},
-    "attention": {"*_proj.weight": TABLE_6},  # the paper gives none for its baseline
     "lla": {  # its paper's are not known; a ridge of 1
         "*_proj.weight": TABLE_6,
         "*_scale": ONES,
         "ridge": Constant(math.log(math.e - 1)),
     },
     "parallax": {"*_proj.weight": TABLE_6},
-    "attention": {"*_proj.weight": TABLE_6, "persistent": Normal(lambda **_: 1.0, clamped=False)},  # the paper gives none for its baseline
+    "attention": {  # the paper gives none for its baseline
+        "*_proj.weight": TABLE_6,
+        "persistent": Normal(lambda **_: 1.0, clamped=False),
+    },
     # Memory Mosaics v1: the authors' library, or their nano version where a deviation is given.
     "leaky_contextual": {
         "key_extractor.proj.weight": V1_MAP,
@@ -205,7 +209,14 @@ EXPECTED = {
 
 
 def check_memory(memory, config) -> None:
+    """Its parameters, and those of the memories in it as theirs."""
+    inside = [module for module in memory.modules() if isinstance(module, Memory) and module is not memory]
+    for inner in inside:
+        check_memory(inner, config)
+    others = {parameter for inner in inside for parameter in inner.parameters()}
     for name, weight in memory.named_parameters():
+        if weight in others:
+            continue
         found = [e for pattern, e in EXPECTED[memory.type].items() if fnmatch(name, pattern)]
         if memory.type == "delta_rule" and name == "decay_bias" and memory.options.decay == "low_rank":
             found = [ZEROS]  # GLA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,15 +179,22 @@ def _check_content(
         _flatten(name, part, known, known_plain)
     if plain.keys() != known_plain.keys():
         raise TypeError("fields")
+    time = input_ids.shape[1]
+
+    def most(value: int) -> int:
+        """What is `value` after the beginning of the context may be so much after all of it: a token may store several
+        things."""
+        return time * max(1, math.ceil(value / min(time, 256)))
+
     for name, value in known_plain.items():
-        longer = isinstance(value, int) and input_ids.shape[1] > 256 and 0 <= plain[name] <= input_ids.shape[1]
+        longer = isinstance(value, int) and time > 256 and 0 <= plain[name] <= most(value)
         if type(plain[name]) is not type(value) or not (longer or plain[name] == value):
             raise TypeError(name)
     grows = {name: dim for i, block in enumerate(stored.blocks) for name, dim in _growing(f"blocks.{i}", block)}
     for name in known.keys() & tensors.keys():
         shapes = [list(known[name].shape), list(tensors[name].shape)]
         if (dim := grows.get(name)) is not None and min(map(len, shapes)) > dim:
-            if shapes[1][dim] > input_ids.shape[1]:
+            if shapes[1][dim] > most(shapes[0][dim]):
                 raise TypeError(name)
             shapes[0][dim] = shapes[1][dim] = 0
         wrong = shapes[0] != shapes[1] or known[name].dtype != tensors[name].dtype

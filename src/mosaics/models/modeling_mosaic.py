@@ -105,7 +105,7 @@ def _reset_missing(memory: Memory) -> None:
     own = [p for p in memory.parameters() if p not in inner]
     if all(map(_is_loaded, own)):
         return
-    loaded = {p: p.clone() for p in own if _is_loaded(p)}
+    loaded = {p: p.clone() for p in memory.parameters() if _is_loaded(p)}  # also of memories inside, which it resets
     memory.reset_parameters(memory.layer_index)
     for parameter, value in loaded.items():
         parameter.copy_(value)

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 
-def _blocks(layers: int, contextual: list[dict[str, Any]], intermediate_size: int) -> list[dict[str, Any]]:
-    """Parallel contextual memories, then a persistent one."""
+def _blocks(layers: int, *contextual: list[dict[str, Any]], intermediate_size: int) -> list[dict[str, Any]]:
+    """Steps of parallel contextual memories, then a persistent one."""
     persistent = {"type": "feed_forward", "options": {"intermediate_size": intermediate_size}}
-    return [{"repeat": layers, "steps": [contextual, [persistent]]}]
+    return [{"repeat": layers, "steps": [*contextual, [persistent]]}]
 
 
 def _memory_mosaics_v2(heads: int, window: int, train_delay: list[int]) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _presets() -> dict[str, dict[str, Any]]:
                 "vocab_size": s["vocab_size"],
                 "hidden_size": s["hidden_size"],
                 "max_position_embeddings": s["context"],
-                "blocks": _blocks(s["layers"], contextual, s["intermediate_size"]),
+                "blocks": _blocks(s["layers"], contextual, intermediate_size=s["intermediate_size"]),
             }
             if size != "tiny":  # Llama 3's tokenizer
                 presets[f"{name}-{size}"] |= {"bos_token_id": 128000, "eos_token_id": 128001}
@@ -104,21 +104,24 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "moneta": ("miras", {"loss": "l_p", "loss_power": 3.0, "retention": "l_q", "retention_power": 4.0}),
     "yaad": ("miras", {"loss": "huber", "retention": "l2"}),
     "memora": ("miras", {"loss": "l2", "retention": "kl", "base_step": 0.2}),
+    "titans-mac": ("titans_mac", {"segment": 64}),
+    "titans-mag": ("titans_mag", {"window": 64}),
 }
+_TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 4})
 
 # Local linear fits over the stored pairs of a Transformer's attention.
 _ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {"lla": ("lla", {}), "parallax": ("parallax", {})}
 
 
-def _in_the_place(memory: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One memory in the place of the contextual ones of v2-tiny."""
+def _in_the_place(*memories: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """Memories, each in a step of its own, in the place of the contextual ones of v2-tiny."""
     s = {**_LAPTOP, **_SIZES["tiny"]}
-    contextual = [{"type": memory, "options": {"num_attention_heads": s["heads"], **options}}]
+    steps = [[{"type": name, "options": {"num_attention_heads": s["heads"], **own}}] for name, own in memories]
     return {
         "vocab_size": s["vocab_size"],
         "hidden_size": s["hidden_size"],
         "max_position_embeddings": s["context"],
-        "blocks": _blocks(s["layers"], contextual, s["intermediate_size"]),
+        "blocks": _blocks(s["layers"], *steps, intermediate_size=s["intermediate_size"]),
     }
 
 
@@ -164,5 +167,6 @@ _V1 = {
     ),
 }
 
-_SYSTEMS = {f"{name}-tiny": _in_the_place(*system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
+_SYSTEMS = {f"{name}-tiny": _in_the_place(system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
+_SYSTEMS["titans-mal-tiny"] = _in_the_place(*_TITANS_MAL)
 PRESETS: dict[str, dict[str, Any]] = _presets() | _V1 | _SYSTEMS

@@ -214,8 +214,8 @@ class AttentionMemory(Memory):
         return frequencies(self.width, self.common.rotary_base, *scaling, queries.device, wide)
 
     def _slopes(self, queries: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes `(batch, heads, time, 2)`, before logits are scaled, and positions as two numbers `(batch or 1, 1, time,
-        2)`, which hold them also in bfloat16."""
+        """Slopes `(batch, heads, time, 2)`, before logits are scaled, and positions `(batch or 1, 1, time, 2)`: two
+        numbers hold them also in bfloat16."""
         slopes = slopes_of(self.heads).to(queries) * math.sqrt(self.width)
         parts = torch.stack([position // 256 * 256, position % 256], dim=-1).to(queries.dtype)[:, None]
         return slopes[:, None, None].expand(*queries.shape[:3], 2), parts
@@ -237,7 +237,8 @@ class AttentionMemory(Memory):
 
     def activation_bytes(self, element_size: int) -> float:
         stores = 1 if self.persistent is None else 2
-        return super().activation_bytes(element_size) + 4 * 4 * stores * self.heads * self.width  # turned, repeated, read
+        kept = 4 * stores * self.heads * self.width  # turned, repeated, read
+        return super().activation_bytes(element_size) + 4 * kept
 
     def flops(self, context_length: int) -> float:
         pairs = mean_pairs(context_length, self.options.window) + self.options.persistent_tokens

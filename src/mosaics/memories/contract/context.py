@@ -52,8 +52,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Read:
-    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs. Of a memory
-    that reads several stores together, the rows of all its reads do so.
+    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs. Where a
+    memory reads several stores together, the rows of all its reads do so.
 
     `memory` is the memory's name in its block; `contextual` says whether the slots are positions of the context, and
     not pairs that training filled. `residual` `(batch, heads, time)` is the share of a linear system that was left

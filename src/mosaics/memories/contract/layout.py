@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,22 @@ class Layout:
     def segments(self, size: int, device: torch.device) -> Segments:
         """The positions of the call in segments of `size` tokens of their document."""
         return Segments.of(self, size, device)
+
+    def calls(self, size: int, device: torch.device) -> Iterator[tuple[Layout, Tensor]]:
+        """The call as calls of one segment of `size` tokens each, in order, for memories that have to store a segment
+        before they answer the next: their layouts, and which position of this call each of theirs is, `(batch, their
+        time)`; `time` at padding. They are compact; a row may have no token in some."""
+        segments, own = self.segments(size, device), self.position(device).expand(self.batch, self.time)
+        filled = segments.filled
+        length, first = filled.sum(-1), filled.long().argmax(-1, keepdim=True)
+        for number, lengths in enumerate(length.T.tolist()):
+            time = max([1, *lengths])
+            place = torch.arange(time, device=device)
+            index = segments.source[:, number].gather(1, (first[:, number] + place).clamp(max=size - 1))
+            index = index.masked_fill(place >= length[:, number, None], self.time)
+            start = -own.gather(1, index[:, :1].clamp(max=self.time - 1)).expand(-1, time)
+            whole = min(lengths, default=time) == time
+            yield Layout(self.batch, time, start, None if whole else length[:, number], self.stored), index
 
     def position(self, device: torch.device) -> Tensor:
         """`(batch or 1, time)`, how many tokens of its document come before each position."""
