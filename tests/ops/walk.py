@@ -67,6 +67,14 @@ def sane(draw: random.Random, *tensors: torch.Tensor) -> bool:
     return ordinary
 
 
+def joined(read: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What was read, and the logarithm of the sum of weights if it came along, with 0 for -inf."""
+    if isinstance(read, torch.Tensor):
+        return read
+    logs = read[1].masked_fill(read[1] == -torch.inf, 0.0)
+    return torch.cat([read[0], logs[..., None].to(read[0].dtype)], dim=-1)
+
+
 def walk_read(draw: random.Random) -> None:
     dtype = draw.choice([torch.float32, torch.float64, torch.bfloat16])
     batch, heads, time = draw.choice([1, 2]), draw.choice([1, 3]), draw.choice(TIMES)
@@ -88,11 +96,11 @@ def walk_read(draw: random.Random) -> None:
     if draw.random() < 0.5:
         bandwidth += [torch.full((heads,), 2.0, dtype=wide), torch.full((heads,), 0.3, dtype=wide)]
     ordered = start is None or bool((start.diff(dim=1) >= 0).all())
-    access = dict(delay=delay, window=window, start=start)
+    access = dict(delay=delay, window=window, start=start, log_sum=draw.random() < 0.5)
     leaves = [*(laid(draw, x) for x in (queries, keys, values)), *bandwidth]
 
     def ask(own, form):
-        return kernel_regression(*own[:3], Bandwidth(*own[3:]), **access, form=form)
+        return joined(kernel_regression(*own[:3], Bandwidth(*own[3:]), **access, form=form))
 
     both(ask, leaves, draw.random() < 0.7, ordinary and ordered)
     last = None if start is None else start[:, -1:] - (time - 1)
@@ -102,7 +110,7 @@ def walk_read(draw: random.Random) -> None:
         pairs = pairs if pairs[0].data.dtype == pairs[1].data.dtype else leaves[1:3]
     one = leaves[0][:, :, -1:], *pairs, Bandwidth(*bandwidth)
     access["start"] = last
-    answers = [kernel_regression(*one, **access, form=form) for form in ("single", "naive")]
+    answers = [joined(kernel_regression(*one, **access, form=form)) for form in ("single", "naive")]
     if ordinary:
         check(answers)
 
