@@ -12,7 +12,7 @@ from torch import Tensor
 from mosaics.ops import Faster, eager_on_cpu, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
-from mosaics.ops.kernel_regression.merged import merged
+from mosaics.ops.kernel_regression.merging import merged
 from mosaics.ops.kernel_regression.naive import check_read, weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
