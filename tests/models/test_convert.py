@@ -88,6 +88,13 @@ def test_to_llama_refuses_persistent_tokens():
         to_llama(MosaicForCausalLM(config))
 
 
+@pytest.mark.parametrize("options", [dict(learned_positions=9), dict(activation="gelu")])
+def test_to_llama_refuses_positions_and_networks_that_are_none_of_its(options):
+    config = MosaicConfig.from_preset("transformer-tiny", num_hidden_layers=1, **options)
+    with pytest.raises(ValueError, match="SwiGLU networks and no learned positions"):
+        to_llama(MosaicForCausalLM(config))
+
+
 def test_transformer_large_has_the_size_of_the_paper():
     with torch.device("meta"):
         figures = MosaicForCausalLM(MosaicConfig.from_preset("transformer-large")).describe(256)

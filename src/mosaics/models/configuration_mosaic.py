@@ -66,7 +66,7 @@ class MosaicConfig(PreTrainedConfig):
             has (by default its type).
         num_hidden_layers: number of blocks; derived from `blocks`, and checked against it.
         max_position_embeddings: the training context, in tokens. A mosaic has no position encoding and reads on beyond
-            it.
+            it, but for `learned_positions`.
         norm: `"rms"` or `"layer"`.
         norm_eps: eps of the norms.
         bias: whether linear maps and layer norms have biases.
@@ -77,6 +77,8 @@ class MosaicConfig(PreTrainedConfig):
         embedding_scale: standard deviation of embedding and classifier at the start, times sqrt(d); they are clamped to
             three deviations.
         rotary_base: base of memories that use rotary positions.
+        learned_positions: rows of a table of which each token's embedding is added the one of its position in its
+            document; a document can't be longer. None: there is no table.
         tie_word_embeddings: whether the classifier is the embedding.
         state_dtype: in which the pairs of the context are kept between calls: `"bfloat16"`, or `"int8"` with one scale
             for each key and value of a head; None: as they are computed. They are rounded when they come, and what is
@@ -106,6 +108,7 @@ class MosaicConfig(PreTrainedConfig):
     logit_scale: float | None = 1.0
     embedding_scale: float = 0.5**0.5
     rotary_base: float = 500000.0
+    learned_positions: int | None = None
     tie_word_embeddings: bool = False
     state_dtype: str | None = None
     use_cache: bool = True
@@ -176,7 +179,9 @@ class MosaicConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "learned_positions"):
+            if name == "learned_positions" and self.learned_positions is None:
+                continue
             if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1 to {LARGEST}.")
         check_state_dtype(self.state_dtype)

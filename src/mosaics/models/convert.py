@@ -65,7 +65,8 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
     """The Llama that computes what a Transformer mosaic does.
 
     Raises:
-        ValueError: the mosaic is no Llama: it has other memories, a window or a delay, layer norms, or scaled logits.
+        ValueError: the mosaic is no Llama: it has other memories, a window or a delay, layer norms, scaled logits,
+            learned positions or another network.
     """
     c = mosaic.config
     types = [[[memory["type"] for memory in step] for step in steps] for steps in c.block_steps()]
@@ -75,7 +76,10 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
         )
     if len(c.blocks) > 1 or c.norm != "rms" or c.logit_scale != 1:
         raise ValueError("A Llama has equal blocks, RMS norms and unscaled logits; this mosaic differs.")
-    options = mosaic.model.stack.blocks[0].steps[0].memories["attention"].options
+    steps = mosaic.model.stack.blocks[0].steps
+    network, options = steps[1].memories["feed_forward"].options, steps[0].memories["attention"].options
+    if c.learned_positions is not None or network.activation != "swiglu":
+        raise ValueError("A Llama has SwiGLU networks and no learned positions; this mosaic differs.")
     if options.window is not None or options.delay or options.train_delay or options.persistent_tokens:
         raise ValueError("A Llama's attention has neither window nor delay nor persistent tokens; this mosaic's has.")
     if options.positions != "rotary" or options.rotary_scaling is not None:

@@ -122,9 +122,17 @@ class MosaicModel(MosaicPreTrainedModel):
         super().__init__(config)
         norm = _layer_norm(config.bias) if config.norm == "layer" else nn.RMSNorm
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        rows = config.learned_positions
+        self.embed_positions = None if rows is None else nn.Embedding(rows, config.hidden_size)
         self.stack = Stack(config.block_steps(), norm, config.common())
         self.norm = norm(config.hidden_size, config.norm_eps)
         self.post_init()
+
+    def check(self, context_length: int) -> None:
+        """Raises `ValueError` if the model can't be trained, or a memory makes no sense, at so many tokens."""
+        if self.embed_positions is not None:
+            _check_positions(context_length, self.embed_positions.num_embeddings)
+        self.stack.check(context_length)
 
     @can_return_tuple
     def forward(
@@ -216,6 +224,14 @@ class MosaicModel(MosaicPreTrainedModel):
                 f"{self.config.vocab_size - 1}."
             ) from None
         context.embeddings = x
+        if self.embed_positions is not None:
+            position, longest = layout.position(x.device), layout.stored + layout.time
+            if padding is not None:
+                position = position.masked_fill(padding, 0)
+            if layout.start is not None or padding is not None:
+                longest = int(position.max()) + 1 if position.numel() else 0
+            _check_positions(longest, self.embed_positions.num_embeddings)
+            x = x + self.embed_positions(position)
         dropout = self.config.embedding_dropout
         x = F.dropout(x, self.config.dropout if dropout is None else dropout, self.training)
 
@@ -231,6 +247,15 @@ class MosaicModel(MosaicPreTrainedModel):
             last_hidden_state=_restored(x, order, layout),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=hidden_states,
+        )
+
+
+def _check_positions(length: int, rows: int) -> None:
+    """Raises `ValueError` if documents of a length have no learned position for every token."""
+    if length > rows:
+        raise ValueError(
+            f"A document of {length} tokens is longer than the {rows} learned positions of the model; give shorter "
+            "ones, or a model with more learned_positions."
         )
 
 
@@ -280,9 +305,9 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
                 may lie anywhere and changes nothing.
             document_ids: `(batch, time)` integers. A document begins wherever the id changes from the previous real
                 token; no memory sees another document. On a cached call without ids the open document goes on.
-            position_ids: `(time,)`, `(1, time)` or `(batch, time)`. A mosaic has no position encoding; where positions
-                restart (are not larger than that of the real token before, or 0 at the first of a cached call), a
-                document begins.
+            position_ids: `(time,)`, `(1, time)` or `(batch, time)`. A mosaic counts positions itself, if at all; where
+                these restart (are not larger than that of the real token before, or 0 at the first of a cached call),
+                a document begins.
             inputs_embeds: `(batch, time, d)` in the place of `input_ids`.
             labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in
                 another document than their position are not counted.
@@ -311,8 +336,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: shapes do not fit, the cache is of another kind, what says where documents begin disagrees, or
-                something unsupported is asked for.
+            ValueError: shapes do not fit, the cache is of another kind, what says where documents begin disagrees, a
+                document is longer than the learned positions, or something unsupported is asked for.
             TypeError: there is no such argument.
         """
         shifted, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
@@ -482,6 +507,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         kinds["embedding"] = self.model.embed_tokens.weight.numel()
         kinds["classifier"] = 0 if self.config.tie_word_embeddings else self.lm_head.weight.numel()
         total = sum(p.numel() for p in self.parameters())
+        if (positions := self.model.embed_positions) is not None:
+            kinds["positions"] = positions.weight.numel()
         kinds["norms"] = total - sum(kinds.values())
         return {
             "parameters": {"total": total, "by_kind": kinds},

@@ -78,7 +78,7 @@ def check_model(config: "MosaicConfig", context_length: int) -> "MosaicForCausal
         ValueError: the sizes are impossible, or a memory makes no sense at that length.
     """
     model = build_model(config, meta=True)
-    model.model.stack.check(context_length)
+    model.model.check(context_length)
     return model
 
 
