@@ -28,6 +28,7 @@ OPTIONS = {
     "miras": dict(num_attention_heads=2, chunk=4, loss="l_p", retention="l_q"),
     "titans_mag": dict(num_attention_heads=2, chunk=4, window=5),
     "titans_mac": dict(num_attention_heads=2, chunk=4, segment=6),
+    "gam": dict(slots=5),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
@@ -217,6 +218,10 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("long_term", dict(num_attention_heads=2, train_delay=[9, 3]), "smaller delay first"),
         ("long_term", dict(num_attention_heads=2, train_delay=[9]), "of type tuple"),
         ("feed_forward", dict(intermediate_size=0), "at least 1"),
+        ("feed_forward", dict(intermediate_size=3, activation="swigl"), "did you mean 'swiglu'"),
+        ("gam", dict(slots=0), "at least 1 of each"),
+        ("gam", dict(convolution=0), "at least 1 of each"),
+        ("gam", dict(bandwidth=0.0), "above 0"),
         ("leaky_contextual", dict(num_attention_heads=3), "not a multiple"),
         ("leaky_contextual", dict(num_attention_heads=2, unit_norm_eps=-1.0), "0 or more"),
         ("kernel_persistent", dict(num_attention_heads=2, num_pairs=0), "at least 1 of each"),

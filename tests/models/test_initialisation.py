@@ -165,6 +165,11 @@ EXPECTED = {
     },
     "titans_mag": {"*_scale": ONES},  # the memories in it have their own
     "titans_mac": {"retrieve_proj.weight": TABLE_6, "retrieve_convolution.weight": CONVOLUTION, "*_scale": ONES},
+    "gam": {  # the bank: Xavier's uniform
+        "gate_proj.weight": TABLE_6,
+        "convolution.*": Within(lambda _: (-(3**-0.5), 3**-0.5)),  # of 3 tokens
+        "bank": Within(lambda weight: (-((6 / sum(weight.shape)) ** 0.5), (6 / sum(weight.shape)) ** 0.5)),
+    },
     "mamba2": {
         "*_proj.weight": TABLE_6,
         "convolution.weight": CONVOLUTION,
@@ -235,7 +240,8 @@ def check_model(model: MosaicForCausalLM) -> None:
     for memory in model.model.stack.memories():
         check_memory(memory, config)
         seen |= set(memory.parameters())
-    for words in {model.lm_head.weight, model.model.embed_tokens.weight}:
+    positions = [] if model.model.embed_positions is None else [model.model.embed_positions.weight]
+    for words in {model.lm_head.weight, model.model.embed_tokens.weight, *positions}:
         WORDS.check(words, scale=config.embedding_scale, width=config.hidden_size)
         seen.add(words)
     for module in model.modules():
@@ -250,7 +256,9 @@ def check_model(model: MosaicForCausalLM) -> None:
 
 def scaled_down(preset: str, **overrides) -> MosaicConfig:
     """A preset at its own depth and arrangement, narrow."""
-    sizes = dict(hidden_size=64, num_attention_heads=4, vocab_size=300)
+    sizes = dict(hidden_size=64, vocab_size=300)
+    if MosaicConfig.from_preset(preset).has("num_attention_heads"):
+        sizes["num_attention_heads"] = 4
     width = "num_pairs" if "v1" in preset else "intermediate_size"
     if preset.endswith("nano"):
         sizes["embedding_scale"] = 0.02 * 64**0.5

@@ -21,6 +21,7 @@ VARIANTS = {
     "widest reach": dict(window=50, delay=1, train_delay=[1, 60]),
     "narrowest window": dict(window=2, delay=2, train_delay=[2, 2]),
     "v1": dict(preset="memory-mosaics-v1-tiny"),
+    "learned positions": dict(preset="gam-tiny", learned_positions=90, dropout=0.0),
     "v1 nano, biases": dict(preset="memory-mosaics-v1-nano", bias=True),
 }
 V1 = dict(preset="memory-mosaics-v1-tiny")
@@ -313,7 +314,9 @@ def test_hidden_states_are_those_of_each_block(model):
     ids, mask = tokens(2, 9), torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     output = model(ids, attention_mask=mask, output_hidden_states=True)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
-    assert difference(output.hidden_states[0][1], model.model.embed_tokens(ids[1])) == 0
+    positions = model.model.embed_positions
+    placed = model.model.embed_tokens(ids[1]) + (0 if positions is None else positions.weight[:9])
+    assert difference(output.hidden_states[0][1], placed) == 0
     scale = model.config.logit_scale or 16**-0.5
     assert difference(model.lm_head(output.hidden_states[-1]) * scale, output.logits) < BOUND
 

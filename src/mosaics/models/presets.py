@@ -167,6 +167,25 @@ _V1 = {
     ),
 }
 
+
+def _gam(s: dict[str, Any]) -> dict[str, Any]:
+    """The whole system of arXiv 2509.00605 as its authors' code has it."""
+    network = {"type": "feed_forward", "options": {"intermediate_size": 4 * s["hidden_size"], "activation": "gelu"}}
+    return {
+        "vocab_size": s["vocab_size"],
+        "hidden_size": s["hidden_size"],
+        "max_position_embeddings": s["context"],
+        "learned_positions": s["context"],
+        "blocks": [{"repeat": s["layers"], "steps": [[{"type": "gam", "options": {"slots": 512}}], [network]]}],
+        "norm": "layer",
+        "bias": True,
+        "dropout": 0.1,
+        "embedding_scale": 3**-0.5,
+        "tie_word_embeddings": True,
+    }
+
+
 _SYSTEMS = {f"{name}-tiny": _in_the_place(system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
 _SYSTEMS["titans-mal-tiny"] = _in_the_place(*_TITANS_MAL)
+_SYSTEMS["gam-tiny"] = _gam({**_LAPTOP, **_SIZES["tiny"]})
 PRESETS: dict[str, dict[str, Any]] = _presets() | _V1 | _SYSTEMS
