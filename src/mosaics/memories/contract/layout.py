@@ -127,6 +127,16 @@ class Layout:
             whole = min(lengths, default=time) == time
             yield Layout(self.batch, time, start, None if whole else length[:, number], self.stored), index
 
+    def subset(self, chosen: Tensor, tokens: Tensor | None = None) -> Subset:
+        """Some positions of the call as rows of their own, for memories that see only what is routed to them.
+
+        Args:
+            chosen: `(batch, sets, time)`, booleans, whether a position is in a set; padding is in none.
+            tokens: `(batch, sets)`, how many of each row's open document earlier calls had in each set: `tokens` of
+                the subset before; None: no token.
+        """
+        return Subset.of(self, chosen, tokens)
+
     def position(self, device: torch.device) -> Tensor:
         """`(batch or 1, time)`, how many tokens of its document come before each position."""
         own = torch.arange(self.time, device=device)
@@ -209,3 +219,63 @@ class Segments:
         batch, _, _, *rest = y.shape
         place = (self.index * self.size + self.position).view(*self.position.shape, *[1] * len(rest))
         return y.flatten(1, 2).gather(1, place.expand(-1, -1, *rest))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Positions of a call in one or several sets, each of them a row of its own whose documents have only the tokens
+    that are in it. However a sequence is cut, packed or padded, a set has the same tokens in the same order.
+
+    All rows are as long as the longest, `count`: that many tokens are computed for each, and the host waits to know it.
+
+    Attributes:
+        layout: of `batch * sets` rows of `count` positions, the sets of a row next to each other.
+        source: `(batch, sets, count)`, which position of the call lies there; `time` where none does.
+        rank: `(batch, sets, time)`, how many positions of the call before each are in the set.
+        tokens: `(batch, sets)`, how many tokens of each row's open document are in each set, for the next call.
+    """
+
+    layout: Layout
+    source: Tensor
+    rank: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, chosen: Tensor, tokens: Tensor | None = None) -> Subset:
+        """As `Layout.subset`."""
+        batch, sets, time = chosen.shape
+        if (padding := layout.is_padding) is not None:
+            chosen = chosen & ~padding[:, None]
+        rank, length = chosen.cumsum(2) - chosen.long(), chosen.sum(2)
+        count = max(1, int(length.max())) if length.numel() else 1
+        position = torch.arange(time, device=chosen.device).expand(batch, sets, time)
+        source = torch.full((batch, sets, count + 1), time, device=chosen.device)
+        source = source.scatter_(2, rank.masked_fill(~chosen, count), position)[..., :-1]
+        tokens = length.new_zeros(batch, sets) if tokens is None else tokens
+        opened = position.new_full((batch, time), -layout.stored) if layout.start is None else layout.start
+        opened = opened[:, None].expand(batch, sets, time)
+        start = torch.where(opened < 0, -tokens[..., None], rank.gather(2, opened.clamp(min=0)))
+        last = position[:, 0, -1:] if layout.length is None else (layout.length[:, None] - 1).clamp(min=0)
+        after = length - start.gather(2, last[:, None].expand(batch, sets, 1))[..., 0]
+        inner = None
+        if layout.start is not None or layout.stored:  # what fills up a row belongs to the document before
+            inner = torch.cat([start, -tokens[..., None]], dim=2).gather(2, source).cummax(2).values.flatten(0, 1)
+        rows = Layout(batch * sets, count, inner, length.flatten(), layout.stored)
+        return cls(rows, source, rank, after)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x` `(batch, time, ...)` as `(batch, sets, count, ...)`, 0 where no position lies."""
+        batch, _, *rest = x.shape
+        padded = torch.cat([x, x.new_zeros(batch, 1, *rest)], dim=1)
+        index = self.source.flatten(1)
+        index = index.view(*index.shape, *[1] * len(rest)).expand(-1, -1, *rest)
+        return padded.gather(1, index).unflatten(1, self.source.shape[1:])
+
+    def at(self, y: Tensor, which: Tensor) -> Tensor:
+        """Of `y` `(batch, sets, count, ...)` what belongs to each position: `(batch, time, k, ...)` of the sets `which`
+        `(batch, time, k)`. Where a position is not in the set it means nothing."""
+        count, rest = y.shape[2], y.shape[3:]
+        rank = self.rank.transpose(1, 2).gather(2, which).clamp(max=count - 1)
+        index = (which * count + rank).flatten(1)
+        index = index.view(*index.shape, *[1] * len(rest)).expand(-1, -1, *rest)
+        return y.flatten(1, 2).gather(1, index).unflatten(1, which.shape[1:])
