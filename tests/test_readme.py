@@ -31,7 +31,8 @@ PAGES = [
 ]
 OPS = ("kernel_regression", "leaky_average", "delta_rule", "inner_loop", "local_linear")
 PAGES += [f"src/mosaics/ops/{op}/README.md" for op in OPS]
-PAGES += [f"docs/memories/{name}.md" for name in ("delta-rule", "ttt", "titans", "local-linear-attention", "miras", "gam")]
+MEMORIES = "delta-rule ttt titans local-linear-attention miras gam mom".split()
+PAGES += [f"docs/memories/{name}.md" for name in MEMORIES]
 # Appended to the commands, so that what they start ends within seconds.
 SMALL = {
     "prepare": "--vocab-size 300 --validation 0.3",

@@ -29,11 +29,13 @@ OPTIONS = {
     "titans_mag": dict(num_attention_heads=2, chunk=4, window=5),
     "titans_mac": dict(num_attention_heads=2, chunk=4, segment=6),
     "gam": dict(slots=5),
+    "mom": dict(num_attention_heads=2, convolution=3),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
     "miras, huber": ("miras", dict(loss="huber", retention="l2")),
     "miras, kl": ("miras", dict(loss="l2", retention="kl")),
+    "mom, one of three": ("mom", dict(memories=3, routed=1, single_maps=True)),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
     "attention, persistent tokens": ("attention", dict(persistent_tokens=3)),
@@ -219,6 +221,12 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("long_term", dict(num_attention_heads=2, train_delay=[9]), "of type tuple"),
         ("feed_forward", dict(intermediate_size=0), "at least 1"),
         ("feed_forward", dict(intermediate_size=3, activation="swigl"), "did you mean 'swiglu'"),
+        ("mom", dict(num_attention_heads=3), "not a multiple"),
+        ("mom", dict(num_attention_heads=2, memories=2, routed=3), "from 1 to as many as there are memories, 2"),
+        ("mom", dict(num_attention_heads=2, convolution=0), "at least 1"),
+        ("mom", dict(num_attention_heads=2, key_width=0), "at least 1"),
+        ("mom", dict(num_attention_heads=2, balance="layer"), "did you mean 'layers'"),
+        ("mom", dict(num_attention_heads=2, balance_scale=-1.0), "0 or more"),
         ("gam", dict(slots=0), "at least 1 of each"),
         ("gam", dict(convolution=0), "at least 1 of each"),
         ("gam", dict(bandwidth=0.0), "above 0"),

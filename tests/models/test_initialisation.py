@@ -165,6 +165,15 @@ EXPECTED = {
     },
     "titans_mag": {"*_scale": ONES},  # the memories in it have their own
     "titans_mac": {"retrieve_proj.weight": TABLE_6, "retrieve_convolution.weight": CONVOLUTION, "*_scale": ONES},
+    "mom": {
+        "*_proj.weight": TABLE_6,
+        "router.weight": TABLE_6,
+        "pair_projs.?.weight": TABLE_6,
+        "convolution.weight": CONVOLUTION,
+        "decay_rate": DECAY_RATE,
+        "decay_bias": STEP,
+        "read_scale": ONES,
+    },
     "gam": {  # the bank: Xavier's uniform
         "gate_proj.weight": TABLE_6,
         "convolution.*": Within(lambda _: (-(3**-0.5), 3**-0.5)),  # of 3 tokens

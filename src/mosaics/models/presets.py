@@ -106,6 +106,7 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memora": ("miras", {"loss": "l2", "retention": "kl", "base_step": 0.2}),
     "titans-mac": ("titans_mac", {"segment": 64}),
     "titans-mag": ("titans_mag", {"window": 64}),
+    "mom": ("mom", {}),
 }
 _TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 4})
 

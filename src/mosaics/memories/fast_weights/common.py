@@ -60,7 +60,9 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 def without_padding(x: Tensor, layout: Layout) -> Tensor:
     """`(batch, heads, time, ...)` with 0 at padding."""
     padding = layout.is_padding
-    return x if padding is None else x.masked_fill(padding.view(padding.shape[0], 1, -1, *[1] * (x.dim() - 3)), 0.0)
+    if padding is None:
+        return x
+    return x.masked_fill(padding.view(layout.batch, 1, layout.time, *[1] * (x.dim() - 3)), 0.0)
 
 
 def reset_decay(log_rates: Tensor, bias: Tensor, least: float = 0.001, most: float = 0.1) -> None:
