@@ -174,12 +174,14 @@ def test_mom_balances_as_its_authors(name, balance, shared):
 
 
 @pytest.mark.parametrize("balance", ["joint", "layers"])
-def test_mom_balance_is_that_of_documents_alone(balance):
-    """Packing and padding change nothing; three layers."""
+@pytest.mark.parametrize("stored", [0, 2])
+def test_mom_balance_is_that_of_documents_alone(balance, stored):
+    """Packing and padding change nothing, also where an earlier call opened the documents; three layers."""
     whole = [torch.randn(2, 9, 4, dtype=torch.float64) for _ in range(3)]
     document = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
-    layout, _, _ = Layout.of(2, 9, mask, document)
+    _, _, rows = Layout.of(2, 2, document_ids=document[:, :2])
+    layout, _, _ = Layout.of(2, 9, mask, document, rows if stored else None, stored)
     found = losses(balance, whole, layout, scale=0.3)
     parts = [(0, 0, 4), (0, 4, 9), (1, 0, 6)]
     if balance == "layers":
