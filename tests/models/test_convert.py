@@ -4,8 +4,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import VOCABULARY, tiny_model, tokens
 from mosaics import MosaicConfig, MosaicForCausalLM
+from mosaics.models import PRESETS
 from mosaics.models.convert import from_llama, to_llama
-from mosaics.models.matching import matched
+from mosaics.models.matching import matched, width_option
 
 
 def llama(**options):
@@ -127,6 +128,11 @@ def test_matched_widens_what_the_arrangement_has():
     alone = MosaicConfig(vocab_size=9, hidden_size=8, blocks=[{"repeat": 1, "steps": [attention]}])
     with pytest.raises(ValueError, match="there are 0"):
         matched(alone, other)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_width_option_is_one_in_every_preset(preset):
+    assert width_option(MosaicConfig.from_preset(preset)) in ("intermediate_size", "num_pairs")
 
 
 def test_matched_refuses_a_size_out_of_reach():

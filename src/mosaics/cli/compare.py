@@ -23,7 +23,10 @@ def compare(
     ] = "memory-mosaics-v2-tiny,transformer-tiny",
     systems: Annotated[
         str | None,
-        Option(help="A league instead: these presets (all: every tiny one), a task for all before the next."),
+        Option(
+            help="A league instead: these presets (all: every tiny one without learned positions), a task for all "
+            "before the next."
+        ),
     ] = None,
     worlds: Annotated[
         str, Option(help="Synthetic worlds, a training each: those named here, persistent-knowledge, mixed, or none.")

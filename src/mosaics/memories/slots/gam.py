@@ -42,7 +42,6 @@ class GAMMemory(Memory):
         ValueError: there is no slot, the convolution is over no token, or the bandwidth is not above 0.
     """
 
-    width_option = "slots"
     EXAMPLES = (
         {"slots": 11},
         {"slots": 5, "convolution": 4, "bandwidth": 0.5, "initializer_range": 0.1},
