@@ -22,7 +22,7 @@ from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.experiments.bench import Bench, decoding, paired, training_step
 from mosaics.experiments.league import systems
 from mosaics.experiments.records import write_record
-from mosaics.experiments.run import machine
+from mosaics.experiments.studies import machine
 from mosaics.models.matching import matched
 
 FIRST, PEER, LIMIT = "memory-mosaics-v2-tiny", "llama", 60.0

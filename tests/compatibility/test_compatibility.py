@@ -14,7 +14,7 @@ from mosaics.models.kept import load_memory
 from mosaics.models.loading import load_exported
 from mosaics.training import train
 from mosaics.training.metrics import read_metrics
-from mosaics.training.run import open_recipe
+from mosaics.training.run_folder import open_recipe
 
 FOLDERS = [path.name for path in sorted(Path(__file__).parent.iterdir()) if (path / "logits.safetensors").is_file()]
 MODELS = ["memory-mosaics-v1-tiny", "memory-mosaics-v1-nano", "transformer-tiny", "transformer-long-short-tiny"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mosaics.experiments.compare import study
-from mosaics.experiments.run import run_study
+from mosaics.experiments.studies import run_study
 
 MICRO = {
     "model.hidden_size": 32,

@@ -9,7 +9,7 @@ from mosaics.experiments import claims, claims_v1
 from mosaics.experiments.claims import ARRANGEMENTS
 from mosaics.experiments.evidence import FAILS, HOLDS, judge
 from mosaics.experiments.questions import WorldQuestions
-from mosaics.experiments.work import Training
+from mosaics.experiments.trainings import Training
 from mosaics.training.setup import build_config
 
 ALL = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF

@@ -49,12 +49,12 @@ def test_league_page_has_all_numbers_and_what_was_not_run(kept, tmp_path):
 
 def test_league_takes_from_the_cache_what_is_there(kept, monkeypatch):
     study = league(systems(["memory-mosaics-v2", "gla"]), ["recall", "new-knowledge"], None, seeds=(0,), samples=4)
-    monkeypatch.setattr("mosaics.experiments.work.train", lambda *_: pytest.fail("trains again"))
+    monkeypatch.setattr("mosaics.experiments.trainings.train", lambda *_: pytest.fail("trains again"))
     changes = json.loads((kept / "results" / "league.json").read_text())["study"]["settings"]
     settings = tuple(type(study.settings[0]).model_validate(setting) for setting in changes)
     told = []
     study = study.model_copy(update={"settings": settings})
-    monkeypatch.setattr("mosaics.experiments.run._do", lambda job, *_: told.append(job) or str(job))
+    monkeypatch.setattr("mosaics.experiments.studies._do", lambda job, *_: told.append(job) or str(job))
     results = run_league(study, kept / "out" / "cache", kept=lambda found: told.append(len(found["models"])))
     assert [n for n in told if isinstance(n, int)] == [1, 2, 3, 4] and len(results["rows"]) == len(
         league_in(kept / "results")["rows"]

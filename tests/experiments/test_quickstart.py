@@ -3,9 +3,9 @@
 import pytest
 from tests.experiments.conftest import MICRO
 
-from mosaics.experiments import work
+from mosaics.experiments import trainings
 from mosaics.experiments.quickstart import compare_run, in_words
-from mosaics.experiments.work import Training
+from mosaics.experiments.trainings import Training
 from mosaics.training import load_recipe, train
 
 OTHER = {"data.long_documents": "truncate", "model.vocab_size": 700, "model.max_position_embeddings": 80}
@@ -30,25 +30,25 @@ def test_compare_run_takes_the_run_for_what_it_would_train(texts, asked, tmp_pat
     adopted = next(m for m in results["models"] if (m["setting"], m["arrangement"]) == ("text", "memory-mosaics-v2"))
 
     text = next(s for s in results["study"]["settings"] if s["name"] == "text")
-    setting = work.Setting.model_validate(text)
-    first = work.Arrangement.model_validate(results["study"]["arrangements"][0])
-    trained = work.train(Training(first, first, setting, recipe.seed), tmp_path / "another-cache")
+    setting = trainings.Setting.model_validate(text)
+    first = trainings.Arrangement.model_validate(results["study"]["arrangements"][0])
+    trained = trainings.train(Training(first, first, setting, recipe.seed), tmp_path / "another-cache")
     for key in ("curve", "held_out_loss", "parameters", "tokens", "steps", "hardware"):
         assert adopted[key] == trained[key], key
 
     def refuse(*arguments, **keywords):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(work, "_train", refuse)
+    monkeypatch.setattr(trainings, "_train", refuse)
     assert compare_run(recipe, tmp_path / "run", changes)["rows"] == results["rows"]
     assert "memory-mosaics-v2" in in_words(results) and "transformer" in in_words(results)
 
 
 def test_adopt_refuses_a_run_of_another_recipe(recipe, tmp_path):
     train(recipe, tmp_path / "run")
-    first = work.Arrangement(label="v2", preset=recipe.model.preset)
+    first = trainings.Arrangement(label="v2", preset=recipe.model.preset)
     training = recipe.training.model_dump(mode="json") | {"steps": 5}
-    data = work.Data(corpus=str(tmp_path / "run" / "data"))
-    setting = work.Setting(name="text", data=data, model=recipe.model.overrides(), training=training)
+    data = trainings.Data(corpus=str(tmp_path / "run" / "data"))
+    setting = trainings.Setting(name="text", data=data, model=recipe.model.overrides(), training=training)
     with pytest.raises(AssertionError, match="other recipe"):
-        work.adopt(Training(first, first, setting, recipe.seed), tmp_path / "run", tmp_path / "cache")
+        trainings.adopt(Training(first, first, setting, recipe.seed), tmp_path / "run", tmp_path / "cache")

@@ -7,7 +7,7 @@ from mosaics.experiments import claims_v1
 from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, settings, study_of
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
-from mosaics.experiments.work import Training
+from mosaics.experiments.trainings import Training
 
 TABLES, FIGURES = "1 2 9 10 3 4 12 13".split(), "1 3 4 5 8 12".split()
 

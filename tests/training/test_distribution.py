@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mosaics.data import PackedDataset
 from mosaics.training import checkpoint, loop, train
-from mosaics.training import run as module
+from mosaics.training import run_folder as module
 from mosaics.training.checkpoint import DamagedCheckpoint, checkpoint_folder, checkpoint_steps, verify_checkpoint
 from mosaics.training.distribution import Group
 from mosaics.training.draws import seed_step

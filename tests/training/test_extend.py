@@ -7,7 +7,7 @@ import signal
 import pytest
 import yaml
 
-from mosaics.training import run as module
+from mosaics.training import run_folder as module
 from mosaics.training import train
 from mosaics.training.checkpoint import checkpoint_folder, checkpoint_steps, read_json
 from mosaics.training.metrics import read_metrics

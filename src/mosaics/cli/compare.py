@@ -57,7 +57,7 @@ def compare(
     """
     from mosaics.experiments.compare import study
     from mosaics.experiments.report import write_report
-    from mosaics.experiments.run import run_study
+    from mosaics.experiments.studies import run_study
     from mosaics.training.recipe import parse_overrides
 
     changes, words = parse_overrides(context.args, OPTIONS.split())

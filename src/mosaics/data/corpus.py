@@ -12,13 +12,15 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-STANDARD_LIBRARY, WORLD = "python-stdlib", "world:"
+from mosaics.data.document import Corpus, Document
+from mosaics.data.worlds.documents import WORLD, open_world
+
+STANDARD_LIBRARY = "python-stdlib"
 STANDARD_INPUT = {"-": "stdin.txt", "-.jsonl": "stdin.jsonl"}
 # Tests, tables and build settings: no text that one would read, and twice the size of all the rest.
 _NOT_LIBRARY_TEXT = {
@@ -34,30 +36,6 @@ _RECORDS = {".jsonl", ".ndjson"}
 _TEXT = {".txt", ".md"} | _RECORDS
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 MAX_DOCUMENT_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text and the name that it has in its corpus (unique there, the same on every machine)."""
-
-    id: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order. Each iteration reads them again; one is in memory at a time.
-
-    Attributes:
-        name: what the user called it.
-        documents: starts one pass over the documents.
-    """
-
-    name: str
-    documents: Callable[[], Iterator[Document]] = field(repr=False)
-
-    def __iter__(self) -> Iterator[Document]:
-        return self.documents()
 
 
 def join_corpora(corpora: Sequence[Corpus]) -> Corpus:
@@ -123,8 +101,6 @@ def open_corpus(
         library = _standard_library()
         return Corpus(spec, lambda: _read_files(library, field, "utf-8"))
     if spec.startswith(WORLD):
-        from mosaics.data.worlds import open_world
-
         return open_world(spec)
     if spec.startswith("hf:"):
         return _open_dataset(spec, spec[3:], field, split)

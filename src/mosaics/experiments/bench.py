@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosaics.experiments.run import machine, use_threads
-from mosaics.experiments.work import say
+from mosaics.experiments.studies import machine, use_threads
+from mosaics.experiments.trainings import say
 
 if TYPE_CHECKING:
     import torch

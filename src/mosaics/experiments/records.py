@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mosaics.experiments.work import write_json
+from mosaics.experiments.trainings import write_json
 
 FORMAT = "mosaics-results-1"
 _POINTS = 120  # of a curve that are kept

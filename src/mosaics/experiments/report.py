@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments.work import write_json
+from mosaics.experiments.trainings import write_json
 
 COLOURS = ("#3b82d0", "#d9692a", "#2a9d78", "#b56bb5", "#b08a1e", "#7a7f87")
 MARKERS = "os^Dv*"

@@ -9,12 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments import claims, claims_v1, three_moons, work
+from mosaics.experiments import claims, claims_v1, three_moons, trainings
 from mosaics.experiments.claims import Claim, study_of
 from mosaics.experiments.evidence import FAILS, HOLDS, OPEN, judge
 from mosaics.experiments.records import write_record
 from mosaics.experiments.report import shown, write_report
-from mosaics.experiments.run import Plan, run_study
+from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Setting
 
 CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
@@ -85,7 +85,7 @@ def plan_text(chosen: Sequence[Claim], known: dict[str, Setting], seeds: Sequenc
         trials, jobs = plan.expected()
         new = [job for job in (*trials, *jobs) if job.digest not in counted and job.result(cache) is None]
         counted |= {job.digest for job in new}
-        minutes = sum(work.seconds_expected(job) for job in new) / 60
+        minutes = sum(trainings.seconds_expected(job) for job in new) / 60
         total += minutes
         own = {job.digest for job in jobs}
         models = len({job.digest for job in new} & own)

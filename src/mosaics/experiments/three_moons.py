@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from mosaics._version import __version__
 from mosaics.experiments.report import draw, embedded, footer, table, write_page
-from mosaics.experiments.run import machine, run_each
+from mosaics.experiments.studies import machine, run_each
 from mosaics.experiments.study import Part, digest
-from mosaics.experiments.work import say, write_json
+from mosaics.experiments.trainings import say, write_json
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression
 
 NAME = "three-moons"

@@ -95,7 +95,7 @@ def find_source(name: str | Path) -> Source:
 
 
 def _of_run(run: Path) -> Source:
-    exports = [run / "export", *sorted(run.glob("export-step-*"), reverse=True)]  # see `mosaics.training.run`
+    exports = [run / "export", *sorted(run.glob("export-step-*"), reverse=True)]  # see `mosaics.training.run_folder`
     export = next((folder for folder in exports if folder.is_dir()), None)
     while True:
         steps = checkpoint_steps(run / "checkpoints")

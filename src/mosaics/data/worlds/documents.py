@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from mosaics.data.corpus import WORLD, Corpus, Document
+from mosaics.data.document import Corpus, Document
 from mosaics.data.worlds.world import MIXED, TASKS, World
+
+WORLD = "world:"  # a corpus of its name
 
 _DEFAULTS = {"documents": 4000, "tokens": 256, "seed": 0, "stream": 0}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mosaics.training import run as module
+from mosaics.training import run_folder as module
 from mosaics.training import train
 from mosaics.training.checkpoint import checkpoint_folder, checkpoint_steps
 from mosaics.training.metrics import read_metrics

@@ -12,9 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments import work
+from mosaics.experiments import trainings
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
-from mosaics.experiments.work import Training, say
+from mosaics.experiments.trainings import Training, say
 from mosaics.memories.contract import named
 
 
@@ -36,7 +36,7 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
         OSError: there is no such text; nothing was trained then.
     """
     for setting in study.settings:
-        work.check_data(setting.data)
+        trainings.check_data(setting.data)
     plan = Plan(study, cache)
     while trials := plan.trials():  # what is tried next depends on what was found
         run_each(_do, [(job, (), cache) for job in trials], jobs, "tuning trial")
@@ -52,14 +52,14 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             for job in main
             if job.result(cache)["held_out_loss"] is not None
             for evaluation in asked(job)
-            for row in work.evaluate(job, evaluation, cache)
+            for row in trainings.evaluate(job, evaluation, cache)
         ],
         "baselines": [
             {"setting": setting.shown_as, "evaluation": evaluation.name} | row
             for setting in study.settings
             for evaluation in setting.evaluations
             if not (evaluation.without or evaluation.changes or evaluation.stretch)
-            for row in work.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
+            for row in trainings.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
         ],
         "machine": machine(),
     }
@@ -177,7 +177,7 @@ def merit(setting: Setting, result: dict[str, Any]) -> tuple[float, ...]:
         return (math.inf, math.inf)
     if setting.probe is None or setting.probe.enough is None:
         return (0.0, loss)
-    steps = work.steps_to_enough(setting, result["probes"])
+    steps = trainings.steps_to_enough(setting, result["probes"])
     if steps is not None:
         return (0.0, steps, loss)
     last = [value for *_, value in result["probes"][-3:]] or [0.0]
@@ -252,7 +252,7 @@ def asked(job: Training) -> tuple[Evaluation, ...]:
 def _model(job: Training, cache: Path) -> dict[str, Any]:
     """What is known of a trained model; `enough_at` is the step at which it had learnt enough, if it ever did."""
     result = job.result(cache)
-    return _labels(job) | result | {"enough_at": work.steps_to_enough(job.setting, result["probes"])}
+    return _labels(job) | result | {"enough_at": trainings.steps_to_enough(job.setting, result["probes"])}
 
 
 def _labels(job: Training) -> dict[str, Any]:
@@ -260,9 +260,9 @@ def _labels(job: Training) -> dict[str, Any]:
 
 
 def _do(job: Training, evaluations: tuple[Evaluation, ...], cache: Path) -> str:
-    if work.train(job, cache)["held_out_loss"] is not None:
+    if trainings.train(job, cache)["held_out_loss"] is not None:
         for evaluation in evaluations:
-            work.evaluate(job, evaluation, cache)
+            trainings.evaluate(job, evaluation, cache)
     return str(job)
 
 

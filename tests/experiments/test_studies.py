@@ -6,12 +6,12 @@ import pytest
 import torch
 from tests.experiments.conftest import MICRO
 
-from mosaics.experiments import work
+from mosaics.experiments import trainings
 from mosaics.experiments.compare import arrangements, study
 from mosaics.experiments.report import write_report
-from mosaics.experiments.run import Plan, merit, next_trials, run_each, run_study
+from mosaics.experiments.studies import Plan, merit, next_trials, run_each, run_study
 from mosaics.experiments.study import Data, Probe, Setting
-from mosaics.experiments.work import Source, Training, steps_to_enough
+from mosaics.experiments.trainings import Source, Training, steps_to_enough
 
 
 def test_run_study_asks_every_model_everything(results, small_study):
@@ -57,8 +57,8 @@ def test_run_study_does_nothing_twice(results, small_study, cache, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("done again")
 
-    monkeypatch.setattr(work, "_train", refuse)
-    monkeypatch.setattr(work, "_scorer", refuse)
+    monkeypatch.setattr(trainings, "_train", refuse)
+    monkeypatch.setattr(trainings, "_scorer", refuse)
     again = run_study(small_study, cache)
     assert again["rows"] == results["rows"] and any(model["trial"] for model in again["models"])
     assert sorted(map(str, again["models"])) == sorted(map(str, results["models"]))  # trials of before, too
@@ -78,14 +78,14 @@ def test_training_continues_after_an_interruption_bit_for_bit(small_study, resul
         done.append(arguments)
         return step(*arguments)
 
-    monkeypatch.setattr(work, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(trainings, "CHECKPOINT_SECONDS", -1)
     monkeypatch.setattr(loop, "optimisation_step", stops)
     with pytest.raises(KeyboardInterrupt):
-        work.train(job, tmp_path)
+        trainings.train(job, tmp_path)
     done.append(None)  # three of them: it goes on, and two steps would be one too many
-    work.train(job, tmp_path)
+    trainings.train(job, tmp_path)
     assert len(done) == 4
-    assert work.Path(job.folder(tmp_path) / "checkpoints").exists() is False
+    assert trainings.Path(job.folder(tmp_path) / "checkpoints").exists() is False
     ours, theirs = (json.loads((job.folder(c) / "training.json").read_text()) for c in (tmp_path, cache))
     assert ours["curve"] == theirs["curve"] and ours["held_out_loss"] == theirs["held_out_loss"]
 
@@ -200,13 +200,13 @@ def test_training_stops_when_it_knows_enough_and_keeps_what_it_knew(tmp_path):
     [setting] = study(["memory-mosaics-v2-tiny"], ["recall"], None, changes=changes).settings
     probed = setting.model_copy(update={"probe": Probe(every=2, rows=8, enough=0.0)})
     first = arrangements(["memory-mosaics-v2-tiny"])[0]
-    done = work.train(Training(first, first, probed, 0), tmp_path)
+    done = trainings.train(Training(first, first, probed, 0), tmp_path)
     assert done["steps"] == 4 and [step for step, *_ in done["probes"]] == [2, 4] and done["tokens"] == 4 * 4 * 64
     assert all(0 <= value <= 100 and seconds > 0 for _, seconds, value in done["probes"])
     never = setting.model_copy(update={"probe": Probe(every=2, rows=8, enough=101.0)})
-    assert work.train(Training(first, first, never, 0), tmp_path)["steps"] == 9
-    plain = work.train(Training(first, first, setting, 0), tmp_path)
-    looked = work.train(Training(first, first, setting.model_copy(update={"probe": Probe(every=1)}), 0), tmp_path)
+    assert trainings.train(Training(first, first, never, 0), tmp_path)["steps"] == 9
+    plain = trainings.train(Training(first, first, setting, 0), tmp_path)
+    looked = trainings.train(Training(first, first, setting.model_copy(update={"probe": Probe(every=1)}), 0), tmp_path)
     assert plain["curve"] == looked["curve"]  # to look changes nothing
 
 
