@@ -128,7 +128,7 @@ class TitansMAC(GatedAttention):
         """What maps answer to `(batch, time, d)`, in that shape."""
         heads, wide = self.options.num_attention_heads, weights[0].dtype
         asked = unit(queries.unflatten(-1, (heads, -1)).transpose(1, 2).to(wide))
-        read = self.learning.inner.answer(asked, weights)
+        read = self.learning.inner.answer(asked, weights, None)
         read = rms_normed(read, self.retrieved_scale, self.common.norm_eps)
         return read.to(queries.dtype).transpose(1, 2).flatten(2)
 
