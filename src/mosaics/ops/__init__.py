@@ -99,13 +99,20 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def has_numbers(x: Tensor) -> bool:
     """Whether a tensor holds numbers, and does not only say what is computed (on the meta device, in `FakeTensorMode`,
-    while something is exported)."""
+    while something is exported). A graph that is compiled has them when it runs."""
+    if torch.compiler.is_exporting():
+        return False
     if type(x) is Tensor or type(x) is nn.Parameter:
         return not x.is_meta
     try:
         return not isinstance(x, FakeTensor) and x.untyped_storage().data_ptr() != 0
     except RuntimeError:
         return False
+
+
+def may_be(x: Tensor) -> bool:
+    """Whether a tensor of one boolean is true; while a graph is made, which has to serve both, it may be."""
+    return torch.compiler.is_compiling() or bool(x)
 
 
 def eager_on_cpu(function: Callable) -> Callable:

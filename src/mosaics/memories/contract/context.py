@@ -45,9 +45,13 @@ class Context:
         words = f"{0.0 if self.draw is None else self.draw!r}/{name}/{layer_index}".encode()
         return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:8]) >> 1)
 
-    def draw_integer(self, low: int, high: int) -> int:
-        """The step's draw as an integer between `low` and `high`, both included and all equally likely."""
-        return low + int(self.draw * (high - low + 1))
+    def draw_integer(self, low: int, high: int) -> int | Tensor:
+        """The step's draw as an integer between `low` and `high`, both included and all equally likely. In a graph that
+        is made for a processor it is a tensor, so that the graph serves every draw."""
+        count = high - low + 1
+        if torch.compiler.is_compiling() and self.embeddings is not None and self.embeddings.device.type == "cpu":
+            return low + (torch.ones((), dtype=torch.float64) * self.draw * count).long()
+        return low + int(self.draw * count)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from mosaics.memories.contract import (
     linear_flops,
     mean_pairs,
 )
-from mosaics.ops import eager_on_cpu
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.unit_values import unit_values
@@ -183,7 +182,6 @@ class ContextualMemory(Memory):
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
 
-    @eager_on_cpu  # the delay, too: a graph that knows the step's draw is made anew at every step
     def _read(self, queries: Tensor, keys: Tensor, values: Tensor, layout: Layout, context: Context) -> Tensor:
         access = dict(delay=self.delay(context), window=self.window, start=layout.start)
         bandwidth = self.bandwidth()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import Faster, eager_on_cpu, has_numbers, run
+from mosaics.ops import Faster, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.merging import merged
@@ -26,14 +26,13 @@ HUGE = 1e30  # a key as large may make a logit infinite
 __all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "merged", "readable", "weights", "widened"]
 
 
-@eager_on_cpu
 def kernel_regression(
     queries: Tensor,
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
     bandwidth: Bandwidth,
     *,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
@@ -52,7 +51,8 @@ def kernel_regression(
         values: `(batch, heads, slots, value width)`.
         bandwidth: beta as a function of n.
         delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal). None: the slots are no
-            positions but a fixed set of pairs, and every position reads them all.
+            positions but a fixed set of pairs, and every position reads them all. In a graph it may be a tensor of one
+            integer.
         window: a pair this far back or farther is out of reach; None is no limit.
         start: `(batch, time)`, integers, where the document of each position begins, counted from the first position of
             this call (negative: so many pairs before it; never decreasing); None: all stored pairs and positions are
@@ -76,7 +76,7 @@ def kernel_regression(
         raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
     if queries.numel() == 0 or keys.shape[2] == 0:
         form = "naive"  # nothing is asked, or nothing stored
-    if form is None and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
+    if form is None and not isinstance(delay, Tensor) and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:
         form = _fastest(queries, keys, values, delay, window, start, dropout)
@@ -132,7 +132,7 @@ def _fastest(
     queries: Tensor,
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
     dropout: float,
@@ -148,6 +148,8 @@ def _fastest(
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:
         return "shifted"
+    if isinstance(delay, Tensor):
+        return "blockwise"
     cut = window is not None or start is not None
     if cut and keys.shape[2] == time and not dropout and FASTER.pays("flex", queries, values):
         return "flex"

@@ -31,7 +31,7 @@ class Bandwidth(NamedTuple):
 
 
 def readable(
-    time: int, stored: int, start: Tensor | None, delay: int | None, window: int | None, device: torch.device
+    time: int, stored: int, start: Tensor | None, delay: int | Tensor | None, window: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The slots that each position may read, as a half-open range.
 

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from mosaics.ops import eager_on_cpu
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 
 BLOCK = 128
 
 
+@eager_on_cpu
 def kernel_regression(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,

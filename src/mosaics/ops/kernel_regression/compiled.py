@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from mosaics.ops import has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
@@ -21,6 +22,7 @@ SHIFTED = 40.0  # what the largest possible logit is moved to if it is larger
 ENOUGH = math.exp(-40.0)  # a sum of exponentials from here on does not notice that none is taken below e^-80
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether this machine can compile and load the kernel; the first call does so."""
     return library(SOURCE) is not None
@@ -30,6 +32,8 @@ def pays(queries: Tensor) -> bool:
     """Whether the kernel can be used and keeps the cores busy: its backward pass works on whole heads."""
     if queries.device.type != "cpu" or not has_numbers(queries):
         return False
+    if torch.compiler.is_compiling():  # no graph can ask for the number of threads
+        return available()
     lines = queries.shape[0] * queries.shape[1]
     return (lines >= torch.get_num_threads() or not torch.is_grad_enabled()) and available()
 
@@ -40,7 +44,7 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,
@@ -61,45 +65,113 @@ def kernel_regression(
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)
     wide = (x.to(dtype) for x in (queries, keys, values))
-    read, logs = _Compiled.apply(*wide, beta, first, end, log_sum)
+    read, *_, logs = OPERATOR(*wide, beta, first, end, log_sum)
     return (read.to(values.dtype), logs) if log_sum else read.to(values.dtype)
 
 
-class _Compiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor, log_sum: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        queries, keys, values = (dense(x) for x in (queries, keys, values))
-        beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
-        shift = _shift(queries, keys, beta, end)
-        batch, heads, time = queries.shape[:3]
-        # The heads of a position side by side, as the map that follows wants them.
-        out = values.new_empty(batch, time, heads, values.shape[3]).transpose(1, 2)
-        total = torch.empty_like(beta)
-        given = (queries, keys, values, beta, shift, first, end, out, total)
+def _forward(
+    queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor, log_sum: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is read; for the backward pass of each query the sum of exponentials and what was taken from its logits; the
+    logarithm of the sum of weights, without entries where it is not asked for."""
+    queries, keys, values = (dense(x) for x in (queries, keys, values))
+    beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
+    shift = _shift(queries, keys, beta, end)
+    out, total, _, logs = _empty(queries, values, log_sum)
+    given = (queries, keys, values, beta, shift, first, end, out, total)
+    _call("forward", *given, False)
+    if not bool((total >= ENOUGH).all()):
+        # Nothing that is stored is near some query: its logits are all far below what they might be.
+        far = total < ENOUGH
+        _call("forward", *given[:4], torch.zeros_like(shift), *given[5:], True)
+        shift.copy_(torch.where(far, total, shift))
         _call("forward", *given, False)
-        if not bool((total >= ENOUGH).all()):
-            # Nothing that is stored is near some query: its logits are all far below what they might be.
-            far = total < ENOUGH
-            _call("forward", *given[:4], torch.zeros_like(shift), *given[5:], True)
-            shift.copy_(torch.where(far, total, shift))
-            _call("forward", *given, False)
-        ctx.save_for_backward(*given)
-        if not log_sum:
-            return out, None
-        return out, (shift + total.log()).masked_fill_((end <= first).view(-1, 1, time), -torch.inf)
+    if log_sum:
+        torch.add(shift, total.log(), out=logs).masked_fill_(_nothing(first, end), -torch.inf)
+    return out, total, shift, logs
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, grad_logs: Tensor | None) -> tuple[Tensor | None, ...]:
-        queries, keys, values, beta, *rest = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (queries, keys, values, beta)]
-        if grad_logs is not None:
-            first, end = rest[1:3]
-            grad_logs = grad_logs.masked_fill((end <= first).view(-1, 1, end.shape[-1]), 0).contiguous()
-        _call("backward", queries, keys, values, beta, *rest, dense(grad), grad_logs, *grads)
-        return *grads, None, None, None
+
+def _nothing(first: Tensor, end: Tensor) -> Tensor:
+    """`(batch or 1, 1, time)`, which queries read nothing."""
+    return (end <= first).view(-1, 1, end.shape[-1])
+
+
+def _empty(queries: Tensor, values: Tensor, log_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, time = queries.shape[:3]
+    # The heads of a position side by side, as the map that follows wants them.
+    out = values.new_empty(batch, time, heads, values.shape[3]).transpose(1, 2)
+    lines = (batch, heads, time)
+    return out, queries.new_empty(lines), queries.new_empty(lines), queries.new_empty(lines if log_sum else (0,))
+
+
+def _backward(
+    grad: Tensor | None,
+    grad_logs: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    beta: Tensor,
+    first: Tensor,
+    end: Tensor,
+    out: Tensor,
+    total: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, values and beta."""
+    queries, keys, values = (dense(x) for x in (queries, keys, values))
+    beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
+    grad = torch.zeros_like(out) if grad is None else dense(grad)
+    if grad_logs is not None:
+        grad_logs = grad_logs.masked_fill(_nothing(first, end), 0).contiguous()
+    grads = _empty_grads(queries, keys, values, beta)
+    _call("backward", queries, keys, values, beta, shift, first, end, out, total, grad, grad_logs, *grads)
+    return grads
+
+
+def _empty_grads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+OPERATOR = custom_op(
+    "mosaics::kernel_regression_compiled",
+    _forward,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor queries, Tensor keys, Tensor values, Tensor beta, Tensor first, Tensor end, bool log_sum) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+BACKWARD = custom_op(
+    "mosaics::kernel_regression_compiled_backward",
+    _backward,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor? grad, Tensor? grad_logs, Tensor queries, Tensor keys, Tensor values, Tensor beta, Tensor first, "
+    "Tensor end, Tensor out, Tensor total, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@OPERATOR.register_fake
+def _(queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, first: Tensor, end: Tensor, log_sum: bool):
+    return _empty(queries, values, log_sum)
+
+
+@BACKWARD.register_fake
+def _(grad, grad_logs, queries: Tensor, keys: Tensor, values: Tensor, beta: Tensor, *rest: Tensor):
+    return _empty_grads(queries, keys, values, beta)
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, log_sum = inputs
+    ctx.save_for_backward(*tensors, *output[:3])
+    ctx.mark_non_differentiable(*(output[1:3] if log_sum else output[1:]))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *BACKWARD(grad, others[-1], *ctx.saved_tensors), None, None, None
+
+
+OPERATOR.register_autograd(_gradients, setup_context=_keep)
 
 
 def _shift(queries: Tensor, keys: Tensor, beta: Tensor, end: Tensor) -> Tensor:

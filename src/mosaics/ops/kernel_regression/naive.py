@@ -19,7 +19,7 @@ def check_read(
     keys: Tensor | Narrow,
     values: Tensor | Narrow | None,
     bandwidth: Bandwidth,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
 ) -> None:
@@ -31,7 +31,7 @@ def check_read(
     if delay is None and (window is not None or start is not None):
         raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
     for x, least in ((delay, 0), (window, 1)):
-        if x is not None and not (isinstance(x, int) and least <= x < FARTHEST):
+        if not (x is None or isinstance(x, Tensor)) and not (isinstance(x, int) and least <= x < FARTHEST):
             raise ValueError(
                 f"The delay is {delay} and the window {window}; give whole numbers, a delay of 0 or more and a window "
                 "of 1 or more."
@@ -62,7 +62,7 @@ def weights(
     keys: Tensor | Narrow,
     bandwidth: Bandwidth,
     *,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
@@ -83,7 +83,7 @@ def _logits(
     queries: Tensor,
     keys: Tensor | Narrow,
     bandwidth: Bandwidth,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def kernel_regression(
     values: Tensor,
     bandwidth: Bandwidth,
     *,
-    delay: int | None,
+    delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
     dropout: float = 0.0,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from mosaics.ops import cast, has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
@@ -19,6 +20,7 @@ STORED = (torch.float32, torch.bfloat16, torch.int8)  # what a float32 query may
 WORTH = 2**16  # stored numbers; fewer are not worth a second thread
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether this machine can compile and load the loop; the first call does so."""
     return library(SOURCE) is not None
@@ -28,7 +30,7 @@ def pays(
     queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, bandwidth: Bandwidth, dropout: float = 0.0
 ) -> bool:
     """Whether there is one query a row and head, and nothing asked that the loop does not do: gradients, dropout."""
-    return _why_not(queries, keys, values, bandwidth, dropout) is None and available()
+    return queries.shape[2] == 1 and _why_not(queries, keys, values, bandwidth, dropout) is None and available()
 
 
 def _why_not(
@@ -75,19 +77,38 @@ def kernel_regression(
         raise ValueError(
             f"The single form can't be used: {reason or 'there is no C++ compiler'}; leave out the form for another."
         )
-    wide = _computed(queries)
+    parts = [(x.data, x.scale) if isinstance(x, Narrow) else (x, None) for x in (keys, values)]
+    read = OPERATOR if torch.compiler.is_compiling() else _read
+    out, logs = read(queries, *parts[0], *parts[1], *bandwidth, start, delay, window, log_sum)
+    out = cast(out, values.dtype)
+    return (out, logs) if log_sum else out
+
+
+def _read(
+    queries: Tensor,
+    keys: Tensor,
+    key_scale: Tensor | None,
+    values: Tensor,
+    value_scale: Tensor | None,
+    base: Tensor,
+    slope: Tensor | None,
+    exponent: Tensor | None,
+    start: Tensor | None,
+    delay: int | None,
+    window: int | None,
+    log_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """What is read, and the logarithm of the sum of weights, without entries where it is not asked for."""
+    out, logs = _empty(queries, values, log_sum)
     batch, heads, _, width = queries.shape
-    out = torch.empty(batch, heads, 1, values.shape[3], dtype=wide)
-    logs = torch.empty(batch, heads, 1, dtype=wide) if log_sum else None
-    kept = [cast(queries, wide).contiguous()]
+    kept = [cast(queries, out.dtype).contiguous()]
     given = plain(kept[0])
-    for x in (keys, values):
-        data, scale = (x.data, x.scale) if isinstance(x, Narrow) else (x, None)
+    for data, scale in ((keys, key_scale), (values, value_scale)):
         data = dense(data)
         kept += [data, scale]
         for part in (data, scale):
             given += [None, None] if part is None else strided(part)
-    for x, dtype in (*((x, wide) for x in bandwidth), (start, torch.int64)):
+    for x, dtype in (*((x, out.dtype) for x in (base, slope, exponent)), (start, torch.int64)):
         x = None if x is None else cast(x, dtype).contiguous()
         kept.append(x)
         given += plain(x)
@@ -97,6 +118,27 @@ def kernel_regression(
     limits = (-1 if x is None else x for x in (delay, window))
     sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
     kind = str(kept[1].dtype).removeprefix("torch.")
-    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs))
-    out = cast(out, values.dtype)
-    return (out, logs) if log_sum else out
+    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs if log_sum else None))
+    return out, logs
+
+
+def _empty(queries: Tensor, values: Tensor, log_sum: bool) -> tuple[Tensor, Tensor]:
+    lines, dtype = queries.shape[:3], _computed(queries)
+    out = queries.new_empty((*lines, values.shape[3]), dtype=dtype)
+    return out, queries.new_empty(lines if log_sum else (0,), dtype=dtype)
+
+
+OPERATOR = custom_op(
+    "mosaics::kernel_regression_single",
+    _read,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor queries, Tensor keys, Tensor? key_scale, Tensor values, Tensor? value_scale, Tensor base, "
+    "Tensor? slope, Tensor? exponent, Tensor? start, SymInt? delay, SymInt? window, bool log_sum) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@OPERATOR.register_fake
+def _(queries: Tensor, keys: Tensor, key_scale: Tensor | None, values: Tensor, *rest: Tensor | int | None):
+    return _empty(queries, values, rest[-1])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaics.ops import eager_on_cpu
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.narrow import Narrow
 
@@ -18,6 +19,7 @@ BLOCK = 128  # queries
 SLICE = 4096  # slots
 
 
+@eager_on_cpu
 def kernel_regression(
     queries: Tensor,
     keys: Tensor | Narrow,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import FLOATS, Faster, check, eager_on_cpu, has_numbers, run
+from mosaics.ops import FLOATS, Faster, check, has_numbers, run
 from mosaics.ops.leaky_average import chunked, naive
 from mosaics.ops.leaky_average.state import LeakyAverageState
 
@@ -14,7 +14,6 @@ FORMS = {"naive": naive.leaky_average, "chunked": chunked.leaky_average} | FASTE
 __all__ = ["FORMS", "LeakyAverageState", "leaky_average"]
 
 
-@eager_on_cpu
 def leaky_average(
     inputs: Tensor,
     log_gate: Tensor,

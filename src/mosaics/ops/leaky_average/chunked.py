@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaics.ops import may_be
 from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, floor_of, shortened
 
 CHUNK = 32
@@ -47,7 +48,7 @@ def _averages(
 
     # A position i of a chunk weighs exp(since[t] + logs[i]) at position t, unless the past is forgotten between them.
     forgotten = log_decay < FORGET
-    part = forgotten.cumsum(-1) if bool(forgotten.any()) else None
+    part = forgotten.cumsum(-1) if may_be(forgotten.any()) else None
     since = log_decay.masked_fill(forgotten, 0.0).cumsum(-1)
     logs = log_gate - since
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mosaics.ops import FLOATS, Faster, check, eager_on_cpu, run
+from mosaics.ops import FLOATS, Faster, check, run
 from mosaics.ops.unit_values import naive
 
 FASTER = Faster(__name__, "in_place", "compiled")
@@ -13,7 +13,6 @@ FORMS = {"naive": naive.unit_values} | FASTER.functions()
 __all__ = ["FORMS", "unit_values"]
 
 
-@eager_on_cpu
 def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0, form: str | None = None) -> Tensor:
     r"""Values that look one position ahead: \( \bar v_t = c\, \tilde v_t + (1 - c)\, \tilde v_{t+1},\ v_t = \ell\, \bar
     v_t / (\|\bar v_t\| + \epsilon) \).
