@@ -88,7 +88,7 @@ def test_generate_beyond_the_training_context(model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(cache_implementation="static"), "cannot be static"),
+        (dict(cache_implementation="offloaded_static"), "offloaded"),
         (dict(cache_implementation="quantized"), "quantized|QuantizedCache|full attention"),
         (dict(cache_implementation="offloaded"), "offloaded"),
         (dict(prompt_lookup_num_tokens=3), "not supported with stateful models"),
@@ -114,10 +114,65 @@ def test_forward_refuses_foreign_caches(model):
         cache = DynamicCache()
         cache.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
         model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="static"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=9))
+    with pytest.raises(ValueError, match="another model"):
+        other = StaticCache(config=tiny_model(num_hidden_layers=1).config, max_cache_len=9)
+        model(ids, past_key_values=other)
     with pytest.raises(ValueError, match="another model"):
         model(ids, past_key_values=DynamicCache(config=tiny_model(num_hidden_layers=1).config))
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "memory-mosaics-v2-tiny in 8 bits"],
+)
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)], ids=str)
+def test_generate_with_a_static_cache_equals_the_dynamic_one(preset, options):
+    preset, _, narrow = preset.partition(" in ")
+    model = tiny_model(preset=preset, **({"state_dtype": "int8"} if narrow else {}))
+    model.generation_config.pad_token_id = 0
+    ids, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
+    mask[0, :6], mask[2, :13] = 0, 0
+    given = dict(attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+    expected = generate(model, ids, True, **given)
+    found = generate(model, ids, True, cache_implementation="static", **given)
+    assert type(found.past_key_values) is StaticCache and torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+def test_static_cache_keeps_no_more_of_a_window_than_is_read(model):
+    cache = StaticCache(config=model.config, max_cache_len=50)
+    model(tokens(2, 9), past_key_values=cache)
+    sizes = {part.keys.shape[2] for layer in cache.layers for part in layer.state.parts() if hasattr(part, "fill")}
+    assert sizes == ({5, 50} if model.config.has("short_term.window") else {50})
+    assert cache.get_seq_length() == 9 and cache.get_max_length() == 50
+
+
+def test_static_cache_that_is_full_says_so(model):
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with pytest.raises(ValueError, match="room for 9 positions, and 0 and 10"):
+        model(tokens(1, 10), past_key_values=cache)
+    model(tokens(1, 8), past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 9 positions, and 8 and 2"):
+        model(tokens(1, 2), past_key_values=cache)
+    model(tokens(1, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="StaticCache"):
+        join_caches([cache], model.model.stack)
+
+
+def test_static_cache_passes_gradients_on(model):
+    """Also through pairs of an earlier call, in rows that differ in length."""
+    ids, mask, found = tokens(2, 12), torch.ones(2, 12, dtype=torch.long), []
+    mask[0, :4] = 0
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
+        model.zero_grad()
+        for part in (slice(0, 6), slice(6, 7), slice(7, 12)):
+            logits = model(ids[:, part], attention_mask=mask[:, part], past_key_values=cache).logits
+        logits.logsumexp(-1).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    model.zero_grad()
 
 
 def test_cache_made_without_a_config_works(model):

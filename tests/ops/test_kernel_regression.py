@@ -509,3 +509,39 @@ def test_kernel_regression_without_a_compiler_takes_another_form(monkeypatch):
     assert relative_error(read(keys, values, bandwidth, 200, None, delay=1, window=30), expected) < 1e-12
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
         read(keys, values, bandwidth, 200, "compiled", delay=1)
+
+
+@pytest.mark.parametrize("form", ["naive", "blockwise", "compiled", "single"])
+@pytest.mark.parametrize("time", [1, 6])
+@pytest.mark.parametrize("access", [dict(delay=1), dict(delay=0, window=4), dict(delay=3, start=True)], ids=str)
+def test_kernel_regression_of_slots_that_are_filled_so_far_equals_each_row_alone(form, time, access):
+    if form in ("compiled", "single") and not compiled.available() or (form == "single" and time > 1):
+        pytest.skip("not of this form")
+    keys, values, bandwidth = inputs(time, stored=20)
+    filled, here = torch.tensor([3, 17]), torch.arange(time)[None]
+    if access.get("start"):
+        access = access | dict(start=torch.stack([torch.full((time,), -9), here[0].where(here[0] > 2, -2)]))
+    slots = (filled[:, None] + here)[:, None, :, None].expand(2, 2, time, 4)
+    queries = keys.detach().gather(2, slots).requires_grad_()
+    if form == "single":
+        queries, keys, values = queries.detach(), keys.detach(), values.detach()
+        bandwidth = Bandwidth(*(x.detach() for x in bandwidth))
+    found = kernel_regression(queries, keys, values, bandwidth, stored=filled, form=form, **access)
+    alone = []
+    for row, count in enumerate((filled + time).tolist()):
+        own = access | ({"start": access["start"][row, None]} if "start" in access else {})
+        part = [x[row, None, :, :count] for x in (keys, values)]
+        alone.append(kernel_regression(queries[row, None], *part, bandwidth, form="naive", **own))
+    expected = torch.cat(alone)
+    assert relative_error(found, expected) < 1e-9
+    if form != "single":
+        tensors = (queries, keys, values, *bandwidth)
+        for g, e in zip(gradients(found, tensors), gradients(expected, tensors), strict=True):
+            assert relative_error(g, e) < 1e-9
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"naive", "blockwise", "compiled", "single"}))
+def test_kernel_regression_refuses_a_form_that_reads_all_slots(form):
+    keys, values, bandwidth = inputs(4, stored=5)
+    with pytest.raises(ValueError, match="reads slots that are all filled"):
+        kernel_regression(keys[:, :, :4], keys, values, bandwidth, delay=1, stored=torch.tensor([1, 5]), form=form)

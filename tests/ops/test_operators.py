@@ -47,7 +47,8 @@ def one(kind=torch.float32):
     bandwidth = [x.detach().float() for x in bandwidth]
     narrow = [Narrow.of(x, kind) for x in (keys, stored)]
     parts = [part for x in narrow for part in (x.data, x.scale)]
-    return keys[:, :, -1:].clone(), *parts, *bandwidth, torch.tensor([[-3], [-20]]), 2, 9, kind == torch.int8
+    start, stored = torch.tensor([[-3], [-20]]), torch.tensor([20, 7])
+    return keys[:, :, -1:].clone(), *parts, *bandwidth, start, stored, 2, 9, kind == torch.int8
 
 
 CALLS = {
@@ -57,7 +58,7 @@ CALLS = {
     "kernel_regression of documents": (read.OPERATOR, lambda: asked(True)),
     "single": (single.OPERATOR, one),
     "single of 8 bits": (single.OPERATOR, lambda: one(torch.int8)),
-    "single of fixed pairs": (single.OPERATOR, lambda: (*one()[:5], torch.ones(2), *[None] * 5, True)),
+    "single of fixed pairs": (single.OPERATOR, lambda: (*one()[:5], torch.ones(2), *[None] * 6, True)),
 }
 
 

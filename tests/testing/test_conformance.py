@@ -132,6 +132,19 @@ class Noisy(Neighbour):
         return y * torch.rand((), generator=GENERATOR), state
 
 
+class Hoarder(Neighbour):
+    """Keeps more than it declares to."""
+
+    def forward(self, x, layout, state, context):
+        kept = state.x if state is not None else None
+        if kept is not None:
+            state.x = kept[:, -1:]
+        y, state = super().forward(x, layout, state, context)
+        if kept is not None:
+            state.x = torch.cat([kept, state.x], dim=1)
+        return y, state
+
+
 GENERATOR = torch.Generator()
 
 
@@ -155,6 +168,7 @@ PLANTED = {
     Boastful: ("it_reaches_as_far_as_it_says",),
     Modest: ("flops_of_linear_maps_are_torchs", "state_bytes_are_those_held"),
     Noisy: ("training_resumes_bit_for_bit", "checkpointing_changes_nothing"),
+    Hoarder: ("a_fixed_room_changes_nothing",),
     Carried: ("checkpointing_changes_nothing",),
 }
 

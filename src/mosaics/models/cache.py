@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from mosaics.memories import Rows, Stack, StackState, State
 from mosaics.memories.stack import BlockState
@@ -19,7 +19,7 @@ class MosaicCacheLayer(DynamicLayer):
     is_croppable = False  # the recurrence of the keys cannot be run backwards
 
     def __init__(self, **kwargs) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.state: BlockState | None = None
         self.rows: Rows | None = None
         self.kinds: list[str] = []  # of the memories whose states these are
@@ -62,30 +62,35 @@ class MosaicCacheLayer(DynamicLayer):
         raise ValueError("A mosaic's cache cannot be offloaded yet; leave out cache_implementation='offloaded'.")
 
 
-class MosaicStaticCacheLayer(StaticLayer):
-    """Refused: a static cache cannot hold the states of memories yet."""
+class MosaicStaticCacheLayer(MosaicCacheLayer, StaticLayer):
+    """The same in a room for `max_cache_len` positions: no shape in it depends on how many were read, and the positions
+    seen are a tensor, so that a graph of one pass serves all that follow. `generate` does not compile it by itself."""
 
-    _layer_type = "mosaic"
+    is_compileable = False
 
-    def __init__(self, *args, **kwargs) -> None:
-        raise ValueError("A mosaic's cache cannot be static yet; leave out cache_implementation, or pass 'dynamic'.")
+    def get_max_length(self) -> int:
+        """Positions that there is room for."""
+        return self.max_cache_len
 
 
-def open_cache(cache: Cache, stack: Stack, batch: int | None = None) -> tuple[StackState, Rows | None, int]:
+def open_cache(
+    cache: Cache, stack: Stack, batch: int | None = None, time: int = 0
+) -> tuple[StackState, Rows | None, int | Tensor]:
     """The state that a cache holds for `stack`, what is known about its rows, and the positions seen.
 
     Args:
-        cache: transformers' dynamic cache.
+        cache: transformers' dynamic or static cache.
         stack: of the model.
-        batch: the rows that are to go on; None: as many as there are.
+        batch: the rows that are to go on; None: as many as there are, of a dynamic cache.
+        time: the positions that are to come.
 
     Raises:
-        ValueError: the cache is of a kind that cannot hold the states of memories, belongs to another model, or holds
-            other rows.
+        ValueError: the cache is of a kind that cannot hold the states of memories, belongs to another model, holds
+            other rows, or has no room.
     """
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) not in ((DynamicCache,) if batch is None else (DynamicCache, StaticCache)) or cache.offloading:
         kind = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
-        raise ValueError(f"A mosaic cannot use {kind} cache; pass DynamicCache(config=model.config), or none.")
+        raise ValueError(f"A mosaic cannot use {kind} cache here; pass DynamicCache(config=model.config), or none.")
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers.extend(MosaicCacheLayer() for _ in stack.blocks)
     # By its name, as transformers finds it: that of the package and those of exported models do one another's work.
@@ -98,13 +103,31 @@ def open_cache(cache: Cache, stack: Stack, batch: int | None = None) -> tuple[St
     held = next((state.batch for layer in cache.layers for state in layer.held() if state.batch is not None), batch)
     if batch is not None and held != batch:
         raise ValueError(f"The cache holds {held} rows and the input has {batch}; give as many.")
-    states = [layer.state or block.initial_state() for layer, block in zip(cache.layers, stack.blocks, strict=True)]
-    return StackState(states), cache.layers[0].rows, cache.layers[0].positions
+    first, states = cache.layers[0], []
+    if isinstance(first, MosaicStaticCacheLayer) and not torch.compiler.is_compiling():
+        if int(first.positions) + time > first.max_cache_len:
+            raise ValueError(
+                f"The static cache has room for {first.max_cache_len} positions, and {int(first.positions)} and {time} "
+                "more are too many; make it with a larger max_cache_len."
+            )
+    for layer, block in zip(cache.layers, stack.blocks, strict=True):
+        state = layer.state
+        if state is None:
+            state = block.initial_state()
+            if isinstance(layer, MosaicStaticCacheLayer):
+                state = state.reserved(layer.max_cache_len)
+        states.append(state)
+    return StackState(states), first.rows, first.positions
 
 
 def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, positions: int) -> None:
     """Put back what `open_cache` gave, after a pass over `positions` more positions."""
-    cache.layers[0].rows = rows
+    first = cache.layers[0]
+    if isinstance(first, MosaicStaticCacheLayer):
+        positions = torch.tensor(positions, device=next(stack.parameters()).device)
+        if rows.tokens is None and (batch := state.batch) is not None:
+            rows = Rows(positions.expand(batch).clone(), rows.document)  # counted from now on, whatever comes
+    first.rows = rows
     for layer, block, block_state in zip(cache.layers, stack.blocks, state.blocks, strict=True):
         layer.state, layer.is_initialized = block_state, True
         layer.kinds = [memory.type for memory in block.memories()]

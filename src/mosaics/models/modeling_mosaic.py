@@ -183,11 +183,11 @@ class MosaicModel(MosaicPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            state, rows, stored = open_cache(past_key_values, self.stack, batch)
+            state, rows, stored = open_cache(past_key_values, self.stack, batch, time)
         else:
             state, rows, stored = None, None, 0
         if attention_mask is not None:
-            if attention_mask.shape[1] not in (time, stored + time):
+            if not isinstance(stored, Tensor) and attention_mask.shape[1] not in (time, stored + time):
                 also = f", or of all {stored + time} with those in the cache" if stored else ""
                 raise ValueError(
                     f"attention_mask has {attention_mask.shape[1]} positions; give those of the input, {time}{also}."
@@ -311,8 +311,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             inputs_embeds: `(batch, time, d)` in the place of `input_ids`.
             labels: `(batch, time)`, usually the `input_ids`; they are shifted here. -100, padding and targets in
                 another document than their position are not counted.
-            past_key_values: `DynamicCache(config=model.config)` or what an earlier call returned; it is changed in
-                place.
+            past_key_values: `DynamicCache(config=model.config)`, a `StaticCache`, or what an earlier call returned; it
+                is changed in place.
             use_cache: whether to return the cache; by default at evaluation only.
             logits_to_keep: logits (and loss) for the last so many positions only, or for the given ones; 0 keeps all.
             output_hidden_states: whether to return what enters each block, and the final states.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from mosaics.memories import REGISTRY, Common, Context, Layout, Memory
 from mosaics.memories.contract import build, linear_flops, memory_class
@@ -263,6 +263,49 @@ def rows_can_be_selected_and_repeated(subject: Subject) -> None:
         twice = ids.repeat_interleave(2, dim=0)
         found = model(twice[:, begin:], past_key_values=cache).logits
         _near(found, model(twice, use_cache=False).logits[:, begin:], "rows repeated")
+
+
+@check
+def a_fixed_room_changes_nothing(subject: Subject) -> None:
+    """A static cache gives what the growing one gives, with padding, documents and chosen rows, and no shape in it
+    changes after the first call. A memory that can't keep to a room says so."""
+    model, time = subject.model(), 23
+    if (state := subject.memory().initial_state()) is not None:
+        try:
+            state.reserved(time)
+        except ValueError:
+            return
+    ids, draw = _ids(3, time), torch.Generator().manual_seed(1)
+    mask = torch.rand(3, time, generator=draw) < 0.7
+    mask[0] = True
+    mask[1, :7] = False  # a row without a token at first
+    documents = (torch.rand(3, time, generator=draw) < 0.2).cumsum(1)
+    for what, given in (
+        ("whole rows", {}),
+        ("padding", {"attention_mask": mask}),
+        ("documents", {"document_ids": documents, "attention_mask": mask}),
+    ):
+        caches = [DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=time)]
+        begin, shapes = 0, []
+        for size in (5, 1, 1, 6, 1, 1, 1, 7):
+            part = slice(begin, begin + size)
+            with torch.no_grad():
+                expected, found = (
+                    model(ids[:, part], **{k: x[:, part] for k, x in given.items()}, past_key_values=cache).logits
+                    for cache in caches
+                )
+            real = mask[:, part] if "attention_mask" in given else torch.ones_like(mask[:, part])
+            _near(found[real], expected[real], f"{what}, positions {begin} to {begin + size}")
+            states = [part for layer in caches[1].layers for state in layer.held() for part in state.parts()]
+            shapes.append([x.shape for part in states for x in vars(part).values() if isinstance(x, Tensor)])
+            if begin == 6:
+                for cache in caches:
+                    cache.batch_select_indices(torch.tensor([2, 0, 1]))
+                ids, mask, documents = (x[[2, 0, 1]] for x in (ids, mask, documents))
+                given = {k: {"attention_mask": mask, "document_ids": documents}[k] for k in given}
+            begin += size
+        if any(shape != shapes[0] for shape in shapes):
+            raise Nonconforming(f"{what}: the shapes of a static state change: {shapes}")
 
 
 @check

@@ -158,7 +158,8 @@ class AttentionMemory(Memory):
         )
         wide = torch.promote_types(queries.dtype, torch.float32)
         scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=wide, device=x.device))
-        own = dict(delay=delay, window=self.options.window, start=layout.start)
+        stored = None if state is None else state.pairs.stored
+        own = dict(delay=delay, window=self.options.window, start=layout.start, stored=stored)
         stores = [(queries, all_keys, all_values, own)]
         if self.persistent is not None:
             stores.append((*self._learned(asked, position), dict(delay=None)))

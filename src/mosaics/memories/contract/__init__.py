@@ -11,7 +11,7 @@ from mosaics.memories.contract.helpers import (
 )
 from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.memory import Common, Memory
-from mosaics.memories.contract.pairs import STATE_DTYPES, Pairs, check_state_dtype
+from mosaics.memories.contract.pairs import STATE_DTYPES, FixedPairs, Pairs, check_state_dtype
 from mosaics.memories.contract.registry import (
     LARGEST,
     REGISTRY,
@@ -31,6 +31,7 @@ __all__ = [
     "STATE_DTYPES",
     "Common",
     "Context",
+    "FixedPairs",
     "Layout",
     "Memory",
     "Pairs",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mosaics.memories.contract.state import Rows
+from mosaics.ops import may_be
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Layout:
     ) -> tuple[Layout, Tensor | None, Rows]:
         """The layout of a call, the order that compacts its rows, and what the next call has to know.
 
+        Where a graph is made, nothing is asked of the tensors: rows that are given a mask count as padded, and those
+        that are given ids as of several documents.
+
         Args:
             batch: the number of rows.
             time: the number of positions.
@@ -58,15 +62,15 @@ class Layout:
             The layout; `(batch, time)` positions in compact order, or None if they are so already; the rows.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        if mask is not None and bool(mask.all()):
+        if mask is not None and not may_be(~mask.all()):
             mask = None
         order, length = None, None
         if mask is not None:
             length = mask.sum(1)
-            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            if time > 1 and may_be((mask[:, 1:] & ~mask[:, :-1]).any()):
                 order = torch.argsort(~mask, dim=1, stable=True)
         rows = rows or Rows()
-        fresh = stored == 0
+        fresh = rows.tokens is None and stored == 0
         if length is None and document_ids is None and rows.tokens is None:
             return cls(batch, time, stored=stored), None, rows
 
@@ -83,7 +87,7 @@ class Layout:
         if length is not None:
             border &= position < length[:, None]
         start = torch.where(border, position, -tokens[:, None]).cummax(1).values
-        whole = fresh and not bool(border[:, 1:].any())
+        whole = fresh and (document_ids is None or not may_be(border[:, 1:].any()))
         if whole and length is None:
             return cls(batch, time), None, Rows(None, document if document_ids is None else ids[:, -1])
 

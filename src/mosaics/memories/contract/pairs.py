@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.memories.contract.layout import Layout
@@ -47,6 +48,13 @@ class Pairs(State):
         """Slots that can be read still."""
         return self.used if self.limit is None else min(self.used, self.limit)
 
+    @property
+    def stored(self) -> None:
+        """Where in what `append` returned the pairs of its call begin, for `kernel_regression`: they end with it."""
+
+    def reserved(self, capacity: int) -> FixedPairs:
+        return FixedPairs(room=capacity, limit=self.limit, dtype=self.dtype)
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
         """Store `keys` `(batch, heads, time, width)` and return all pairs that are kept, these included.
 
@@ -54,13 +62,7 @@ class Pairs(State):
         """
         kept, time, computed = self.kept, keys.shape[2], keys.dtype
         total = kept + time
-        if self.dtype is None or getattr(torch, self.dtype) == computed:
-            new = {"keys": keys, "values": values}
-        else:
-            keys, values = (Narrow.of(x, getattr(torch, self.dtype)) for x in (keys, values))
-            new = {"keys": keys.data, "values": values.data}
-            if keys.scale is not None:
-                new |= {"key_scales": keys.scale, "value_scales": values.scale}
+        keys, values, new = _rounded(keys, values, self.dtype)
         if kept == 0:
             for name, x in new.items():
                 setattr(self, name, x)
@@ -83,13 +85,7 @@ class Pairs(State):
             self.used += time
             for name, x in new.items():
                 getattr(self, name)[:, :, self.used - x.shape[2] : self.used] = x
-        stored = {name: getattr(self, name)[:, :, begin : self.used] for name in new}
-        if stored["keys"].dtype == computed:
-            return stored["keys"], stored["values"]
-        return (
-            Narrow(stored["keys"], stored.get("key_scales"), computed),
-            Narrow(stored["values"], stored.get("value_scales"), computed),
-        )
+        return _readable({name: getattr(self, name)[:, :, begin : self.used] for name in new}, computed)
 
     def settle(self, layout: Layout) -> None:
         """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""
@@ -134,6 +130,106 @@ class Pairs(State):
         if kept and self.keys.shape[2] > kept:
             self.map(lambda x: x[:, :, self.used - kept : self.used].clone())
             self.used = kept
+
+
+@dataclass
+class FixedPairs(State):
+    """Key-value pairs in buffers of one size, for graphs that are made once: how much of them is filled is a tensor.
+
+    The rows are aligned on the left, each with a fill of its own, and what follows the fill means nothing. The buffers
+    are made by the first call, of the kind that it brings, and changed in place unless gradients are wanted.
+
+    Attributes:
+        keys: `(batch, heads, slots, width)`; as many slots as the room has, or as are kept if these are fewer.
+        values: `(batch, heads, slots, value width)`; the newest pair's value is not known yet.
+        key_scales: `(batch, heads, slots, 1)` in float32, what 8 bits are multiples of; else None.
+        value_scales: the same for the values.
+        fill: `(batch,)`, the pairs of each row.
+        stored: `(batch,)`, in a call the fill before it: where in what `append` returned its pairs begin; None in the
+            first, whose pairs are all there is.
+        room: tokens that may be read.
+        limit: how many of the newest pairs are kept; None keeps all.
+        dtype: in which pairs are kept, one of `STATE_DTYPES`; None: as they come.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    fill: Tensor | None = None
+    stored: Tensor | None = None
+    room: int = 0
+    limit: int | None = None
+    dtype: str | None = None
+
+    @property
+    def slots(self) -> int:
+        """The slots of the buffers between calls."""
+        return self.room if self.limit is None else min(self.room, self.limit)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor | Narrow, Tensor | Narrow]:
+        """As `Pairs.append`; within the call there is room for its pairs beside those that are kept.
+
+        Raises:
+            ValueError: the first call alone has more pairs than there is room for.
+        """
+        time, computed = keys.shape[2], keys.dtype
+        keys, values, new = _rounded(keys, values, self.dtype)
+        if self.fill is None:
+            if time > self.room:
+                raise ValueError(f"There is room for {self.room} tokens and {time} came; reserve more.")
+            for name, x in new.items():
+                setattr(self, name, F.pad(x, (0, 0, 0, max(self.slots - time, 0))))
+            self.fill = torch.zeros(keys.shape[0], dtype=torch.int64, device=self.keys.device)
+            return widened(keys), widened(values)
+        self.stored, own = self.fill, self.fill[:, None] + torch.arange(time, device=self.fill.device)
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*new.values(), self.keys, self.values))
+        for name, x in new.items():
+            buffer = getattr(self, name)
+            if self.slots < self.room:
+                buffer = F.pad(buffer, (0, 0, 0, time))
+            elif wanted or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+                buffer = buffer.clone()
+            # What completes older pairs first: where a row has none, the next overwrites it.
+            for part, begin in ((x[:, :, :-time], -1), (x[:, :, -time:], 0)):
+                if count := part.shape[2]:
+                    slots = (own[:, :count] + begin * count).clamp(min=0)[:, None, :, None].expand(part.shape)
+                    buffer = buffer.scatter(2, slots, part) if wanted else buffer.scatter_(2, slots, part)
+            setattr(self, name, buffer)
+        return _readable({name: getattr(self, name) for name in new}, computed)
+
+    def settle(self, layout: Layout) -> None:
+        """After a call was answered: count what was real of it, and let go of what is out of reach."""
+        total = self.fill + (layout.time if layout.length is None else layout.length)
+        if self.slots < self.room and self.keys.shape[2] > self.slots:
+            gone = (total - self.slots).clamp(min=0)
+            kept = (gone[:, None] + torch.arange(self.slots, device=gone.device))[:, None, :, None]
+            for name in ("keys", "values", "key_scales", "value_scales"):
+                if (x := getattr(self, name)) is not None:
+                    setattr(self, name, x.gather(2, kept.expand(*x.shape[:2], self.slots, x.shape[3])))
+            total = total - gone
+        self.fill, self.stored = total, None
+
+
+def _rounded(keys: Tensor, values: Tensor, dtype: str | None) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Keys and values as they are kept, and their parts by the names of the buffers."""
+    if dtype is None or getattr(torch, dtype) == keys.dtype:
+        return keys, values, {"keys": keys, "values": values}
+    keys, values = (Narrow.of(x, getattr(torch, dtype)) for x in (keys, values))
+    new = {"keys": keys.data, "values": values.data}
+    if keys.scale is not None:
+        new |= {"key_scales": keys.scale, "value_scales": values.scale}
+    return keys, values, new
+
+
+def _readable(stored: dict[str, Tensor], computed: torch.dtype) -> tuple[Tensor | Narrow, Tensor | Narrow]:
+    """What buffers hold, as it is read in a pass in the dtype `computed`."""
+    if stored["keys"].dtype == computed:
+        return stored["keys"], stored["values"]
+    return (
+        Narrow(stored["keys"], stored.get("key_scales"), computed),
+        Narrow(stored["values"], stored.get("value_scales"), computed),
+    )
 
 
 def _grown(x: Tensor, capacity: int) -> Tensor:

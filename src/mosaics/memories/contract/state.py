@@ -63,6 +63,23 @@ class State:
         """Cut the state off the graph that made it."""
         self.map(Tensor.detach)
 
+    def reserved(self, capacity: int) -> State:
+        """The state in the place of this one, from before the first token, that keeps to room for `capacity` tokens:
+        after the first call no shape in it depends on what is read, and no plain value changes.
+
+        Raises:
+            ValueError: something in it grows and can't keep to a room.
+        """
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if "grows" in f.metadata:
+                raise ValueError(f"{f.name} of {type(self).__name__} grows and has no fixed room; use a dynamic cache.")
+            if isinstance(value, State):
+                setattr(self, f.name, value.reserved(capacity))
+            elif isinstance(value, list):
+                setattr(self, f.name, [v.reserved(capacity) if isinstance(v, State) else v for v in value])
+        return self
+
     def release(self) -> None:
         """Let go of room that is only there to grow into."""
 

@@ -177,13 +177,21 @@ class ContextualMemory(Memory):
         values = self.values(raw_values, layout, state)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
-        read = self._read(queries, keys, values, layout, context)
+        read = self._read(queries, keys, values, layout, context, None if state is None else state.pairs.stored)
         if state is not None:
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
 
-    def _read(self, queries: Tensor, keys: Tensor, values: Tensor, layout: Layout, context: Context) -> Tensor:
-        access = dict(delay=self.delay(context), window=self.window, start=layout.start)
+    def _read(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        layout: Layout,
+        context: Context,
+        stored: Tensor | None,
+    ) -> Tensor:
+        access = dict(delay=self.delay(context), window=self.window, start=layout.start, stored=stored)
         bandwidth = self.bandwidth()
         if context.reads is not None:
             context.reads.append(Read(self.name, self.layer_index, weights(queries, keys, bandwidth, **access)))

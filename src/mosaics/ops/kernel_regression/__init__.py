@@ -19,6 +19,8 @@ from mosaics.ops.kernel_regression.narrow import Narrow, widened
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
 FORMS = {"naive": naive.kernel_regression, "blockwise": blockwise.kernel_regression} | FASTER.functions()
 
+FILLED = ("naive", "blockwise", "compiled", "single")  # forms that are told how far the slots are filled
+
 FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
 HUGE = 1e30  # a key as large may make a logit infinite
@@ -35,6 +37,7 @@ def kernel_regression(
     delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
     form: str | None = None,
@@ -57,6 +60,8 @@ def kernel_regression(
         start: `(batch, time)`, integers, where the document of each position begins, counted from the first position of
             this call (negative: so many pairs before it; never decreasing); None: all stored pairs and positions are
             one document.
+        stored: `(batch,)`, the slot in which the pair of each row's first position lies, where more slots follow those
+            of this call: what is in them is not read. None: the last slots are those of this call.
         dropout: probability with which a weight is set to 0, the others growing to make up for it.
         log_sum: whether to return the logarithm of the sum of weights \( \sum_i e^{\beta k_t^\top k_i} \) as well, with
             which reads over several stores can be `merged`. No weight is dropped from that sum.
@@ -71,19 +76,24 @@ def kernel_regression(
             by a window or a start, a tensor has a wrong shape, device or dtype, or the form is unknown or cannot serve
             this input.
     """
-    check_read(queries, keys, values, bandwidth, delay, window, start)
+    check_read(queries, keys, values, bandwidth, delay, window, start, stored)
     if not 0 <= dropout < 1:
         raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
     if queries.numel() == 0 or keys.shape[2] == 0:
         form = "naive"  # nothing is asked, or nothing stored
-    if form is None and not isinstance(delay, Tensor) and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
+    one = form is None and not isinstance(delay, Tensor)
+    if one and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:
-        form = _fastest(queries, keys, values, delay, window, start, dropout)
+        form = _fastest(queries, keys, values, delay, window, start, stored, dropout)
         form = form if form in FORMS and not (log_sum and form == "shifted") else "blockwise"
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
     access = dict(delay=delay, window=window, start=start, dropout=dropout, log_sum=log_sum)
+    if stored is not None:
+        if form not in FILLED:
+            raise ValueError(f"The {form} form reads slots that are all filled; use {' or '.join(FILLED)}.")
+        access["stored"] = stored
     read = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
     if form == "single" or delay is None or _is_sound(read[0] if log_sum else read):
         return read
@@ -115,7 +125,8 @@ def _without_unreadable(
     bad = ~((keys.abs() < HUGE).all(-1) & values.isfinite().all(-1))
     if not bad.any():
         return read
-    first, end = readable(time, slots - time, access["start"], access["delay"], access["window"], keys.device)
+    stored = access.get("stored", slots - time)
+    first, end = readable(time, stored, access["start"], access["delay"], access["window"], keys.device)
     before = F.pad(bad.cumsum(-1), (1, 0))  # bad pairs before each slot
     at = (x.clamp(0, slots).expand(len(queries), time)[:, None].expand(queries.shape[:3]) for x in (end, first))
     reads_bad = torch.gt(*(before.gather(-1, x) for x in at))
@@ -135,10 +146,11 @@ def _fastest(
     delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
+    stored: Tensor | None,
     dropout: float,
 ) -> str:
     time = queries.shape[2]
-    if isinstance(keys, Narrow) and time < FEW:
+    if isinstance(keys, Narrow) and time < FEW and stored is None:
         return "sliced"  # the others would widen all that is stored
     if time == 1 or (not queries.is_cuda and not has_numbers(queries)):
         return "naive"  # one query needs no tiles; without numbers there is nothing to ask them
@@ -148,7 +160,7 @@ def _fastest(
         return "blockwise"  # PyTorch's fused attention would write out every weight
     if delay is None:
         return "shifted"
-    if isinstance(delay, Tensor):
+    if isinstance(delay, Tensor) or stored is not None:
         return "blockwise"
     cut = window is not None or start is not None
     if cut and keys.shape[2] == time and not dropout and FASTER.pays("flex", queries, values):

@@ -31,20 +31,26 @@ class Bandwidth(NamedTuple):
 
 
 def readable(
-    time: int, stored: int, start: Tensor | None, delay: int | Tensor | None, window: int | None, device: torch.device
+    time: int,
+    stored: int | Tensor,
+    start: Tensor | None,
+    delay: int | Tensor | None,
+    window: int | None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The slots that each position may read, as a half-open range.
 
-    Slots count the `stored` pairs of earlier calls first, then the `time` pairs of this one: the pair of position t
-    lies in slot `stored + t`. Position t reads the pairs t-window+1 ... t-delay of its own document. This is the one
-    place where the paper's two readings of the window differ: equation 10 has t-h+1 ... t-1, Figure 11 draws t-h ...
-    t-1. Without a delay every position reads every slot.
+    Slots count the `stored` pairs of earlier calls first (the same number for all rows, or `(batch,)`), then the `time`
+    pairs of this one: the pair of position t lies in slot `stored + t`. Position t reads the pairs t-window+1 ...
+    t-delay of its own document. This is the one place where the paper's two readings of the window differ: equation 10
+    has t-h+1 ... t-1, Figure 11 draws t-h ... t-1. Without a delay every position reads every slot.
 
     Returns:
-        first and end, each `(time,)`, or `(batch, time)` where `start` is given; nothing is readable where end <=
-        first.
+        first and end, each `(time,)`, or `(batch, time)` where rows differ; nothing is readable where end <= first.
     """
-    own = torch.arange(stored, stored + time, device=device)
+    if isinstance(stored, Tensor):
+        stored = stored[:, None]
+    own = stored + torch.arange(time, device=device)
     if delay is None:
         return torch.zeros_like(own), torch.full_like(own, stored + time)
     end = own - delay + 1

@@ -26,12 +26,13 @@ def kernel_regression(
     delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 in tiles; see `mosaics.ops.kernel_regression.kernel_regression`."""
     time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time, start, delay, window, keys.device)
+    first, end = readable(time, slots - time if stored is None else stored, start, delay, window, keys.device)
     beta = bandwidth.at((end - first).clamp(min=0))
     # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so the scaled query stays in float32.
     scaled = beta[..., None].to(_tile_dtype(queries)) * queries
@@ -62,7 +63,7 @@ def tiles(
             # Rows whose documents begin at one slot are one tile; others are read row by row.
             same = all(low == lows[0] for low in lows)
             groups = [(slice(None), lows[0])] if same else [(slice(r, r + 1), low) for r, low in enumerate(lows)]
-        high = int(block_end.flatten()[-1])
+        high = int(block_end.max())
         for rows, low in groups:
             if high <= low:
                 continue

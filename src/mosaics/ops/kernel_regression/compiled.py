@@ -47,6 +47,7 @@ def kernel_regression(
     delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def kernel_regression(
     if not available():
         raise ValueError("The compiled form needs a C++ compiler (the log says more); use the blockwise form.")
     batch, heads, time = queries.shape[:3]
-    first, end = readable(time, keys.shape[2] - time, start, delay, window, keys.device)
+    first, end = readable(time, keys.shape[2] - time if stored is None else stored, start, delay, window, keys.device)
     # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so all is float32 at least.
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)

@@ -22,13 +22,14 @@ def check_read(
     delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
+    stored: Tensor | None = None,
 ) -> None:
     """Refuse a read that is none; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     Raises:
         ValueError: as there.
     """
-    if delay is None and (window is not None or start is not None):
+    if delay is None and any(x is not None for x in (window, start, stored)):
         raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
     for x, least in ((delay, 0), (window, 1)):
         if not (x is None or isinstance(x, Tensor)) and not (isinstance(x, int) and least <= x < FARTHEST):
@@ -52,6 +53,7 @@ def check_read(
     for x in bandwidth:
         given.append(("bandwidths", x, (heads,), FLOATS))
     given.append(("starts", start, (batch, time), INTEGERS))
+    given.append(("stored pairs", stored, (batch,), INTEGERS[:1]))
     check(op, queries.device, given)
     if delay is not None and slots < time:
         raise ValueError(f"{op} got {slots} pairs for {time} positions; give those of all positions, the newest last.")
@@ -65,14 +67,15 @@ def weights(
     delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
 ) -> Tensor:
     """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs.
 
     Raises:
         ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
     """
-    check_read(queries, keys, None, bandwidth, delay, window, start)
-    return _weights(*_logits(queries, keys, bandwidth, delay, window, start))
+    check_read(queries, keys, None, bandwidth, delay, window, start, stored)
+    return _weights(*_logits(queries, keys, bandwidth, delay, window, start, stored))
 
 
 def _weights(logits: Tensor, empty: Tensor) -> Tensor:
@@ -86,11 +89,12 @@ def _logits(
     delay: int | Tensor | None,
     window: int | None,
     start: Tensor | None,
+    stored: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """-inf where a query may not read, and which queries `(..., time, 1)` read nothing: theirs are 0."""
     keys = widened(keys)
     time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time, start, delay, window, keys.device)
+    first, end = readable(time, slots - time if stored is None else stored, start, delay, window, keys.device)
     slot = torch.arange(slots, device=keys.device)
     allowed = (slot >= first[..., None]) & (slot < end[..., None])
     allowed = allowed[:, None] if allowed.dim() == 3 else allowed
@@ -112,12 +116,13 @@ def kernel_regression(
     delay: int | Tensor | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
-    logits, empty = _logits(queries, keys, bandwidth, delay, window, start)
+    logits, empty = _logits(queries, keys, bandwidth, delay, window, start, stored)
     read = F.dropout(_weights(logits, empty), dropout)
     read = (read @ values.to(read.dtype)).to(dtype)
     return (read, logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)) if log_sum else read

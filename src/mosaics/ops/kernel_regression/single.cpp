@@ -65,14 +65,14 @@ inline void exponentials(double* x, int64_t count) {
 
 template <typename T, typename S>
 void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, const T* base, const T* slope,
-          const T* exponent, const int64_t* start, T* out, T* logs) {
+          const T* exponent, const int64_t* start, const int64_t* stored, T* out, T* logs) {
     constexpr int64_t BLOCK = 128;
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
     for (int64_t line = 0; line < s.batch * s.heads; line++) {
-        const int64_t b = line / s.heads, h = line % s.heads, own = s.slots - 1;
+        const int64_t b = line / s.heads, h = line % s.heads, own = stored ? stored[b] : s.slots - 1;
         int64_t first = 0, end = s.slots;
         if (s.delay >= 0) {
-            end = s.slots - s.delay;
+            end = std::min(own + 1, s.slots) - s.delay;
             if (start) first = std::max(first, start[b] + own);
             if (s.window >= 0) first = std::max(first, own - s.window + 1);
         }
@@ -136,8 +136,8 @@ void read(const Sizes& s, const T* queries, Array<S> keys, Array<S> values, cons
     extern "C" void read_##suffix(const Sizes* s, const T* q, const S* k, const int64_t* ks, const float* kf,          \
                                   const int64_t* kfs, const S* v, const int64_t* vs, const float* vf,                  \
                                   const int64_t* vfs, const T* base, const T* slope, const T* exponent,                \
-                                  const int64_t* start, T* out, T* logs) {                                             \
-        read<T, S>(*s, q, {k, ks, kf, kfs}, {v, vs, vf, vfs}, base, slope, exponent, start, out, logs);                \
+                                  const int64_t* start, const int64_t* stored, T* out, T* logs) {                      \
+        read<T, S>(*s, q, {k, ks, kf, kfs}, {v, vs, vf, vfs}, base, slope, exponent, start, stored, out, logs);        \
     }
 
 EXPORT(double, double, float64)

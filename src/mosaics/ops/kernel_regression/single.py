@@ -64,6 +64,7 @@ def kernel_regression(
     delay: int | None,
     window: int | None = None,
     start: Tensor | None = None,
+    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def kernel_regression(
         )
     parts = [(x.data, x.scale) if isinstance(x, Narrow) else (x, None) for x in (keys, values)]
     read = OPERATOR if torch.compiler.is_compiling() else _read
-    out, logs = read(queries, *parts[0], *parts[1], *bandwidth, start, delay, window, log_sum)
+    out, logs = read(queries, *parts[0], *parts[1], *bandwidth, start, stored, delay, window, log_sum)
     out = cast(out, values.dtype)
     return (out, logs) if log_sum else out
 
@@ -94,6 +95,7 @@ def _read(
     slope: Tensor | None,
     exponent: Tensor | None,
     start: Tensor | None,
+    stored: Tensor | None,
     delay: int | None,
     window: int | None,
     log_sum: bool,
@@ -108,7 +110,7 @@ def _read(
         kept += [data, scale]
         for part in (data, scale):
             given += [None, None] if part is None else strided(part)
-    for x, dtype in (*((x, out.dtype) for x in (base, slope, exponent)), (start, torch.int64)):
+    for x, dtype in (*((x, out.dtype) for x in (base, slope, exponent)), *((x, torch.int64) for x in (start, stored))):
         x = None if x is None else cast(x, dtype).contiguous()
         kept.append(x)
         given += plain(x)
@@ -134,8 +136,8 @@ OPERATOR = custom_op(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor queries, Tensor keys, Tensor? key_scale, Tensor values, Tensor? value_scale, Tensor base, "
-    "Tensor? slope, Tensor? exponent, Tensor? start, SymInt? delay, SymInt? window, bool log_sum) "
-    "-> (Tensor, Tensor)",
+    "Tensor? slope, Tensor? exponent, Tensor? start, Tensor? stored, SymInt? delay, SymInt? window, "
+    "bool log_sum) -> (Tensor, Tensor)",
 )
 
 
