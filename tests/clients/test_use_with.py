@@ -11,7 +11,7 @@ from mosaics.cli import main
 
 pytestmark = pytest.mark.clients
 PAGE = Path(__file__).parents[2] / "docs" / "use-with.md"
-SECTIONS = ["lm-eval", "PEFT", "TRL", "Accelerate", "torchao", "torch.compile", "Serve"]
+SECTIONS = ["lm-eval", "PEFT", "TRL", "Accelerate", "torchao", "torch.compile", "torch.export", "Serve"]
 
 
 def test_use_with_page_runs(exported, texts, tmp_path, monkeypatch, capsys):

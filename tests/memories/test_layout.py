@@ -83,3 +83,29 @@ def test_state_select_repeats_and_drops_rows_everywhere():
     assert pairs.keys.flatten().tolist() == pairs.values.flatten().tolist() == [2, 2, 0]
     pairs.repeat(2)
     assert pairs.keys.flatten().tolist() == [2, 2, 2, 2, 0, 0]
+
+
+def test_layout_of_says_the_same_without_looking_at_the_tensors(monkeypatch):
+    """What a graph is made of serves every input, so it can't depend on what is in the tensors."""
+    draw = torch.Generator().manual_seed(0)
+    compiling = torch.compiler.is_compiling
+    for share, border in ((2.0, 0.0), (0.6, 0.0), (2.0, 0.4), (0.6, 0.4), (2.0, 2.0)):
+        before, stored = [Rows(), Rows(torch.zeros(4, dtype=torch.long))], 0
+        for time in (5, 1, 1, 7):
+            mask = torch.rand(4, time, generator=draw) < share
+            ids = (torch.rand(4, time, generator=draw) < border).cumsum(1) + stored
+            ids = ids if border else None
+            found = []
+            for traced, rows in zip((False, True), before, strict=True):
+                monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
+                layout, order, rows = Layout.of(4, time, mask, ids, rows, stored)
+                monkeypatch.setattr(torch.compiler, "is_compiling", compiling)
+                here = torch.arange(time).expand(4, time)
+                real = torch.ones(4, time, dtype=torch.bool) if layout.is_padding is None else ~layout.is_padding
+                tokens = torch.full((4,), stored + time) if rows.tokens is None else rows.tokens
+                position = layout.position(here.device).expand(4, time)
+                found.append([(here if order is None else order)[real], real, position[real], tokens])
+                found[-1].append(torch.zeros(4) if rows.document is None else rows.document)
+                before[int(traced)] = rows
+            assert all(map(torch.equal, *found)), (share, border, time)
+            stored += time

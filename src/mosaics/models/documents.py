@@ -58,7 +58,7 @@ def documents_of(
         positions = position_ids.to(device).expand(batch, time)
         last = positions.gather(1, before.clamp(min=0))
         border = torch.where(before >= 0, positions <= last, (positions == 0) & cached) & real
-        if may_be(border.any()):
+        if may_be(lambda: border.any()):
             borders["position_ids"] = border
     if cu_seq_lens is not None:
         lens = cu_seq_lens.flatten().to(device)

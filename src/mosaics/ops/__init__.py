@@ -110,9 +110,10 @@ def has_numbers(x: Tensor) -> bool:
         return False
 
 
-def may_be(x: Tensor) -> bool:
-    """Whether a tensor of one boolean is true; while a graph is made, which has to serve both, it may be."""
-    return torch.compiler.is_compiling() or bool(x)
+def may_be(condition: Callable[[], Tensor]) -> bool:
+    """Whether a condition, a tensor of one boolean, is true; while a graph is made, which has to serve both, it may
+    be."""
+    return torch.compiler.is_compiling() or bool(condition())
 
 
 def eager_on_cpu(function: Callable) -> Callable:

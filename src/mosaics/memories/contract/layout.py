@@ -62,12 +62,12 @@ class Layout:
             The layout; `(batch, time)` positions in compact order, or None if they are so already; the rows.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        if mask is not None and not may_be(~mask.all()):
+        if mask is not None and not may_be(lambda: ~mask.all()):
             mask = None
         order, length = None, None
         if mask is not None:
             length = mask.sum(1)
-            if time > 1 and may_be((mask[:, 1:] & ~mask[:, :-1]).any()):
+            if time > 1 and may_be(lambda: (mask[:, 1:] & ~mask[:, :-1]).any()):
                 order = torch.argsort(~mask, dim=1, stable=True)
         rows = rows or Rows()
         fresh = rows.tokens is None and stored == 0
@@ -82,12 +82,12 @@ class Layout:
         if document_ids is not None:
             ids = document_ids if order is None else document_ids.gather(1, order)
             before = torch.zeros_like(ids[:, 0]) if document is None else document
-            border = ids != torch.cat([before[:, None].to(ids), ids[:, :-1]], dim=1)
+            border = ids != torch.cat([before[:, None].to(ids), ids], dim=1)[:, :-1]
         border[:, 0] |= fresh
         if length is not None:
             border &= position < length[:, None]
         start = torch.where(border, position, -tokens[:, None]).cummax(1).values
-        whole = fresh and (document_ids is None or not may_be(border[:, 1:].any()))
+        whole = fresh and (document_ids is None or not may_be(lambda: border[:, 1:].any()))
         if whole and length is None:
             return cls(batch, time), None, Rows(None, document if document_ids is None else ids[:, -1])
 

@@ -188,8 +188,8 @@ class FixedPairs(State):
             buffer = getattr(self, name)
             if self.slots < self.room:
                 buffer = F.pad(buffer, (0, 0, 0, time))
-            elif wanted or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
-                buffer = buffer.clone()
+            elif not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled():
+                buffer = buffer.clone()  # not to be written to
             # What completes older pairs first: where a row has none, the next overwrites it.
             for part, begin in ((x[:, :, :-time], -1), (x[:, :, -time:], 0)):
                 if count := part.shape[2]:

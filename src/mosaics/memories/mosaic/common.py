@@ -72,7 +72,7 @@ def leaky_keys(
 def mapped(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """What linear maps make of the same `x` `(batch, time, inputs)`: by one product, so that there is one gradient of
     `x`, where they are plain and `x` has so many positions that this is worth a copy of the weights."""
-    many = x.numel() >= x.shape[-1] ** 2
+    many = not torch.compiler.is_exporting() and x.numel() >= x.shape[-1] ** 2  # one graph serves few and many
     if many and all(map(is_plain, linears)) and len({(m.weight.dtype, m.weight.device) for m in linears}) == 1:
         biases = [m.bias for m in linears if m.bias is not None]
         if len(biases) in (0, len(linears)):
@@ -166,7 +166,8 @@ class ContextualMemory(Memory):
         if state is not None:
             if state.raw_value is not None:
                 raw = torch.cat([state.raw_value, raw], dim=2)
-            state.raw_value = layout.align(raw)[:, :, -1:].clone()  # lets go of the others
+            last = layout.align(raw)[:, :, -1:]
+            state.raw_value = last.clone(memory_format=torch.contiguous_format)  # lets go of the others
         return unit_values(raw, self.value_mix, self.value_length(), eps=self.unit_norm_eps)
 
     def forward(

@@ -2,6 +2,7 @@ r"""The gated recurrence that makes keys: `leaky_average`. The mathematics is in
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mosaics.ops import FLOATS, Faster, check, has_numbers, run
@@ -63,6 +64,8 @@ def leaky_average(
 def _fastest(inputs: Tensor) -> str:
     if FASTER.pays("compiled", inputs):
         return "compiled"
+    if torch.compiler.is_exporting():
+        return "chunked"  # whose graph is the same for all lengths
     if inputs.shape[2] == 1 or (not inputs.is_cuda and not has_numbers(inputs)):
         return "naive"  # one position is one step of the recurrence; without numbers there is nothing to ask them
     return "triton" if FASTER.pays("triton", inputs) else "chunked"

@@ -37,10 +37,11 @@ def _averages(
     deep as the logarithm of the length. Logarithms are float64, so that differences of their sums keep their digits.
     """
     time = inputs.shape[2]
-    chunks = -(-time // CHUNK)
+    # A graph that is exported serves every length, so it can't have the depth of one: it is quadratic, as its reads.
+    chunks = 1 if torch.compiler.is_exporting() else -(-time // CHUNK)
     size = -(-time // chunks)
     missing = chunks * size - time
-    if missing:  # A position with a gate of 0 and a decay of 1 changes nothing.
+    if chunks > 1 and missing:  # A position with a gate of 0 and a decay of 1 changes nothing.
         inputs = F.pad(inputs, (0, 0, 0, missing))
         log_gate = F.pad(log_gate, (0, missing), value=-torch.inf)
         log_decay = F.pad(log_decay, (0, missing))
@@ -48,7 +49,7 @@ def _averages(
 
     # A position i of a chunk weighs exp(since[t] + logs[i]) at position t, unless the past is forgotten between them.
     forgotten = log_decay < FORGET
-    part = forgotten.cumsum(-1) if may_be(forgotten.any()) else None
+    part = forgotten.cumsum(-1) if may_be(lambda: forgotten.any()) else None
     since = log_decay.masked_fill(forgotten, 0.0).cumsum(-1)
     logs = log_gate - since
 
@@ -80,9 +81,17 @@ def _running_maximum(logs: Tensor, part: Tensor | None) -> Tensor:
     """The largest of columns 0 ... t + 1 for each position t, of its own part; -inf where there is nothing. A
     constant: the average does not depend on it."""
     if part is None:
-        return logs.cummax(-1).values[..., 1:]
-    most = (logs + APART * part).cummax(-1).values[..., 1:] - APART * part[..., 1:]
+        return _cummax(logs)[..., 1:]
+    most = _cummax(logs + APART * part)[..., 1:] - APART * part[..., 1:]
     return most.masked_fill(most < -APART / 2, -torch.inf)
+
+
+def _cummax(x: Tensor) -> Tensor:
+    """The largest of all up to each of the last dimension."""
+    if not torch.compiler.is_exporting():
+        return x.cummax(-1).values
+    later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)  # ONNX has no cummax
+    return x[..., None, :].masked_fill(later, -torch.inf).amax(-1)
 
 
 class _WeightedDirections(torch.autograd.Function):
