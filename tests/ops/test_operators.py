@@ -10,12 +10,10 @@ from test_kernel_regression import inputs as pairs
 from torch.distributed.fsdp import fully_shard
 
 from helpers import tiny_model, tokens
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression, readable, single
+from mosaics.ops.kernel_regression import Narrow, readable, single
 from mosaics.ops.kernel_regression import compiled as read
 from mosaics.ops.leaky_average import compiled as average
-from mosaics.ops.leaky_average import leaky_average
 from mosaics.ops.unit_values import compiled as values
-from mosaics.ops.unit_values import unit_values
 
 needs_compiler = pytest.mark.skipif(
     not all(form.available() for form in (read, single, average, values)), reason="no C++ compiler"
@@ -34,12 +32,13 @@ def averaged(time=5, dtype=torch.float64):
 
 
 def asked(documents):
-    """What the read takes: queries, keys, values, beta, first, end."""
+    """What the read takes: queries, keys, values, beta, first, end, and whether the sums of weights are wanted."""
     keys, stored, bandwidth = pairs(6, 3)
     start = torch.tensor([[0] * 6, [-2] * 4 + [4] * 2]) if documents else None
     first, end = readable(6, 3, start, 1, 5, keys.device)
     beta = bandwidth.at((end - first).clamp(min=0)).expand(keys.shape[0], keys.shape[1], 6)
-    return keys[:, :, -6:].detach().requires_grad_(), keys, stored, beta.detach().requires_grad_(), first, end, documents
+    queries, beta = (x.detach().requires_grad_() for x in (keys[:, :, -6:], beta))
+    return queries, keys, stored, beta, first, end, documents
 
 
 def one(kind=torch.float32):
@@ -84,24 +83,21 @@ def test_backward_operator_passes_torchs_checks(call, monkeypatch):
 
 
 @needs_compiler
-def test_one_position_without_gradients_goes_past_the_operator(monkeypatch):
+def test_decoding_goes_past_the_operators_and_all_else_through_them(monkeypatch):
     """A Python operator costs more than the read of a short context."""
-    called = []
+    model, called = tiny_model(), []
     for module in (values, average, single, read):
-        monkeypatch.setattr(module, "OPERATOR", lambda *given, module=module: called.append(module))
-    raw, mix, length = torch.randn(2, 3, 1, 4), torch.rand(3), torch.rand(3)
-    gate = -torch.rand(2, 3, 1)
-    keys, stored, bandwidth = pairs(1, 20)
-    bandwidth = Bandwidth(*(x.detach() for x in bandwidth))
-    unit_values(raw, mix, length)
-    leaky_average(raw, gate, gate)
-    kernel_regression(keys.detach()[:, :, -1:], keys.detach(), stored.detach(), bandwidth, delay=1)
+        real = module.OPERATOR
+        monkeypatch.setattr(module, "OPERATOR", lambda *given, m=module, real=real: called.append(m) or real(*given))
+    with torch.no_grad():
+        cache = model(tokens(2, 9)).past_key_values
+        assert set(called) == {values, average, read}
+        called.clear()
+        for _ in range(3):
+            model(tokens(2, 1), past_key_values=cache)
     assert called == []
-    with pytest.raises(TypeError):  # what stands for the operator gives nothing
-        unit_values(raw, mix.requires_grad_(), length)
-    with pytest.raises(TypeError):
-        leaky_average(raw.expand(2, 3, 5, 4), *[gate.expand(2, 3, 5)] * 2)
-    assert called == [values, average]
+    model(tokens(2, 2), use_cache=False)  # gradients are wanted
+    assert set(called) == {values, average, read}
 
 
 @needs_compiler

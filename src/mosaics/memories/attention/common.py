@@ -16,6 +16,7 @@ from mosaics.memories.contract import (
     Memory,
     Pairs,
     Read,
+    State,
     check_deviation,
     init_map,
     linear_flops,
@@ -24,6 +25,14 @@ from mosaics.memories.contract import (
 from mosaics.memories.fast_weights.common import rms_normed
 from mosaics.ops.local_linear import local_linear
 from mosaics.ops.rotary import frequencies, rotated
+
+
+@dataclass
+class LocalLinearState(AttentionState):
+    """Pairs that grow: what is solved with them needs to know how many there are."""
+
+    def reserved(self, capacity: int) -> State:
+        raise ValueError("A local linear memory solves with the pairs that there are; use a dynamic cache.")
 
 
 class LocalLinearMemory(Memory):
@@ -78,8 +87,8 @@ class LocalLinearMemory(Memory):
         """The arguments of `local_linear` that say how pairs are read."""
         raise NotImplementedError
 
-    def initial_state(self) -> AttentionState:
-        return AttentionState(Pairs(dtype=self.common.state_dtype))
+    def initial_state(self) -> LocalLinearState:
+        return LocalLinearState(Pairs(dtype=self.common.state_dtype))
 
     def forward(
         self, x: Tensor, layout: Layout, state: AttentionState | None, context: Context
