@@ -99,9 +99,9 @@ def _read(
     delay: int | None,
     window: int | None,
     log_sum: bool,
-) -> tuple[Tensor, Tensor]:
-    """What is read, and the logarithm of the sum of weights, without entries where it is not asked for."""
-    out, logs = _empty(queries, values, log_sum)
+) -> tuple[Tensor, Tensor | None]:
+    out = torch.empty(*queries.shape[:3], values.shape[3], dtype=_computed(queries))
+    logs = torch.empty(queries.shape[:3], dtype=out.dtype) if log_sum else None
     batch, heads, _, width = queries.shape
     kept = [cast(queries, out.dtype).contiguous()]
     given = plain(kept[0])
@@ -120,8 +120,14 @@ def _read(
     limits = (-1 if x is None else x for x in (delay, window))
     sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
     kind = str(kept[1].dtype).removeprefix("torch.")
-    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs if log_sum else None))
+    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs))
     return out, logs
+
+
+def _operator(queries: Tensor, *given: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
+    """As `_read`, with a tensor without entries in the place of None: that is no answer of an operator."""
+    out, logs = _read(queries, *given)
+    return out, out.new_empty(0) if logs is None else logs
 
 
 def _empty(queries: Tensor, values: Tensor, log_sum: bool) -> tuple[Tensor, Tensor]:
@@ -132,7 +138,7 @@ def _empty(queries: Tensor, values: Tensor, log_sum: bool) -> tuple[Tensor, Tens
 
 OPERATOR = custom_op(
     "mosaics::kernel_regression_single",
-    _read,
+    _operator,
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor queries, Tensor keys, Tensor? key_scale, Tensor values, Tensor? value_scale, Tensor base, "

@@ -43,7 +43,7 @@ def leaky_average(
     if state is None:
         state = LeakyAverageState.empty(inputs)
     given = (inputs, *(cast(x, inputs.dtype) for x in (log_gate, log_decay, *state)))
-    directions, log_scales, *_ = (_forward if straight(*given) else OPERATOR)(*given)
+    directions, log_scales, *_ = _averages(*given, None) if straight(*given) else OPERATOR(*given)
     keys = cast(shortened(directions, log_scales, eps), dtype)
     return keys, LeakyAverageState(directions[..., -1, :].clone(), log_scales[..., -1].clone())  # lets go of the others
 
@@ -52,19 +52,27 @@ def _forward(
     inputs: Tensor, log_gate: Tensor, log_decay: Tensor, direction: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Directions, log scales, and the factors `(batch, heads, time, 2)` of each step, for the backward pass."""
+    steps = _empty_steps(inputs)
+    return *_averages(inputs, log_gate, log_decay, direction, log_scale, steps), steps
+
+
+def _averages(
+    inputs: Tensor, log_gate: Tensor, log_decay: Tensor, direction: Tensor, log_scale: Tensor, steps: Tensor | None
+) -> tuple[Tensor, Tensor]:
     inputs, direction, log_scale = dense(inputs), direction.contiguous(), log_scale.contiguous()
-    made = _empty(inputs)
-    _call("forward", inputs, *strided(inputs, log_gate, log_decay), *plain(direction, log_scale, *made))
-    return made
-
-
-def _empty(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = inputs.shape
-    return (
-        inputs.new_empty(shape),
-        inputs.new_empty(shape[:3]),
-        inputs.new_empty((*shape[:3], 2), dtype=torch.float64),
+    directions = torch.empty(inputs.shape, dtype=inputs.dtype)
+    log_scales = torch.empty(inputs.shape[:3], dtype=inputs.dtype)
+    _call(
+        "forward",
+        inputs,
+        *strided(inputs, log_gate, log_decay),
+        *plain(direction, log_scale, directions, log_scales, steps),
     )
+    return directions, log_scales
+
+
+def _empty_steps(inputs: Tensor) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:3], 2), dtype=torch.float64)
 
 
 def _backward(
@@ -121,7 +129,7 @@ BACKWARD = custom_op(
 
 @OPERATOR.register_fake
 def _(inputs: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(inputs)
+    return inputs.new_empty(inputs.shape), inputs.new_empty(inputs.shape[:3]), _empty_steps(inputs)
 
 
 @BACKWARD.register_fake

@@ -39,16 +39,22 @@ def unit_values(raw: Tensor, mix: Tensor, length: Tensor, *, eps: float = 0.0) -
         raise ValueError("The compiled form works on a processor with a C++ compiler (the log says more); use another.")
     dtype, wide = raw.dtype, torch.promote_types(raw.dtype, torch.float32)
     raw, mix, length = (cast(x, wide) for x in (raw, mix, length))
-    given = (raw, mix, length, eps)
-    return cast((_forward if straight(*given[:3]) else OPERATOR)(*given)[0], dtype)
+    if straight(raw, mix, length):
+        return cast(_values(raw, mix, length, eps, None), dtype)
+    return cast(OPERATOR(raw, mix, length, eps)[0], dtype)
 
 
 def _forward(raw: Tensor, mix: Tensor, length: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The values, and the norms `(batch, heads, time)` before."""
+    norms = raw.new_empty(raw.shape[:3])
+    return _values(raw, mix, length, eps, norms), norms
+
+
+def _values(raw: Tensor, mix: Tensor, length: Tensor, eps: float, norms: Tensor | None) -> Tensor:
     raw, mix, length = dense(raw), mix.contiguous(), length.contiguous()
-    values, norms = torch.empty(raw.shape, dtype=raw.dtype), torch.empty(raw.shape[:3], dtype=raw.dtype)
+    values = torch.empty(raw.shape, dtype=raw.dtype)
     _call("forward", raw, eps, *strided(raw), *plain(mix, length, values, norms))
-    return values, norms
+    return values
 
 
 def _backward(
