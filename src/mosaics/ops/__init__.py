@@ -100,8 +100,6 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def has_numbers(x: Tensor) -> bool:
     """Whether a tensor holds numbers, and does not only say what is computed (on the meta device, in `FakeTensorMode`,
     while something is exported). A graph that is compiled has them when it runs."""
-    if torch.compiler.is_exporting():
-        return False
     if type(x) is Tensor or type(x) is nn.Parameter:
         return not x.is_meta
     try:
