@@ -164,3 +164,38 @@ def test_miras_is_the_recurrence_of_the_paper(name):
     read = read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale
     assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x))) < 1e-9
     assert name != "yaad" or branches == {False, True}
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+@pytest.mark.parametrize("form", ["decoding", "encoding", "similarity"])
+def test_lattice_is_the_recurrence_of_the_paper(form, renormalised):
+    """Slot by slot and one token after the other, as docs/memories/lattice.md has it."""
+    options = dict(num_attention_heads=1, chunk=1, convolution=0, num_slots=4, form=form, renormalised=renormalised)
+    memory = build("lattice", options, Common(6), 0).double()
+    memory.reset_parameters(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(1, 9, 6, dtype=torch.float64)
+    y, _ = memory(x, Layout(1, 9), None, Context())
+    x, silu = x[0], torch.nn.functional.silu
+    q, k = (unit(silu(proj(x))) for proj in (memory.q_proj, memory.k_proj))
+    v = silu(memory.v_proj(x))
+    v = unit(v) if form == "encoding" else v
+    g, a = memory.rates_proj(x).sigmoid().unbind(-1)
+
+    def norm(s):
+        return (s @ s + 1e-6).sqrt()
+
+    slots, reads = list(memory.slots[0]), []
+    for t in range(9):
+        if renormalised:
+            slots = [s / norm(s) for s in slots]
+        phi = [s / norm(s) for s in slots]
+        h = v[t] - sum(c * p for c, p in zip(k[t], phi, strict=True)) if form == "decoding" else v[t]
+        codes = [c - p @ v[t] if form == "encoding" else c for c, p in zip(k[t], phi, strict=True)]
+        slots = [a[t] * s + g[t] * c / norm(s) * (h - p * (p @ h)) for s, c, p in zip(slots, codes, phi, strict=True)]
+        reads.append(sum(w * s / norm(s) for w, s in zip(q[t], slots, strict=True)))
+    read = torch.stack(reads)
+    read = read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale
+    assert relative_error(y[0], memory.o_proj(read * silu(memory.gate_proj(x)))) < 1e-9

@@ -30,12 +30,15 @@ OPTIONS = {
     "titans_mac": dict(num_attention_heads=2, chunk=4, segment=6),
     "gam": dict(slots=5),
     "mom": dict(num_attention_heads=2, convolution=3),
+    "lattice": dict(num_attention_heads=2, chunk=4, num_slots=3),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
     "miras, huber": ("miras", dict(loss="huber", retention="l2")),
     "miras, kl": ("miras", dict(loss="l2", retention="kl")),
     "mom, one of three": ("mom", dict(memories=3, routed=1, single_maps=True)),
+    "lattice, encoding": ("lattice", dict(form="encoding")),
+    "lattice, similarity": ("lattice", dict(form="similarity", renormalised=False)),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
     "attention, persistent tokens": ("attention", dict(persistent_tokens=3)),

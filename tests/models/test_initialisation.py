@@ -74,6 +74,15 @@ class Rows:
         self.inner.check(weight=weight[:, :-1], **facts)
 
 
+class UnitRows:
+    """Random directions."""
+
+    def check(self, weight: torch.Tensor, **facts) -> None:
+        assert (weight.norm(dim=-1) - 1).abs().max() < 1e-5
+        assert weight.mean().abs() < 5 / math.sqrt(weight.numel() * weight.shape[-1])
+        assert abs(weight.std() * math.sqrt(weight.shape[-1]) - 1) < 0.05
+
+
 class Constant:
     def __init__(self, value) -> None:
         self.value = value
@@ -178,6 +187,13 @@ EXPECTED = {
         "gate_proj.weight": TABLE_6,
         "convolution.*": Within(lambda _: (-(3**-0.5), 3**-0.5)),  # of 3 tokens
         "bank": Within(lambda weight: (-((6 / sum(weight.shape)) ** 0.5), (6 / sum(weight.shape)) ** 0.5)),
+    },
+    "lattice": {
+        "*_proj.weight": TABLE_6,
+        "rates_proj.bias": Constant(lambda weight, **_: torch.tensor([0.0, 3.0]).repeat_interleave(len(weight) // 2)),
+        "convolution.weight": CONVOLUTION,
+        "slots": UnitRows(),
+        "read_scale": ONES,
     },
     "mamba2": {
         "*_proj.weight": TABLE_6,
