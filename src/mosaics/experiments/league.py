@@ -37,6 +37,7 @@ CLAIMED = {
     "titans-lmm": "beats Transformers and linear recurrent models; finds needles in more than 2 M tokens",
     "lla": "better than softmax attention and linear recurrent models in associative recall and regression in context",
     "parallax": "lower perplexity than Transformers at 0.6 B and 1.7 B parameters with Muon, hardly with AdamW",
+    "lattice": "lower perplexity than Transformers and linear recurrent models, the more so the longer the context",
     **dict.fromkeys(
         ("moneta", "yaad", "memora"),
         "beats Transformers and linear recurrent models in language, common sense and recall, each in some tasks",

@@ -107,6 +107,7 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "titans-mac": ("titans_mac", {"segment": 64}),
     "titans-mag": ("titans_mag", {"window": 64}),
     "mom": ("mom", {}),
+    "lattice": ("lattice", {"form": "decoding"}),
 }
 _TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 4})
 
