@@ -143,12 +143,26 @@ def test_narrow_inputs_keep_their_digits(loss):
             assert relative_error(one, wanted) < bound
 
 
-def test_a_slot_that_has_faded_is_written_anew():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_slot_that_has_faded_is_written_anew(form):
     tensors = inputs(40)
-    tensors["decay"] = torch.full_like(tensors["decay"], -100.0)
-    for places in (1, 16):
-        found = results(tensors, Layout(2, 40).segments(places, CPU), torch.ones(2, 40, dtype=torch.bool))
-        assert all(torch.isfinite(x).all() for x in found) and (found[0] != 0).any()
+    tensors["decay"] = torch.full_like(tensors["decay"], -1000.0)
+    tensors["step"][:, :, :20] = 0.0
+    for places in (1, 8):
+        segments, keep = Layout(2, 40).segments(places, CPU), torch.ones(2, 40, dtype=torch.bool)
+        found = results(tensors, segments, keep, form=form)
+        assert all(torch.isfinite(x).all() for x in found)
+        read = found[0].view(2, 40, -1)
+        assert not read[:, :20].any() and (read[:, 20:] != 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_alone_leaves_the_slots_as_they_are(form):
+    layout, _, _ = Layout.of(2, 1, torch.tensor([[True], [False]]))
+    tensors = inputs(1)
+    _, state = lattice(**tensors, segments=layout.segments(4, CPU), form=form)
+    assert torch.equal(state.current[1], tensors["initial"])
+    assert not torch.equal(state.current[0], state.anchor[0])
 
 
 def test_refuses_what_it_cannot_compute():
