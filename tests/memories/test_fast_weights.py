@@ -170,7 +170,7 @@ def test_miras_is_the_recurrence_of_the_paper(name):
 @pytest.mark.parametrize("form", ["decoding", "encoding", "similarity"])
 def test_lattice_is_the_recurrence_of_the_paper(form, renormalised):
     """Slot by slot and one token after the other, as docs/memories/lattice.md has it."""
-    options = dict(num_attention_heads=1, chunk=1, convolution=0, num_slots=4, form=form, renormalised=renormalised)
+    options = dict(num_attention_heads=1, chunk=1, convolution=0, slots=4, form=form, renormalised=renormalised)
     memory = build("lattice", options, Common(6), 0).double()
     memory.reset_parameters(0)
     with torch.no_grad():

@@ -30,7 +30,7 @@ OPTIONS = {
     "titans_mac": dict(num_attention_heads=2, chunk=4, segment=6),
     "gam": dict(slots=5),
     "mom": dict(num_attention_heads=2, convolution=3),
-    "lattice": dict(num_attention_heads=2, chunk=4, num_slots=3),
+    "lattice": dict(num_attention_heads=2, chunk=4, slots=3),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {

@@ -47,7 +47,7 @@ class LatticeMemory(Memory):
     adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {"num_attention_heads": 2, "chunk": 4},
-        {"num_attention_heads": 4, "form": "encoding", "chunk": 1, "num_slots": 5, "convolution": 2},
+        {"num_attention_heads": 4, "form": "encoding", "chunk": 1, "slots": 5, "convolution": 2},
         {
             "num_attention_heads": 2,
             "form": "similarity",
@@ -56,12 +56,12 @@ class LatticeMemory(Memory):
             "convolution": 0,
             "initializer_range": 0.1,
         },
-        {"num_attention_heads": 2, "num_slots": 12, "chunk": 3, "renormalised": False},
+        {"num_attention_heads": 2, "slots": 12, "chunk": 3, "renormalised": False},
     )
 
     @dataclass(frozen=True)
     class Options:
-        """`form` is `decoding`, `encoding` or `similarity`. Each head has `num_slots` slots (None: as many as it is
+        """`form` is `decoding`, `encoding` or `similarity`. Each head has `slots` slots (None: as many as it is
         wide). Gradients are taken at the start of each `chunk` of tokens (1 is the recurrence), where slots are made
         unit vectors again unless they are not `renormalised`. Without `decay` nothing is forgotten but by what is
         written. `convolution` is over so many tokens, 0 without.
@@ -69,7 +69,7 @@ class LatticeMemory(Memory):
 
         num_attention_heads: int
         form: str = "decoding"
-        num_slots: int | None = None
+        slots: int | None = None
         chunk: int = 16
         decay: bool = True
         renormalised: bool = True
@@ -86,9 +86,9 @@ class LatticeMemory(Memory):
                 f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
             )
         self.heads, self.width = heads, d // heads
-        self.num_slots = self.width if o.num_slots is None else o.num_slots
+        self.num_slots = self.width if o.slots is None else o.slots
         if min(self.num_slots, o.chunk) < 1 or o.convolution < 0:
-            raise ValueError("num_slots and chunk have to be at least 1, and convolution at least 0.")
+            raise ValueError("slots and chunk have to be at least 1, and convolution at least 0.")
         check_deviation(o.initializer_range)
         codes = heads * self.num_slots
         self.q_proj, self.k_proj = (nn.Linear(d, codes, bias=common.bias) for _ in range(2))
