@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mosaics.ops.inner_loop.losses import Loss
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "geglu")
 Norm = tuple[Tensor, Tensor]
 
 
@@ -24,9 +24,10 @@ class Network:
     """Maps with an activation between them, and what they are to learn.
 
     Attributes:
-        activation: between two maps: `gelu`, or `gelu_tanh`, its usual approximation.
+        activation: between two maps: `gelu`; `gelu_tanh`, its usual approximation; `geglu`, gelu of the first half
+            times the second: the map before it is two beside each other.
         bias: whether the last row of each map is its bias.
-        residual: whether the answer is added to the input.
+        residual: whether the answer is added to the input; of a wider input, to its first numbers.
         normed: whether a layer norm is behind the last map, whose scale and shift the inner loop does not change.
         loss: of the answer.
         eps: of that norm.
@@ -49,11 +50,25 @@ class Network:
 
     def active(self, z: Tensor) -> Tensor:
         """The activation."""
+        if self.activation == "geglu":
+            gate, up = z.chunk(2, dim=-1)
+            return F.gelu(gate) * up
         return F.gelu(z, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
-    def slope(self, z: Tensor) -> Tensor:
-        """The activation's derivative."""
-        if self.activation == "gelu":
+    def halves(self, number: int, maps: int) -> int:
+        """How many matrices lie beside each other in a map."""
+        return 2 if self.activation == "geglu" and number < maps - 1 else 1
+
+    def back(self, error: Tensor, z: Tensor) -> Tensor:
+        """What an error behind the activation is before it."""
+        if self.activation != "geglu":
+            return error * self._slope(z)
+        gate, up = z.chunk(2, dim=-1)
+        return torch.cat([error * up * self._slope(gate), error * F.gelu(gate)], dim=-1)
+
+    def _slope(self, z: Tensor) -> Tensor:
+        """The derivative of gelu."""
+        if self.activation != "gelu_tanh":
             return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * (-0.5 * z * z).exp() / math.sqrt(2 * math.pi)
         c = math.sqrt(2 / math.pi)
         t = torch.tanh(c * (z + 0.044715 * z**3))
@@ -61,32 +76,34 @@ class Network:
 
     def answer(self, x: Tensor, weights: Sequence[Tensor], norm: Norm | None) -> Tensor:
         """f(x) of rows `(..., n, width)` with maps `(..., inputs, outputs)`."""
-        z = x
+        return self.completed(self.through(x, weights)[1][-1], x, norm)
+
+    def through(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs of all maps, and what they make of them."""
+        inputs, sums = [], []
         for number, weight in enumerate(weights):
-            z = self.with_bias(self.active(z) if number else z) @ weight
-        return self.completed(z, x, norm)
+            inputs.append(self.with_bias(self.active(sums[-1]) if number else x))
+            sums.append(inputs[-1] @ weight)
+        return inputs, sums
 
     def completed(self, z: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
         """f(x) of what the last map made of x."""
         if self.normed:
             scale, shift = norm
             z = self._normed(z)[0] * scale + shift
-        return x + z if self.residual else z
+        return x[..., : z.shape[-1]] + z if self.residual else z
 
     def gradients(
         self, weights: Sequence[Tensor], keys: Tensor, values: Tensor, delta: Tensor | None, norm: Norm | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of every row's loss: inputs `x` and errors `e` of each map, so that the gradient of its weights is x e^T."""
-        inputs, sums, x = [], [], keys
-        for number, weight in enumerate(weights):
-            inputs.append(self.with_bias(self.active(x) if number else x))
-            x = inputs[-1] @ weight
-            sums.append(x)
-        errors = [self._behind_the_norm(self.loss.errors(self.completed(x, keys, norm), values, delta), x, norm)]
+        inputs, sums = self.through(keys, weights)
+        last = sums[-1]
+        errors = [self._behind_the_norm(self.loss.errors(self.completed(last, keys, norm), values, delta), last, norm)]
         for number in range(len(weights) - 1, 0, -1):
             back = errors[0] @ weights[number].mT
             back = back[..., :-1] if self.bias else back
-            errors.insert(0, back * self.slope(sums[number - 1]))
+            errors.insert(0, self.back(back, sums[number - 1]))
         return inputs, errors
 
     def _behind_the_norm(self, error: Tensor, z: Tensor, norm: Norm | None) -> Tensor:

@@ -15,17 +15,24 @@ from mosaics.ops.inner_loop.retention import Retention
 class InnerState(NamedTuple):
     """For each map `(batch, heads, inputs, outputs)`: the weights at the start of the open chunk, at which gradients
     are taken; the weights now, or the sums that a retention makes them of; and the momentum (or, with a scale, the sum
-    of the chunk's steps)."""
+    of the chunk's steps). With a window also what the gradients of all its tokens but the newest are made of, from
+    the oldest: inputs, and errors times steps, `(batch, heads, window - 1, inputs or outputs)`; 0 where there was no
+    token."""
 
     anchor: list[Tensor]
     current: list[Tensor]
     momentum: list[Tensor]
+    inputs: Sequence[Tensor] = ()
+    errors: Sequence[Tensor] = ()
 
     @classmethod
-    def first(cls, initial: Sequence[Tensor], batch: int, dtype: torch.dtype) -> InnerState:
+    def first(cls, initial: Sequence[Tensor], batch: int, dtype: torch.dtype, window: int | None = None) -> InnerState:
         """Before the first token; `initial` are `(heads, inputs, outputs)`."""
         weights = [w.to(dtype).expand(batch, *w.shape) for w in initial]
-        return cls(weights, weights, [torch.zeros_like(w) for w in weights])
+        older = [[], []]
+        if window is not None:
+            older = [[w.new_zeros(*w.shape[:2], window - 1, w.shape[dim]) for w in weights] for dim in (2, 3)]
+        return cls(weights, weights, [torch.zeros_like(w) for w in weights], *older)
 
     def opened(
         self, initial: Sequence[Tensor], begins: Tensor, opens: Tensor, scale: Tensor | None, retention: Retention
@@ -43,7 +50,8 @@ class InnerState(NamedTuple):
         if retention.goes_on_from_weights:
             current = [torch.where(opens, w, m) for w, m in zip(weights, current, strict=True)]
         anchor = [torch.where(opens, w, a) for w, a in zip(weights, self.anchor, strict=True)]
-        return InnerState(anchor, current, momentum)
+        older = ([torch.where(begins, 0.0, x) for x in rows] for rows in (self.inputs, self.errors))
+        return InnerState(anchor, current, momentum, *older)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Steps:
         queries, keys, values: `(batch, heads, time, width)`.
         step: the step size theta, `(batch, heads, time, channels)`; 0 where there is no token.
         momentum: eta, or None.
+        window: gamma, `(batch, heads, time, tokens)`, or None.
+        rate: of the write, `(batch, heads, time)`, or None.
         decay: alpha, `(batch, heads, time, channels)`, or None.
         delta: of the loss, `(batch, heads, time, channels)`, or None.
         scale: `(batch or 1, 1, time)`, or None.
@@ -67,6 +77,8 @@ class Steps:
     values: Tensor
     step: Tensor
     momentum: Tensor | None
+    window: Tensor | None
+    rate: Tensor | None
     decay: Tensor | None
     delta: Tensor | None
     scale: Tensor | None
@@ -93,7 +105,7 @@ class Steps:
         if self.keys.shape[2] == 1:
             yield replace(self, begins=s.begins[:, 0], opens=s.opens[:, 0])
             return
-        names = ("queries", "keys", "values", "step", "momentum", "decay", "delta")
+        names = ("queries", "keys", "values", "step", "momentum", "window", "rate", "decay", "delta")
         parts = {name: getattr(self, name) for name in names}
         parts = {n: None if x is None else s.gather(x.transpose(1, 2)).transpose(2, 3) for n, x in parts.items()}
         for number in range(s.count):
@@ -111,6 +123,15 @@ class Steps:
         if self.keys.shape[2] == 1:
             return reads[0]
         return self.segments.scatter(torch.stack(reads, dim=1).transpose(2, 3)).transpose(1, 2)
+
+
+def newest(rows: Tensor, filled: Tensor) -> Tensor:
+    """Of n older rows and those of a chunk's places, `(batch, heads, n + time, width)`, the last n, where places count
+    that are `filled` `(batch, 1, time)`, which have no gaps."""
+    count = rows.shape[2] - filled.shape[-1]
+    number = torch.arange(count, device=rows.device) + filled.sum(-1)  # (batch, n)
+    number = torch.where(number < count, number, number + filled.long().argmax(-1))
+    return rows.gather(2, number[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
 
 
 def spread(x: Tensor, units: int) -> Tensor:
