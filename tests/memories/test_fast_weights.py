@@ -1,6 +1,7 @@
 """Memories that are weights, against other people's layers."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from helpers import relative_error
 from mosaics.memories import Common, Context, Layout
 from mosaics.memories.contract import build
+from mosaics.memories.fast_weights.atlas import polynomial
 from mosaics.memories.fast_weights.common import unit
 
 
@@ -199,3 +201,100 @@ def test_lattice_is_the_recurrence_of_the_paper(form, renormalised):
     read = torch.stack(reads)
     read = read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale
     assert relative_error(y[0], memory.o_proj(read * silu(memory.gate_proj(x)))) < 1e-9
+
+
+OMEGA = {
+    "omeganet": {},
+    "atlas": {"momentum": True, "orthogonal": 5, "largest_step": 0.1},
+    "atlas-plus": {"momentum": True, "orthogonal": 5, "largest_step": 0.1, "network": "gated"},
+    "dla": {"loss": "dot", "degree": 1, "window": 1},
+    "swla": {"loss": "dot", "degree": 1, "window": 2, "network": "linear", "gates": "place"},
+}
+
+
+@pytest.mark.parametrize("name", OMEGA)
+def test_omega_is_the_recurrence_of_the_paper(name):
+    """For matrices as the paper writes them, one token after the other, by automatic derivatives; each gradient as it
+    was taken in its own chunk."""
+    torch.manual_seed(0)
+    window, chunk = OMEGA[name].get("window", 3), 4
+    options = {"num_attention_heads": 1, "window": window, "chunk": chunk, "convolution": 0} | OMEGA[name]
+    memory = build("omega", options, Common(5), 0).double()
+    memory.reset_parameters(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(1, 11, 5, dtype=torch.float64)
+    y, _ = memory(x, Layout(1, 11), None, Context())
+    x = x[0]
+    rates = memory.rates_proj(x).sigmoid()
+    eta, alpha, gates = memory.options.largest_step * rates[:, 0], 1 - rates[:, 1], rates[:, -1:] / window
+    weights = [w[0].T.detach() for w in memory.maps.weights]  # W_2, with W_3 below it, and W_1; or W
+    if name == "atlas-plus":
+        weights = [*weights[0].chunk(2), weights[1]]
+
+    def features(x):
+        if memory.options.degree == 1:
+            return x
+        upper = torch.triu_indices(5, 5)
+        outer = torch.outer(x, x)[upper[0], upper[1]]
+        outer = torch.where(upper[0] == upper[1], outer, 2**0.5 * outer)
+        roots = memory.coefficient_roots
+        return torch.cat([roots[1] * x, roots[2] * outer, roots[:1]])
+
+    def answer(weights, x):
+        if name == "swla":
+            return weights[0] @ x
+        inner = torch.nn.functional.gelu(weights[0] @ x)
+        return x[:5] + weights[-1] @ (inner * (weights[1] @ x) if name == "atlas-plus" else inner)
+
+    momentum, slopes, reads = [torch.zeros_like(w) for w in weights], [], []
+    for t in range(11):
+        if t % chunk == 0:
+            anchor = [w.detach().requires_grad_() for w in weights]
+        answered, value = answer(anchor, features(unit(memory.k_proj(x[t])))), memory.v_proj(x[t])
+        loss = -(answered @ value) if memory.options.loss == "dot" else (answered - value).square().sum()
+        slopes.append(torch.autograd.grad(loss, anchor, retain_graph=True))
+        for number, (w, s) in enumerate(zip(weights, momentum, strict=True)):
+            window_sum = torch.zeros_like(w)
+            for i in range(max(0, t - window + 1), t + 1):
+                gate = rates[t, 2 + t - i] / window if name == "swla" else gates[i]
+                window_sum = window_sum + gate * slopes[i][number]
+            s = (rates[t, 2] if memory.options.momentum else 0.0) * s - window_sum
+            momentum[number] = s
+            if memory.options.orthogonal:
+                s = s / s.norm()
+                for _ in range(5):
+                    s = 3.4445 * s - 4.7750 * s @ s.T @ s + 2.0315 * s @ s.T @ s @ s.T @ s
+            weights[number] = alpha[t] * w + eta[t] * s
+        reads.append(answer(weights, features(unit(memory.q_proj(x[t])))))
+    read = torch.stack(reads)
+    read = read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale
+    assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x))) < 1e-9
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_polynomials_have_the_kernel_of_the_paper(degree):
+    roots = torch.rand(degree + 1, dtype=torch.float64)
+    q, k = torch.randn(2, 7, 4, dtype=torch.float64)
+    found = (polynomial(q, roots) * polynomial(k, roots)).sum(-1)
+    assert relative_error(found, sum(a**2 * (q * k).sum(-1) ** i for i, a in enumerate(roots))) < 1e-12
+    assert polynomial(q, roots).shape == (7, math.comb(4 + degree, degree))
+
+
+def test_omega_of_a_matrix_and_one_token_is_gated_linear_attention():
+    """DLA with a matrix: alpha_t M + eta_t v k^T."""
+    torch.manual_seed(0)
+    options = {"num_attention_heads": 2, "network": "linear", "loss": "dot", "degree": 1, "window": 1, "convolution": 0}
+    memory = build("omega", options, Common(8), 0).double()
+    memory.reset_parameters(0)
+    x = torch.randn(1, 20, 8, dtype=torch.float64)
+    y, _ = memory(x, Layout(1, 20), None, Context())
+    q, k, v = (p(x[0]).unflatten(-1, (2, 4)).transpose(0, 1) for p in (memory.q_proj, memory.k_proj, memory.v_proj))
+    eta, decay, gate = memory.rates_proj(x[0]).sigmoid().T.unflatten(0, (3, 2))
+    since = (1 - decay).log().cumsum(-1)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    weights = (since[:, :, None] - since[:, None]).exp().masked_fill(~mask, 0.0) * (0.01 * eta * gate)[:, None]
+    read = (unit(q) @ unit(k).mT * weights) @ v + since.exp()[..., None] * (unit(q) @ memory.maps.weights[0])
+    read = (read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale).transpose(0, 1).flatten(1)
+    assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x[0]))) < 1e-9

@@ -31,6 +31,7 @@ OPTIONS = {
     "gam": dict(slots=5),
     "mom": dict(num_attention_heads=2, convolution=3),
     "lattice": dict(num_attention_heads=2, chunk=4, slots=3),
+    "omega": dict(num_attention_heads=4, window=3, chunk=4),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
@@ -39,6 +40,8 @@ CASES = {name: (name, {}) for name in OPTIONS} | {
     "mom, one of three": ("mom", dict(memories=3, routed=1, single_maps=True)),
     "lattice, encoding": ("lattice", dict(form="encoding")),
     "lattice, similarity": ("lattice", dict(form="similarity", renormalised=False)),
+    "omega, muon": ("omega", dict(network="gated", momentum=True, orthogonal=5)),
+    "omega, dot": ("omega", dict(network="linear", loss="dot", degree=1, window=2, gates="place")),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
     "attention, persistent tokens": ("attention", dict(persistent_tokens=3)),
@@ -253,6 +256,11 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("lla", dict(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
         ("parallax", dict(num_attention_heads=8), "even width"),
         ("lla", dict(num_attention_heads=2, iterations=0), "at least 1"),
+        ("omega", dict(num_attention_heads=3), "not a multiple"),
+        ("omega", dict(num_attention_heads=2, network="mpl"), "'mpl'; did you mean 'mlp'"),
+        ("omega", dict(num_attention_heads=2, loss="l3"), "loss is 'l3'"),
+        ("omega", dict(num_attention_heads=2, gates="both"), "gates is 'both'"),
+        ("omega", dict(num_attention_heads=2, window=0), "at least 1"),
         ("lla", dict(num_attention_heads=2, initial_ridge=0.0), "above 0"),
     ],
 )

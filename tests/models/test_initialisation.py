@@ -195,6 +195,14 @@ EXPECTED = {
         "slots": UnitRows(),
         "read_scale": ONES,
     },
+    "omega": {
+        "*_proj.weight": TABLE_6,
+        "rates_proj.bias": Constant(lambda weight, options, **_: _titans_rates(len(weight), options)),
+        "convolution.weight": CONVOLUTION,
+        "coefficient_roots": Constant(lambda weight, **_: torch.tensor([1, 1, 0.5**0.5, 6**-0.5])[: len(weight)]),
+        "maps.weights.?": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
+        "read_scale": ONES,
+    },
     "mamba2": {
         "*_proj.weight": TABLE_6,
         "convolution.weight": CONVOLUTION,

@@ -38,6 +38,11 @@ CLAIMED = {
     "lla": "better than softmax attention and linear recurrent models in associative recall and regression in context",
     "parallax": "lower perplexity than Transformers at 0.6 B and 1.7 B parameters with Muon, hardly with AdamW",
     "lattice": "lower perplexity than Transformers and linear recurrent models, the more so the longer the context",
+    "omeganet": "lower perplexity than Titans and Transformers at 760 M; the window and polynomials matter most",
+    "atlas": "beats Titans and Transformers in language; keeps 80 % on BABILong at 10 M tokens",
+    "atlas-plus": "as Atlas, with a gated network inside: the best average accuracy of the three at 760 M",
+    "dla": "linear attention with a deep memory; at 1.3 B short of Titans (arXiv 2602.24281)",
+    "swla": "linear attention that writes the last two tokens at once; no figure of it is known here",
     **dict.fromkeys(
         ("moneta", "yaad", "memora"),
         "beats Transformers and linear recurrent models in language, common sense and recall, each in some tasks",

@@ -90,6 +90,10 @@ def _memory_mosaics_v1(layers: int, heads: int, pairs: int, *, nano: bool = Fals
 
 # Fast weights in the place of v2's memories, with its sizes: what its papers give for a head, but for the width.
 _DELTA = {"write": "delta", "unit_keys": True, "convolution": 4}
+# Atlas: polynomials want narrow heads.
+_OMEGA = {"num_attention_heads": 16, "degree": 2, "window": 8}
+_ATLAS = {**_OMEGA, "momentum": True, "orthogonal": 5, "largest_step": 0.1}
+_HEBBIAN = {"loss": "dot", "degree": 1}
 _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear-attention": ("delta_rule", {"feature": "elu", "normalised": True, "read_norm": False}),
     "retention": ("delta_rule", {"decay": "fixed", "rotary": True, "gate": "silu"}),
@@ -108,6 +112,11 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "titans-mag": ("titans_mag", {"window": 64}),
     "mom": ("mom", {}),
     "lattice": ("lattice", {"form": "decoding"}),
+    "omeganet": ("omega", _OMEGA),
+    "atlas": ("omega", _ATLAS),
+    "atlas-plus": ("omega", {**_ATLAS, "network": "gated"}),
+    "dla": ("omega", {**_HEBBIAN, "network": "mlp", "window": 1, "largest_step": 0.02}),
+    "swla": ("omega", {**_HEBBIAN, "network": "linear", "window": 2, "gates": "place", "largest_step": 2.0}),
 }
 _TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 4})
 
@@ -115,9 +124,9 @@ _TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 
 _ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {"lla": ("lla", {}), "parallax": ("parallax", {})}
 
 
-def _in_the_place(*memories: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    """Memories, each in a step of its own, in the place of the contextual ones of v2-tiny."""
-    s = {**_LAPTOP, **_SIZES["tiny"]}
+def _in_the_place(*memories: tuple[str, dict[str, Any]], **sizes: Any) -> dict[str, Any]:
+    """Memories, each in a step of its own, in the place of the contextual ones of v2-tiny, or with other sizes."""
+    s = {**_LAPTOP, **_SIZES["tiny"], **sizes}
     steps = [[{"type": name, "options": {"num_attention_heads": s["heads"], **own}}] for name, own in memories]
     return {
         "vocab_size": s["vocab_size"],
@@ -190,4 +199,8 @@ def _gam(s: dict[str, Any]) -> dict[str, Any]:
 _SYSTEMS = {f"{name}-tiny": _in_the_place(system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
 _SYSTEMS["titans-mal-tiny"] = _in_the_place(*_TITANS_MAL)
 _SYSTEMS["gam-tiny"] = _gam({**_LAPTOP, **_SIZES["tiny"]})
+# Table of arXiv 2505.23735, whose feed-forward width is not known: 8/3 of the width. A head has its 48 channels.
+_SYSTEMS["atlas-170m"] = _in_the_place(
+    ("omega", _ATLAS), layers=12, hidden_size=768, intermediate_size=2048, vocab_size=32000, context=4096
+)
 PRESETS: dict[str, dict[str, Any]] = _presets() | _V1 | _SYSTEMS

@@ -15,11 +15,13 @@ from mosaics.ops.inner_loop import InnerState
 @dataclass
 class MapState(State):
     """Weights of a map `(batch, heads, inputs, outputs)` in float32 or wider: at the start of the open chunk, now, and
-    their momentum."""
+    their momentum; of a window's older tokens inputs and errors, `(batch, heads, tokens, inputs or outputs)`."""
 
     anchor: Tensor | None = None
     current: Tensor | None = None
     momentum: Tensor | None = None
+    inputs: Tensor | None = None
+    errors: Tensor | None = None
 
 
 @dataclass
@@ -33,12 +35,14 @@ class LearningState(State):
         """As the op takes it."""
         if self.maps[0].anchor is None:
             return None
-        return InnerState(*([getattr(m, name) for m in self.maps] for name in InnerState._fields))
+        fields = ([getattr(m, name) for m in self.maps] for name in InnerState._fields)
+        return InnerState(*([x for x in field if x is not None] for field in fields))
 
     def keep(self, inner: InnerState, tail: Tensor | None) -> None:
         """Take over what the op gave."""
-        for own, *weights in zip(self.maps, *inner, strict=True):
-            own.anchor, own.current, own.momentum = (w.contiguous() for w in weights)
+        for name, tensors in inner._asdict().items():
+            for own, x in zip(self.maps, tensors, strict=False):
+                setattr(own, name, x.contiguous())
         self.tail = tail
 
 
@@ -49,12 +53,14 @@ class Maps(nn.Module):
         heads: number of heads.
         sizes: of the inputs, between the maps, and of the outputs.
         bias: whether the last row of each is a bias.
+        beside: how many lie beside each other in all but the last.
     """
 
-    def __init__(self, heads: int, sizes: list[int], bias: bool) -> None:
+    def __init__(self, heads: int, sizes: list[int], bias: bool, beside: int = 1) -> None:
         super().__init__()
         self.bias = bias
-        shapes = [(heads, a + bias, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        shapes = [(heads, a + bias, b * beside) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)]
+        shapes.append((heads, sizes[-2] + bias, sizes[-1]))
         self.weights = nn.ParameterList([nn.Parameter(torch.empty(shape)) for shape in shapes])
 
     def initial_state(self) -> LearningState:
