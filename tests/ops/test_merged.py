@@ -137,10 +137,8 @@ def test_merged_window_and_what_lies_behind_it_are_all_of_the_past(form, stored)
     keys, values, bandwidth = inputs(70, stored)
     leaves, beta = (keys, values, bandwidth.base), Bandwidth(bandwidth.base)
     start = starts(2, 70, stored, seed=1)
-    read = (
-        lambda **access: kernel_regression(  # noqa: E731
-            keys[:, :, stored:], keys, values, beta, start=start, log_sum=True, form=form, **access
-        )
+    read = lambda **access: kernel_regression(  # noqa: E731
+        keys[:, :, stored:], keys, values, beta, start=start, log_sum=True, form=form, **access
     )
     parts = lambda: merged(read(delay=1, window=8), read(delay=8, window=31), read(delay=31))  # noqa: E731
     whole, found = read(delay=1), parts()
