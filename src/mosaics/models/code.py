@@ -22,6 +22,8 @@ from mosaics.models.configuration_mosaic import MosaicConfig
 
 ENTRY = "modeling_mosaic"  # the module that transformers is sent to
 CODE_LICENSE = "LICENSE-CODE.txt"
+# What asks for presets or counts what a model costs is served by the package.
+_LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check"}
 _CLASSES = {"AutoConfig": "MosaicConfig", "AutoModel": "MosaicModel", "AutoModelForCausalLM": "MosaicForCausalLM"}
 _HEADER = "# Copyright the mosaics authors. Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
 _INSTALLED = f'''{_HEADER}"""Lets `trust_remote_code=True` load this model where the package mosaics is installed."""
@@ -135,14 +137,15 @@ class _Source:
                 self.always.append(statement)
 
     def idle(self, statement: ast.AST, called: set[str]) -> list[ast.AST]:
-        """The methods of a class that nothing calls, neither what was found to be called nor a library."""
+        """The methods of a class that nothing calls, neither what was found to be called nor a library; and those that
+        are left to the package."""
         if not isinstance(statement, ast.ClassDef) or statement not in self.tree.body:
             return []
         bases = getattr(importlib.import_module(self.module), statement.name).__mro__
         outside = [base for base in bases if base.__module__.partition(".")[0] != "mosaics"]
-        if any(base.__module__.startswith("transformers.") for base in outside):
-            return []  # that asks for more than it declares
         methods = [node for node in statement.body if isinstance(node, ast.FunctionDef)]
+        if any(base.__module__.startswith("transformers.") for base in outside):  # asks for more than it declares
+            return [m for m in methods if m.name in _LEFT_OUT]
         return [m for m in methods if m.name not in called and not any(hasattr(base, m.name) for base in outside)]
 
     def nodes(self, statement: ast.stmt, called: set[str]) -> Iterator[ast.AST]:
