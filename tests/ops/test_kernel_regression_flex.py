@@ -133,7 +133,7 @@ def test_kernel_regression_takes_flex_on_cuda_for_windows_and_documents(monkeypa
         device = SimpleNamespace(type="cuda" if cuda else "cpu")
         shapes = ((2, 3, n, width) for n in (time, slots, slots))
         tensors = (SimpleNamespace(shape=s, is_cuda=cuda, device=device, dtype=dtype) for s in shapes)
-        return op._fastest(*tensors, delay, window, start, dropout)
+        return op._fastest(*tensors, delay, window, start, None, dropout)
 
     start = torch.zeros(2, 40, dtype=torch.long)
     monkeypatch.setattr(flex, "HAS_TRITON", True)

@@ -14,7 +14,7 @@ from mosaics.training.metrics import read_metrics
 from mosaics.training.optimizer import learning_rate
 from mosaics.training.recipe import Extension, TrainingSection, make_recipe, open_recipe
 
-from .test_run import _losses, _process, _rewrite_recipe_digest, _same, _wait_for_steps
+from .test_run_folder import _losses, _process, _rewrite_recipe_digest, _same, _wait_for_steps
 
 FIRST, SECOND = Extension(steps=4), Extension(steps=4, schedule="rewarm")
 

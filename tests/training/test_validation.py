@@ -12,7 +12,7 @@ from mosaics.training.checkpoint import checkpoint_folder
 from mosaics.training.setup import build_config, build_model
 from mosaics.training.validation import evaluate, write_samples
 
-from .test_run import _cut, _losses
+from .test_run_folder import _cut, _losses
 
 
 @pytest.fixture

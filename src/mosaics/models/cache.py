@@ -104,7 +104,8 @@ def open_cache(
     if batch is not None and held != batch:
         raise ValueError(f"The cache holds {held} rows and the input has {batch}; give as many.")
     first, states = cache.layers[0], []
-    if isinstance(first, MosaicStaticCacheLayer) and not torch.compiler.is_compiling():
+    # By the base that all share: the layer may be of an exported model's code.
+    if isinstance(first, StaticLayer) and not torch.compiler.is_compiling():
         if int(first.positions) + time > first.max_cache_len:
             raise ValueError(
                 f"The static cache has room for {first.max_cache_len} positions, and {int(first.positions)} and {time} "
@@ -114,7 +115,7 @@ def open_cache(
         state = layer.state
         if state is None:
             state = block.initial_state()
-            if isinstance(layer, MosaicStaticCacheLayer):
+            if isinstance(layer, StaticLayer):
                 state = state.reserved(layer.max_cache_len)
         states.append(state)
     return StackState(states), first.rows, first.positions
@@ -123,7 +124,7 @@ def open_cache(
 def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, positions: int) -> None:
     """Put back what `open_cache` gave, after a pass over `positions` more positions."""
     first = cache.layers[0]
-    if isinstance(first, MosaicStaticCacheLayer):
+    if isinstance(first, StaticLayer):
         positions = torch.tensor(positions, device=next(stack.parameters()).device)
         if rows.tokens is None and (batch := state.batch) is not None:
             rows = Rows(positions.expand(batch).clone(), rows.document)  # counted from now on, whatever comes
