@@ -36,10 +36,10 @@ quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a samp
 
 test: $(VENV)/.installed-dev  ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check src tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform and not slow'
 
-test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m conform
+test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract, and the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m '(conform or slow) and not clients'
 
 test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m clients --ignore tests/clients

@@ -55,6 +55,7 @@ def test_wheel_holds_the_package_its_recipes_and_its_licence(wheel):
     assert {name.split("/")[0] for name in names} == {"mosaics", f"mosaics-{mosaics.__version__}.dist-info"}
 
 
+@pytest.mark.slow
 def test_wheel_installs_and_works_away_from_the_checkout(wheel, tmp_path):
     target = tmp_path / "installed"
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]

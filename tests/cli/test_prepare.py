@@ -81,6 +81,7 @@ def test_prepare_command_bad_input_is_one_sentence_and_code_2(tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_prepare_command_help_shows_an_example_that_runs(tmp_path, capsys):
     code, out, _ = run(capsys, "prepare", "--help")
     assert code == 0 and EXAMPLE in out
@@ -111,6 +112,7 @@ def test_prepare_command_refuses_text_that_is_named_twice(books, tmp_path, capsy
     assert code == 2 and "which is trained on" in err and not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_prepare_command_takes_standard_input(tmp_path):
     def piped(spec: str, text: str, name: str):
         command = [sys.executable, "-m", "mosaics", "prepare", "--corpus", spec, "--out", tmp_path / name]

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from tests.experiments.conftest import OPTIONS
 
 from mosaics.experiments.reproduce import CLAIMS
 
 
+@pytest.mark.slow
 def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
     words = ["--seeds", "0", "--samples", "2", "--output", tmp_path]
     code, output, _ = mosaics("reproduce", "table12", *words, *OPTIONS, "--results", tmp_path / "results")
@@ -16,6 +18,7 @@ def test_reproduce_says_whether_a_claim_holds(mosaics, tmp_path):
         assert output.startswith(f"table12: {verdict}")
 
 
+@pytest.mark.slow
 def test_reproduce_plans_without_doing_anything(mosaics, tmp_path):
     code, output, _ = mosaics("reproduce", "all", "--plan", "--tune", "--output", tmp_path / "out", *OPTIONS)
     assert code == 0 and output.count("\n") == 15 + 2 and not (tmp_path / "out").exists()

@@ -123,6 +123,7 @@ def test_benchmarks_are_the_papers_19_in_13_and_6():
     assert {row["paper"] for row in mapping()} == set(BENCHMARKS)
 
 
+@pytest.mark.slow
 def test_benchmarks_are_known_to_lm_eval():
     pytest.importorskip("lm_eval")
     known_tasks = task_manager().all_tasks
@@ -139,6 +140,7 @@ def test_persistent_knowledge_runs_code_only_on_request(known):
     assert len(PersistentKnowledge(tasks=("mbpp",), allow_code=True).examples(known(oracle))) == 1
 
 
+@pytest.mark.slow
 def test_persistent_knowledge_through_lm_eval_equals_the_same_questions_from_a_file(
     scorer, data, tmp_path, monkeypatch
 ):

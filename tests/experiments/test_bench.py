@@ -110,6 +110,7 @@ def test_bench_decodes_what_generate_does(name):
     assert torch.equal(found, expected[:, 17:].expand(2, -1))
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_weights_gradients_moments_and_logits():
     config, contexts = tiny_config(vocab_size=100_000), (8, 64)
     here = Bench(config, parts=("training",), contexts=contexts, device="cpu", dtype="float32")

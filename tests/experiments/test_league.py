@@ -25,6 +25,7 @@ def kept(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_league_page_has_all_numbers_and_what_was_not_run(kept, tmp_path):
     record = league_in(kept / "results")
     assert {(m["setting"], m["arrangement"]) for m in record["models"]} == {

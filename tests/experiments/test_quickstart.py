@@ -22,6 +22,7 @@ def recipe(texts):
 
 
 @pytest.mark.parametrize("asked", [{}, OTHER], ids=["", "other"])
+@pytest.mark.slow
 def test_compare_run_takes_the_run_for_what_it_would_train(texts, asked, tmp_path, monkeypatch):
     recipe = make(texts, asked)
     train(recipe, tmp_path / "run")

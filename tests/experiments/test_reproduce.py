@@ -106,6 +106,7 @@ def test_published_curves_of_regbench_are_shown_and_decide_nothing():
     assert setting.data.digest() != claims_v1.regbench_setting(500).data.digest()
 
 
+@pytest.mark.slow
 def test_reproduce_goes_on_from_a_trained_model_and_reports(texts, tmp_path):
     known = settings(str(texts), samples=2, changes=MICRO)
     record = tmp_path / "results" / "figure8.json", "mosaics reproduce figure8"

@@ -126,6 +126,7 @@ def test_a_diverged_trial_is_not_taken(tmp_path, monkeypatch):
     assert write_report(found, tmp_path / "report").read_text(encoding="utf-8").count("diverged") == 2
 
 
+@pytest.mark.slow
 def test_run_each_does_everything_in_several_processes(capsys):
     run_each(str, [(number,) for number in range(5)], 2, "number")
     lines = capsys.readouterr().err.splitlines()

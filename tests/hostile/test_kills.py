@@ -12,6 +12,7 @@ import mosaics
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_train_prepare_and_evaluate_survive_kills_at_drawn_moments():
     # A process of its own: what is forked there has not computed anything before.
     places = [str(Path(mosaics.__file__).parents[1]), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -48,6 +48,7 @@ def test_trainer_accumulated_gradients_equal_the_whole_batch(train):
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_trainer_of_two_processes_equals_one(train, exported, rows, tmp_path):
     """Processes share the delay, too; two of them, two rows each, in two micro-batches."""
     whole = train("whole", per_device_train_batch_size=4)

@@ -82,6 +82,7 @@ def assert_equal(found: Path, expected: dict[str, torch.Tensor]) -> None:
         assert x.isfinite().all() and torch.equal(tensors[name], x), name
 
 
+@pytest.mark.slow
 def test_self_contained_code_computes_bit_for_bit_what_the_package_does(models, tmp_path, plain_forms):
     jobs = []
     for name, folder in models.items():
@@ -119,6 +120,7 @@ def test_self_contained_code_computes_bit_for_bit_what_the_package_does(models, 
     assert not any(torch.equal(initialised[name], kept[name]) for name in lacking if "proj" in name)
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_by_trust_remote_code_where_the_package_is_installed(models, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAICS_COMPILE", "0")
     folder = models[ARRANGEMENTS[0]]

@@ -379,6 +379,7 @@ def test_initialisation_with_one_deviation_for_all_maps(preset):
 
 @pytest.mark.parametrize("preset", [name for name in sorted(PRESETS) if name.endswith(("small", "large"))])
 @pytest.mark.slow
+@pytest.mark.slow
 def test_initialisation_of_first_middle_and_last_block_at_full_width(preset):
     with torch.device("meta"):
         model = MosaicForCausalLM(MosaicConfig.from_preset(preset, vocab_size=300))

@@ -675,6 +675,7 @@ def test_resize_token_embeddings_starts_new_words_as_table_6_says(tmp_path):
     assert loaded(tokens(1, 5)).logits.shape[-1] == loaded.config.vocab_size == VOCABULARY + 200
 
 
+@pytest.mark.slow
 def test_compiled_model_is_not_compiled_anew_for_every_draw():
     model, ids = tiny_model(train_delay=[3, 30]).train(), torch.randint(VOCABULARY, (2, 40))
     torch._dynamo.reset()

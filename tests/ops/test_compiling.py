@@ -77,6 +77,7 @@ def test_library_compiles_once_and_again_after_a_change(tmp_path, cache, monkeyp
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_library_is_compiled_by_several_processes_at_once(tmp_path, cache):
     path = write(tmp_path, 42)
     # Leaves half a library in its place for a while.
@@ -91,6 +92,7 @@ def test_library_is_compiled_by_several_processes_at_once(tmp_path, cache):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_library_is_made_again_after_a_kill_while_it_was_compiled(tmp_path, cache):
     path, begun = write(tmp_path, 42), tmp_path / "begun"
     text = f'for word; do [ "$last" = -o ] && {{ echo half > "$word"; echo $$ > {begun}; sleep 60; }}; last=$word; done'
@@ -236,6 +238,7 @@ def test_library_that_cannot_be_made_is_none_with_one_line_that_says_why(tmp_pat
     assert re.search(f"answer.cpp is not compiled.*({FAULTS[fault]})", warned[0]), warned[0]
 
 
+@pytest.mark.slow
 def test_library_without_a_compiler_says_one_line_where_logging_is_not_set_up(tmp_path):
     code = "import torch; from mosaics.ops import *; from mosaics.ops.kernel_regression import *; "
     code += "from mosaics.ops.unit_values import *; x = torch.randn(1, 1, 9, 4); one = torch.ones(1); "

@@ -21,6 +21,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_leaky_aver
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the run under the interpreter")
+@pytest.mark.slow
 def test_leaky_average_triton_under_the_interpreter():
     """All that test_leaky_average.py asks of any form, but for lengths at which the interpreter takes minutes."""
     folder = Path(__file__).parent

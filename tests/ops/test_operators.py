@@ -101,6 +101,7 @@ def test_decoding_goes_past_the_operators_and_all_else_through_them(monkeypatch)
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_model_is_one_graph_at_any_length():
     """Neither a form in C++ nor another length breaks or remakes the graph."""
     torch.compiler.reset()
@@ -115,6 +116,7 @@ def test_compiled_model_is_one_graph_at_any_length():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_training_equals_uncompiled_for_any_draw():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

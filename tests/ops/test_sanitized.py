@@ -53,6 +53,7 @@ def walk(environment, *words) -> subprocess.CompletedProcess:
 
 @pytest.mark.sanitized
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_compiled_forms_stay_within_their_tensors(environment):
     done = walk(environment, 0, 40)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "walked 40", done.stderr[:6000]
@@ -62,6 +63,7 @@ def test_compiled_forms_stay_within_their_tensors(environment):
 @pytest.mark.sanitized
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.slow
 def test_sanitizers_find_what_is_planted(environment, tmp_path, fault):
     kind, value, said = PLANTED[fault]
     source = tmp_path / "planted.cpp"

@@ -14,9 +14,27 @@ FIRST = list(examples(first=True))
 MORE = [example for example in examples() if example not in FIRST]
 
 
+QUICK = (
+    "any_cut_equals_the_whole",
+    "padding_and_documents_change_nothing",
+    "nothing_comes_from_the_future",
+    "it_answers_something",
+    "rows_can_be_selected_and_repeated",
+    "state_bytes_are_those_held",
+    "initialisation_is_applied",
+    "small_inputs_work",
+)
+
+
 @pytest.mark.parametrize("name, options", FIRST, ids=[name for name, _ in FIRST])
 def test_memory_conforms(name, options):
-    conform(name, options)
+    conform(name, options, QUICK)
+
+
+@pytest.mark.conform
+@pytest.mark.parametrize("name, options", FIRST, ids=[name for name, _ in FIRST])
+def test_memory_conforms_in_what_takes_longer(name, options):
+    conform(name, options, [check for check in CHECKS if check not in QUICK])
 
 
 @pytest.mark.conform

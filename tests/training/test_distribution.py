@@ -274,6 +274,7 @@ def test_load_checkpoint_refuses_shards_with_a_gap(shared, tiny, tmp_path):
         checkpoint.load_checkpoint(folder, build_model(config))
 
 
+@pytest.mark.slow
 def test_torchrun_ends_soon_when_a_process_dies(tiny, tmp_path):
     changes = {"training.steps": 100000, "checkpoint.every": 5, "validation.every": 100000}
     recipe, run = tiny(SHARED | changes), tmp_path / "run"
@@ -327,6 +328,7 @@ def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, share
     assert len(_losses(runs[1])) == 9 and _close(*runs)
 
 
+@pytest.mark.slow
 def test_train_with_two_processes_writes_samples_and_tells_a_tracker(tiny, tmp_path):
     pytest.importorskip("accelerate")
     changes = {"validation.samples": 2, "training.steps": 2, "logging.tracker": "tensorboard"}

@@ -47,6 +47,7 @@ def test_export_run_model_card_snippet_runs(run, capsys):
     assert capsys.readouterr().out.startswith("<|begin_of_text|>")
 
 
+@pytest.mark.slow
 def test_export_self_contained_card_snippet_runs_without_mosaics(run, tmp_path):
     out = tmp_path / "out"
     assert main(["export", str(run), "--output", str(out), "--self-contained"]) == 0

@@ -95,6 +95,7 @@ def test_train_warns_of_a_text_that_a_step_takes_whole(tiny, tmp_path, capsys):
     assert warning not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_resumed_in_a_fresh_process_equals_the_uninterrupted_run_bit_for_bit(finished, run, tiny):
     _cut(run, 2)
     process = _process(tiny(), run)
@@ -366,6 +367,7 @@ def _wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_train_finishes_the_step_saves_and_exits_0_on_a_signal(tmp_path, tiny, number):
     recipe = tiny({"training.steps": 100000, "checkpoint.every": 100000, "validation.every": 100000})
     run = tmp_path / "run"
@@ -379,6 +381,7 @@ def test_train_finishes_the_step_saves_and_exits_0_on_a_signal(tmp_path, tiny, n
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step
 
 
+@pytest.mark.slow
 def test_train_survives_kill_9(finished, tmp_path, tiny):
     recipe, run = tiny({"training.steps": 6}), tmp_path / "run"
     for lines in (3, 6):
