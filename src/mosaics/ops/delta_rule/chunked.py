@@ -60,8 +60,8 @@ def delta_rule(
     else:
         sums = cut(log_decay.double().clamp(min=LEAST)).cumsum(3)
         if mild:
-            middle = sums - sums[..., size // 2, None, :]
-            left, right = middle.to(dtype).exp(), keys * (-middle).to(dtype).exp()
+            # Counted from the chunk's start, so that nothing of a later position enters, not even a rounding.
+            left, right = sums.exp().to(dtype), keys * (-sums).exp().to(dtype)
             found = [((x * left) @ right.mT).masked_fill(~visible, 0.0) for x in readers]
         elif channels:
             between = (sums[..., :, None, :] - sums[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf)
