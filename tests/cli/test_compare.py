@@ -19,4 +19,7 @@ def test_compare_refuses_in_one_sentence(refused, tmp_path):
     assert "options only" in refused("compare", *to, "more")
     assert "'nosuch'" in refused("compare", *to, "--text", "nosuch", *OPTIONS)
     assert "'--samples'" in refused("compare", *to, "--samples", "0")
+    assert "no system 'glaa'" in refused("compare", *to, "--systems", "glaa")
+    assert "--match says nothing" in refused("compare", *to, "--systems", "gla", "--match", "flops")
+    assert "name its --systems" in refused("compare", *to, "--automata", "5")
     assert not list(tmp_path.iterdir())

@@ -78,6 +78,9 @@ def compare(
         planned = study(parts(arrangements), tasks, corpus, match=parts(match), **common)
         print(f"report: {write_report(run_study(planned, where, jobs), output)}")
         return
+    for name in ("arrangements", "match"):
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            raise ValueError(f"--{name} says nothing beside --systems, which are matched by parameters; leave it out")
     from mosaics.experiments.league import NAME, league, run_league
     from mosaics.experiments.league import systems as find
     from mosaics.experiments.records import write_record
