@@ -20,6 +20,7 @@ from mosaics.memories.contract import (
     Common,
     check_options,
     check_state_dtype,
+    check_tolerance,
     memory_class,
     named,
     nearest,
@@ -83,6 +84,8 @@ class MosaicConfig(PreTrainedConfig):
         state_dtype: in which the pairs of the context are kept between calls: `"bfloat16"`, or `"int8"` with one scale
             for each key and value of a head; None: as they are computed. They are rounded when they come, and what is
             read are the rounded ones; no gradient passes through them.
+        read_tolerance: the largest error that what a memory reads at one position of at least 4,096 pairs may have, as
+            a share of the length of its longest value; None: there is none. On a processor such reads take less time.
         use_cache: whether a forward pass at evaluation keeps the decoding state.
         bos_token_id: begin of text.
         eos_token_id: end of text.
@@ -111,6 +114,7 @@ class MosaicConfig(PreTrainedConfig):
     learned_positions: int | None = None
     tie_word_embeddings: bool = False
     state_dtype: str | None = None
+    read_tolerance: float | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -185,6 +189,7 @@ class MosaicConfig(PreTrainedConfig):
             if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1 to {LARGEST}.")
         check_state_dtype(self.state_dtype)
+        check_tolerance(self.read_tolerance)
         if self.norm not in ("rms", "layer"):
             raise ValueError(f"norm is {self.norm!r}; choose 'rms' or 'layer'.")
         for name in ("bias", "tie_word_embeddings", "use_cache"):
@@ -285,6 +290,7 @@ class MosaicConfig(PreTrainedConfig):
             self.attention_dropout,
             self.num_hidden_layers,
             self.state_dtype,
+            self.read_tolerance,
         )
 
     def remove_memories(self, name: str) -> None:

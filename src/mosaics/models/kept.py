@@ -204,7 +204,7 @@ def _check_content(
 
 def fingerprint(model: MosaicForCausalLM) -> str:
     """Tells models apart: SHA-256 of the config and of every parameter."""
-    other = ("_name_or_path", "transformers_version", "state_dtype")
+    other = ("_name_or_path", "transformers_version", "state_dtype", "read_tolerance")
     config = {k: v for k, v in model.config.to_dict().items() if k not in other}
     return digest_of(json.dumps(config, sort_keys=True, default=str), model.named_parameters())
 
@@ -218,13 +218,17 @@ def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: dict[str,
         tensors[name] = value
     elif isinstance(value, State):
         value.release()
-        for field in dataclasses.fields(value):
+        for field in _fields(value):
             _flatten(f"{name}.{field.name}", getattr(value, field.name), tensors, plain)
     elif isinstance(value, list):
         for number, part in enumerate(value):
             _flatten(f"{name}.{number}", part, tensors, plain)
     else:
         plain[name] = value
+
+
+def _fields(state: State) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(state) if "transient" not in field.metadata]
 
 
 def _growing(name: str, state: State) -> Iterator[tuple[str, int]]:
@@ -239,7 +243,7 @@ def _growing(name: str, state: State) -> Iterator[tuple[str, int]]:
 
 
 def _fill(name: str, state: State, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    for field in dataclasses.fields(state):
+    for field in _fields(state):
         path, value = f"{name}.{field.name}", getattr(state, field.name)
         if isinstance(value, State):
             _fill(path, value, tensors, plain)

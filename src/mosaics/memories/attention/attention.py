@@ -139,7 +139,7 @@ class AttentionMemory(Memory):
 
     def initial_state(self) -> AttentionState:
         window = self.options.window
-        return AttentionState(Pairs(limit=None if window is None else window - 1, dtype=self.common.state_dtype))
+        return AttentionState(self.common.pairs(None if window is None else window - 1))
 
     def forward(
         self, x: Tensor, layout: Layout, state: AttentionState | None, context: Context

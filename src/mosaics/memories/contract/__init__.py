@@ -11,7 +11,7 @@ from mosaics.memories.contract.helpers import (
 )
 from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.memory import Common, Memory
-from mosaics.memories.contract.pairs import STATE_DTYPES, FixedPairs, Pairs, check_state_dtype
+from mosaics.memories.contract.pairs import STATE_DTYPES, FixedPairs, Pairs, check_state_dtype, check_tolerance
 from mosaics.memories.contract.registry import (
     LARGEST,
     REGISTRY,
@@ -23,6 +23,7 @@ from mosaics.memories.contract.registry import (
     option_names,
     register,
 )
+from mosaics.memories.contract.sketches import SketchedPairs
 from mosaics.memories.contract.state import Rows, State
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Memory",
     "Pairs",
     "Read",
+    "SketchedPairs",
     "Rows",
     "State",
     "build",
@@ -43,6 +45,7 @@ __all__ = [
     "check_deviation",
     "check_options",
     "check_state_dtype",
+    "check_tolerance",
     "init_clamped_normal",
     "init_map",
     "linear_flops",

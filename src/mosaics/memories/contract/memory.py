@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mosaics.memories.contract.context import Context
 from mosaics.memories.contract.layout import Layout
-from mosaics.memories.contract.pairs import check_state_dtype
+from mosaics.memories.contract.pairs import Pairs, check_state_dtype, check_tolerance
 from mosaics.memories.contract.state import State
 
 
@@ -27,6 +27,8 @@ class Common:
         attention_dropout: probability, in training, on the weights of what a memory reads.
         num_layers: blocks of the model.
         state_dtype: in which memories keep pairs between calls, one of `STATE_DTYPES`; None: as they are computed.
+        read_tolerance: the largest error of what is read of many pairs at one position, as a share of the length of the
+            longest value; None: there is none.
     """
 
     hidden_size: int
@@ -37,9 +39,17 @@ class Common:
     attention_dropout: float = 0.0
     num_layers: int = 1
     state_dtype: str | None = None
+    read_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_state_dtype(self.state_dtype)
+        check_tolerance(self.read_tolerance)
+
+    def pairs(self, limit: int | None = None) -> Pairs:
+        """An empty store that keeps the newest `limit` pairs (None: all) as the model does."""
+        if self.read_tolerance is None or limit is not None or Pairs.sketched is None:
+            return Pairs(limit=limit, dtype=self.state_dtype)
+        return Pairs.sketched(dtype=self.state_dtype, tolerance=self.read_tolerance)
 
 
 class Memory(nn.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class Pairs(State):
     used: int = 0
     limit: int | None = None
     dtype: str | None = None
+    sketched: ClassVar[type[Pairs] | None] = None  # `SketchedPairs`, which does not go with exported code
 
     @property
     def kept(self) -> int:
@@ -114,7 +116,7 @@ class Pairs(State):
             return super().join(others)  # refused, unless none has pairs
         names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
         used = max(s.kept for s in states)
-        joined = Pairs(used=used, limit=self.limit, dtype=self.dtype)
+        joined = dataclasses.replace(self, used=used)
         for name in names:
             own = [getattr(s, name)[:, :, s.used - s.kept : s.used] for s in states]
             rows, room = sum(x.shape[0] for x in own), used + max(used // 2, 64)
@@ -236,6 +238,12 @@ def _grown(x: Tensor, capacity: int) -> Tensor:
     buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])  # what is not used takes no room until it is
     buffer[:, :, : x.shape[2]] = x
     return buffer
+
+
+def check_tolerance(value: Any) -> None:
+    """Raises `ValueError` if `value` is no share of the length of a value, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1):
+        raise ValueError(f"read_tolerance is {value!r}; give a number above 0 and below 1, or leave it out.")
 
 
 def check_state_dtype(name: Any) -> None:

@@ -16,6 +16,11 @@ def growing(dim: int) -> Any:
     return field(default=None, metadata={"grows": dim})
 
 
+def transient(default: Any = None) -> Any:
+    """The field of a `State` for what can be made again from the others, or is chosen anew: files don't have it."""
+    return field(default=default, metadata={"transient": True})
+
+
 class State:
     """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values.
 

@@ -136,9 +136,7 @@ class ContextualMemory(Memory):
         raise NotImplementedError
 
     def initial_state(self) -> ContextualState:
-        return ContextualState(
-            pairs=Pairs(limit=None if self.window is None else self.window - 1, dtype=self.common.state_dtype)
-        )
+        return ContextualState(pairs=self.common.pairs(None if self.window is None else self.window - 1))
 
     def bandwidth(self) -> Bandwidth:
         """beta as a function of the number of pairs."""

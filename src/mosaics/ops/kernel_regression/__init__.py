@@ -17,6 +17,7 @@ from mosaics.ops.kernel_regression.naive import check_read, weights
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
+INEXACT = Faster(__name__, "bounded")  # for `Sketched` keys
 FORMS = {"naive": naive.kernel_regression, "blockwise": blockwise.kernel_regression} | FASTER.functions()
 
 FILLED = ("naive", "blockwise", "compiled", "single")  # forms that are told how far the slots are filled
@@ -50,7 +51,9 @@ def kernel_regression(
 
     Args:
         queries: `(batch, heads, time, width)`; for Memory Mosaics the keys of the same positions.
-        keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions.
+        keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions. If
+            they are `sketch.Sketched`, the answer to one query on a processor may be wrong by as much as they say,
+            unless a form is forced.
         values: `(batch, heads, slots, value width)`.
         bandwidth: beta as a function of n.
         delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal). None: the slots are no
@@ -76,12 +79,18 @@ def kernel_regression(
             by a window or a start, a tensor has a wrong shape, device or dtype, or the form is unknown or cannot serve
             this input.
     """
+    sketched, keys = keys, getattr(keys, "exact", keys)
     check_read(queries, keys, values, bandwidth, delay, window, start, stored)
     if not 0 <= dropout < 1:
         raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
     if queries.numel() == 0 or keys.shape[2] == 0:
         form = "naive"  # nothing is asked, or nothing stored
     one = form is None and not isinstance(delay, Tensor)
+    if one and sketched is not keys and stored is None:
+        if INEXACT.pays("bounded", queries, sketched, values, bandwidth, dropout):
+            access = dict(delay=delay, window=window, start=start, log_sum=log_sum)
+            op = "kernel_regression"
+            return run(INEXACT.functions(), "bounded", op, queries, sketched, values, bandwidth, **access)
     if one and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:

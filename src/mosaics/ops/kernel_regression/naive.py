@@ -74,6 +74,7 @@ def weights(
     Raises:
         ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
     """
+    keys = getattr(keys, "exact", keys)  # without a sketch
     check_read(queries, keys, None, bandwidth, delay, window, start, stored)
     return _weights(*_logits(queries, keys, bandwidth, delay, window, start, stored))
 

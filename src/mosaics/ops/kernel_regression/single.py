@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ctypes import c_int64
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ def pays(
     queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, bandwidth: Bandwidth, dropout: float = 0.0
 ) -> bool:
     """Whether there is one query a row and head, and nothing asked that the loop does not do: gradients, dropout."""
-    return queries.shape[2] == 1 and _why_not(queries, keys, values, bandwidth, dropout) is None and available()
+    return queries.shape[2] == 1 and why_not(queries, keys, values, bandwidth, dropout) is None and available()
 
 
-def _why_not(
+def why_not(
     queries: Tensor, keys: Tensor | Narrow, values: Tensor | Narrow, bandwidth: Bandwidth, dropout: float
 ) -> str | None:
     stored = [x.data if isinstance(x, Narrow) else x for x in (keys, values)]
@@ -73,19 +74,35 @@ def kernel_regression(
     Raises:
         ValueError: there is more than one query, something that the loop does not do, or no compiler.
     """
-    reason = _why_not(queries, keys, values, bandwidth, dropout)
+    reason = why_not(queries, keys, values, bandwidth, dropout)
     if reason or not available():
         raise ValueError(
             f"The single form can't be used: {reason or 'there is no C++ compiler'}; leave out the form for another."
         )
-    parts = [(x.data, x.scale) if isinstance(x, Narrow) else (x, None) for x in (keys, values)]
     read = OPERATOR if torch.compiler.is_compiling() else _read
-    out, logs = read(queries, *parts[0], *parts[1], *bandwidth, start, stored, delay, window, log_sum)
+    out, logs = read(queries, *parts_of(keys, values), *bandwidth, start, stored, delay, window, log_sum)
     out = cast(out, values.dtype)
     return (out, logs) if log_sum else out
 
 
-def _read(
+def _read(queries: Tensor, *given: Tensor | int | bool | None) -> tuple[Tensor, Tensor | None]:
+    with_all = prepared(queries, *given)
+    getattr(library(SOURCE), f"read_{with_all.kind}")(*with_all.given)
+    return with_all.out, with_all.logs
+
+
+class Prepared(NamedTuple):
+    """A call of the library: what is to be filled, the kind of its function, its arguments, and tensors that have to
+    live until it returns."""
+
+    out: Tensor
+    logs: Tensor | None
+    kind: str
+    given: list[Any]
+    kept: list[Tensor | None]
+
+
+def prepared(
     queries: Tensor,
     keys: Tensor,
     key_scale: Tensor | None,
@@ -99,7 +116,8 @@ def _read(
     delay: int | None,
     window: int | None,
     log_sum: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Prepared:
+    """The call that reads one query of each row and head."""
     out = torch.empty(*queries.shape[:3], values.shape[3], dtype=_computed(queries))
     logs = torch.empty(queries.shape[:3], dtype=out.dtype) if log_sum else None
     batch, heads, _, width = queries.shape
@@ -120,8 +138,12 @@ def _read(
     limits = (-1 if x is None else x for x in (delay, window))
     sizes = (c_int64 * 8)(batch, heads, slots, width, values.shape[3], *limits, threads)
     kind = str(kept[1].dtype).removeprefix("torch.")
-    getattr(library(SOURCE), f"read_{kind}")(sizes, *given, *plain(out, logs))
-    return out, logs
+    return Prepared(out, logs, kind, [sizes, *given, *plain(out, logs)], kept)
+
+
+def parts_of(keys: Tensor | Narrow, values: Tensor | Narrow) -> list[Tensor | None]:
+    """The data and the scale of keys and of values."""
+    return [part for x in (keys, values) for part in ((x.data, x.scale) if isinstance(x, Narrow) else (x, None))]
 
 
 def _operator(queries: Tensor, *given: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
