@@ -77,7 +77,11 @@ def test_attention_by_distance_of_even_weights_is_one(tmp_path):
 
             even = torch.full((1, 2, time, time), 1 / time)
             learned = torch.rand(1, 2, time, 7)  # of pairs that are no positions: not looked at
-            return [Read("a", 0, even), Read("b", 0, learned, contextual=False), Read("a", 1, even)]
+
+            def read(weights, memory, layer, **more):
+                return Read(memory, layer, lambda positions: (weights[:, :, positions], 0), weights.shape[3], **more)
+
+            return [read(even, "a", 0), read(learned, "b", 0, contextual=False), read(even, "a", 1)]
 
     class Looker:
         model, start_id, training_length = Even(), 0, 64

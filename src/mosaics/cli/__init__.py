@@ -26,6 +26,7 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "inspect",
     "evaluate",
     "compare",
     "reproduce",

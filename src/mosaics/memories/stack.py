@@ -49,9 +49,14 @@ class Step(nn.Module):
         inner = self.norm(x)
         answer, after = None, []
         for memory, state in zip(self.memories.values(), states or [None] * len(self.memories), strict=True):
+            if not context.without.isdisjoint((memory.name, memory.type)):
+                after.append(state)
+                continue
             y, state = memory(inner, layout, state, context)
             answer = y if answer is None else answer + y
             after.append(state)
+        if answer is None:
+            return x, after
         if self.training:
             answer = F.dropout(answer, self.dropout)
         return x + answer, after

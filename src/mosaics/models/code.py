@@ -23,7 +23,7 @@ from mosaics.models.configuration_mosaic import MosaicConfig
 ENTRY = "modeling_mosaic"  # the module that transformers is sent to
 CODE_LICENSE = "LICENSE-CODE.txt"
 # What asks for presets or counts what a model costs is served by the package.
-_LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check"}
+_LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check", "inspect"}
 _CLASSES = {"AutoConfig": "MosaicConfig", "AutoModel": "MosaicModel", "AutoModelForCausalLM": "MosaicForCausalLM"}
 _HEADER = "# Copyright the mosaics authors. Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
 _INSTALLED = f'''{_HEADER}"""Lets `trust_remote_code=True` load this model where the package mosaics is installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.documents import documents_of
 from mosaics.models.draws import checked, drawn
+
+if TYPE_CHECKING:
+    from mosaics.inspection import Inspection
 
 _PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
 
@@ -447,8 +450,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             document_ids: as in `forward`.
 
         Returns:
-            One `Read` for each memory that stores pairs, with weights `(batch, heads, time, time)`: keep the time
-            short.
+            One `Read` for each memory that stores pairs. Its weights `(batch, heads, time, time)` are made when they
+            are asked for: keep the time short, or see `inspect`.
         """
         context, training = Context(reads=[]), self.training
         self.eval()
@@ -456,7 +459,21 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             self.model(input_ids, attention_mask, document_ids, use_cache=False, context=context)
         finally:
             self.train(training)
-        return context.reads
+        return [read for read in context.reads if read.rows is not None]
+
+    def inspect(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        context_ids: Tensor | None = None,
+        top: int = 4,
+        told: Callable[[str], None] | None = None,
+    ) -> Inspection:
+        """What every memory retrieved for every token of a text, and what it was worth: `mosaics.inspection.inspect`,
+        which has the arguments."""
+        from mosaics.inspection import inspect
+
+        return inspect(self, input_ids, past_key_values, context_ids, top, told)
 
     def remove_memories(self, name: str) -> None:
         """Take every memory of a name or type out of the model, with its parameters (Tables 2, 9 and 10: the long-term

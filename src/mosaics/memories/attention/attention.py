@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from mosaics.memories.contract import (
     nearest,
     register,
 )
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, merged, weights
+from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, merged, readable, weights_at, widened
 from mosaics.ops.rotary import SCALINGS, frequencies, rotated
 
 POSITIONS = ("rotary", "alibi", "none")
@@ -169,14 +170,41 @@ class AttentionMemory(Memory):
         ]
         read, log_sum = merged(*reads) if several else (reads[0], None)
         if context.reads is not None:
-            for number, (q, k, _, access) in enumerate(stores):
-                found = weights(q, k, scale, **access)
-                if several:
-                    found = found * (reads[number][1] - log_sum).exp()[..., None]
-                context.reads.append(Read(self.name, self.layer_index, found, contextual=number == 0))
+            for number, store in enumerate(stores):
+                share = (reads[number][1] - log_sum).exp()[..., None] if several else None
+                answer = reads[number] if share is None else share * reads[number][0]
+                context.reads.append(self._shown(*store, scale, answer, share, contextual=number == 0))
         if state is not None:
             state.pairs.settle(layout)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state
+
+    def _shown(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        access: dict[str, Any],
+        scale: Bandwidth,
+        answer: Tensor,
+        share: Tensor | None,
+        contextual: bool,
+    ) -> Read:
+        """What was read of one of several stores, whose `share` `(batch, heads, time, 1)` is not 1."""
+
+        def rows(positions: slice) -> tuple[Tensor, int]:
+            found, first = weights_at(queries, keys, scale, positions, **access)
+            return found if share is None else found * share[:, :, positions], first
+
+        def pull(direction: Tensor, _: slice) -> Tensor:
+            return (direction @ self.o_proj.weight.to(direction.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        span = None
+        if contextual:
+            time, slots = queries.shape[2], keys.shape[2]
+            stored = slots - time if access["stored"] is None else access["stored"]
+            span = readable(time, stored, access["start"], access["delay"], access["window"], queries.device)
+        own = dict(span=span, contextual=contextual, values=widened(values), answer=answer, pull=pull)
+        return Read(self.name, self.layer_index, rows, keys.shape[2], **own)
 
     def _shared(self, x: Tensor) -> Tensor:
         """Keys or values `(batch, heads, ...)` with a head for each of the queries'."""

@@ -23,8 +23,11 @@ from mosaics.memories.contract import (
     mean_pairs,
 )
 from mosaics.memories.fast_weights.common import rms_normed
+from mosaics.ops.kernel_regression import readable, widened
 from mosaics.ops.local_linear import local_linear
 from mosaics.ops.rotary import frequencies, rotated
+
+UNITS = 1024  # slots whose weights are made at once
 
 
 @dataclass
@@ -103,13 +106,43 @@ class LocalLinearMemory(Memory):
         asked = self.asked(x, layout) | {"start": layout.start}
         read, residual = local_linear(queries, keys, values, dropout=self.read_dropout(), **asked)
         if context.reads is not None:
-            slots = keys.shape[2]
-            each = torch.eye(slots, dtype=read.dtype, device=x.device).expand(*read.shape[:2], slots, slots)
-            weights, _ = local_linear(queries, keys, each, **asked)
-            context.reads.append(Read(self.name, self.layer_index, weights, residual=residual))
+            context.reads.append(self._shown(queries, widened(keys), widened(values), asked, read, residual))
         if state is not None:
             state.pairs.settle(layout)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state
+
+    def _shown(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        asked: dict[str, Any],
+        read: Tensor,
+        residual: Tensor | None,
+    ) -> Read:
+        """The weights are what is read of values that are unit vectors, some of them at a time."""
+        time, slots = queries.shape[2], keys.shape[2]
+
+        def rows(positions: slice) -> tuple[Tensor, int]:
+            begin, end, _ = positions.indices(time)
+            some, last = dict(asked), slots - time + end
+            if some.get("probe") is not None:
+                some["probe"] = some["probe"][:, :, begin:end]
+            if some["start"] is not None:
+                some["start"] = some["start"][:, begin:end] - begin
+            found = []
+            for low in range(0, last, UNITS):
+                units = torch.eye(last, min(UNITS, last - low), dtype=read.dtype, device=read.device).roll(low, 0)
+                units = units.expand(*read.shape[:2], *units.shape)
+                found.append(local_linear(queries[:, :, begin:end], keys[:, :, :last], units, **some).read)
+            return torch.cat(found, dim=-1), 0
+
+        def pull(direction: Tensor, _: slice) -> Tensor:
+            return self.split(direction @ self.o_proj.weight.to(direction.dtype))
+
+        span = readable(time, slots - time, asked["start"], 0, None, queries.device)
+        own = dict(span=span, residual=residual, values=values, answer=read, pull=pull)
+        return Read(self.name, self.layer_index, rows, slots, **own)
 
     def split(self, y: Tensor) -> Tensor:
         """`(batch, time, heads * width)` as `(batch, heads, time, width)`."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.memories.contract.layout import Layout
@@ -22,7 +24,9 @@ class Context:
         layout: what each position of the pass is, as the memories are given it.
         order: `(batch, time)`, the positions in compact order; None if they are so already.
         auxiliary_losses: losses that memories add; they count in training alone.
-        reads: when a list, every memory that reads stored pairs appends a `Read`.
+        reads: when a list, or what else has an `append`, every memory that has something to show appends a `Read`.
+        without: names and types of memories that are left out of this pass, as if they were removed; what they have
+            stored stays as it is.
         stream: tensors by name that go into a block and come out of it: what systems carry from layer to layer. A block
             that is computed anew in the backward pass gets what was there when it was first computed.
     """
@@ -33,6 +37,7 @@ class Context:
     order: Tensor | None = None
     auxiliary_losses: list[Tensor] = field(default_factory=list)
     reads: list[Read] | None = None
+    without: frozenset[str] = frozenset()
     stream: dict[str, Tensor] = field(default_factory=dict)
 
     def apart(self) -> Context:
@@ -56,16 +61,57 @@ class Context:
 
 @dataclass(frozen=True)
 class Read:
-    """What one memory read: `weights` `(batch, heads, time, slots)`; a row sums to 1, or to 0 without pairs. Where a
-    memory reads several stores together, the rows of all its reads do so.
+    r"""What one memory shows of a pass: how it read stored pairs, if it has any, and what else it declares.
 
-    `memory` is the memory's name in its block; `contextual` says whether the slots are positions of the context, and
-    not pairs that training filled. `residual` `(batch, heads, time)` is the share of a linear system that was left
-    unsolved, for a memory that solves one to read.
+    Weights are made when they are asked for, of as many positions as are wanted: all of them are as many as the square
+    of the context. Where a memory reads several stores together, it shows a `Read` for each.
+
+    Attributes:
+        memory: the memory's name in its block.
+        layer_index: the block's index, from 0.
+        rows: of a slice of the positions, the weights `(batch, heads, positions, some slots)`, and the number of the
+            first of these slots, which follow each other. A row sums to 1, or to 0 without pairs; those of several
+            stores that are read together do so together. None: the memory has no pairs to show.
+        slots: how many there are; where they are positions of the context, the last is that of the newest.
+        span: the first of the slots that each position may read, and the one after the last, `(batch, time)` or
+            `(time,)`; None: all slots.
+        contextual: whether the slots are positions of the context, and not pairs that training filled.
+        residual: `(batch, heads, time)`, the share of a linear system that was left unsolved, for a memory that solves
+            one to read.
+        values: `(batch, heads, slots, width)`, of the pairs; None: not to be shown.
+        answer: `(batch, heads, time, width)`, what was read: the weighted sum of the values.
+        pull: takes directions `(batch, some positions, d)` in what the memory adds to the residual stream, and the
+            slice of these positions, back to directions of the values `(batch, heads, positions, width)`: a value v
+            read with the weight w moves the output by \( w\, v \cdot \mathrm{pull}(u) \) along u. What a gate or
+            a norm multiplies it with counts as given.
+        traces: numbers over time by name, `(batch, heads, time)`: gates, decays, step sizes, surprise, norms.
+        maps: by name the shares `(batch, time, columns)` of each position in parts of the memory, as of a router.
     """
 
     memory: str
     layer_index: int
-    weights: Tensor
+    rows: Callable[[slice], tuple[Tensor, int]] | None = None
+    slots: int = 0
+    span: tuple[Tensor, Tensor] | None = None
     contextual: bool = True
     residual: Tensor | None = None
+    values: Tensor | None = None
+    answer: Tensor | None = None
+    pull: Callable[[Tensor, slice], Tensor] | None = None
+    traces: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """`(batch, heads, time, slots)`, those of all positions; None if there are no pairs."""
+        if self.rows is None:
+            return None
+        found, first = self.rows(slice(None))
+        return F.pad(found, (first, self.slots - first - found.shape[-1]))
+
+    def times(self, factor: Tensor) -> Read:
+        """The same, of a part of a memory that multiplies the part's answer by `factor` `(batch, time, d)`."""
+        inner = self.pull
+        if inner is None:
+            return self
+        return replace(self, pull=lambda u, positions: inner(u * factor[:, positions].to(u.dtype), positions))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.contract.context import Context
+from mosaics.memories.contract.context import Context, Read
 from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.pairs import Pairs, check_state_dtype, check_tolerance
 from mosaics.memories.contract.state import State
@@ -98,6 +98,13 @@ class Memory(nn.Module):
             `(batch, time, d)`, and the state after the last position (None if none was given).
         """
         raise NotImplementedError
+
+    def show(self, context: Context, traces: dict[str, Tensor | None]) -> None:
+        """Declare numbers over time, `(batch, heads, time)` or with channels `(batch, heads, time, channels)`, of which
+        the mean is shown, to who looks into this pass. None is left out."""
+        found = {name: x if x.dim() == 3 else x.mean(-1) for name, x in traces.items() if x is not None}
+        if found and context.reads is not None:
+            context.reads.append(Read(self.name, self.layer_index, traces=found))
 
     def reset_parameters(self, layer_index: int) -> None:
         """Initialise all parameters as the memory's paper says, with `torch.nn.init`; `layer_index` counts from 0."""

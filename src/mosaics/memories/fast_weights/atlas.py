@@ -139,7 +139,7 @@ class OmegaMemory(Memory):
             queries, keys = polynomial(queries, roots), polynomial(keys, roots)
         rates = self.rates_proj(x).to(wide).sigmoid().transpose(1, 2)
         rates = rates.split([self.heads * n for n in self.shares], dim=1)
-        gates, window = rates[-1] / o.window, None
+        gates, window, watched = rates[-1] / o.window, None, None if context.reads is None else {}
         if o.gates == "place":
             window = gates.unflatten(1, (self.heads, -1)).transpose(2, 3)
             gates = torch.ones_like(gates[:, : self.heads])
@@ -159,7 +159,12 @@ class OmegaMemory(Memory):
             rate=o.largest_step * rates[0],
             orthogonal=o.orthogonal,
             state=None if state is None else state.inner(),
+            watched=watched,
         )
+        if watched is not None:
+            momentum = rates[2] if o.momentum else None
+            shown = {"step": o.largest_step * rates[0], "forgotten": rates[1], "momentum": momentum}
+            self.show(context, shown | watched)
         read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.keep(after, tail)

@@ -181,6 +181,8 @@ class DeltaRuleMemory(Memory):
         read, weights = delta_rule(
             queries, keys, values, decay, strength, weights, start=layout.start, write=o.write
         )  # fmt: skip
+        if context.reads is not None:
+            self.show(context, {"strength": strength, "decay": None if decay is None else decay.exp()})
         if o.normalised:
             read, total = read[..., :-1], read[..., -1:]
             read = read / (total + 1e-10)

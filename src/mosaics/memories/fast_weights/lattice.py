@@ -129,6 +129,8 @@ class LatticeMemory(Memory):
             renormalised=o.renormalised,
             state=before,
         )
+        if context.reads is not None:
+            self.show(context, {"step": rates[0].sigmoid(), "decay": rates[1].sigmoid() if o.decay else None})
         read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.anchor, state.current = (slots.contiguous() for slots in after)

@@ -97,6 +97,8 @@ class Mamba2Memory(Memory):
         )
         steps = F.softplus(steps.to(wide) + self.step_bias.to(wide)).transpose(1, 2)
         decay = without_padding(-steps * self.decay_rate.to(wide).exp()[:, None], layout)
+        if context.reads is not None:
+            self.show(context, {"step": steps, "decay": decay.exp()})
         keys, weights = without_padding(keys, layout), None if state is None else state.weights
         read, weights = delta_rule(
             queries, keys, values * steps[..., None], decay, None, weights, start=layout.start, write="hebbian"

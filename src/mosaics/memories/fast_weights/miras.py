@@ -148,20 +148,25 @@ class MirasMemory(Memory):
         norm = None
         if o.residual:
             norm = self.norm_scale[:, None].to(wide), self.norm_shift[:, None].to(wide)
+        step, forgotten = o.base_step / values.shape[-1] * F.softplus(rates["step"]), torch.sigmoid(-rates["retain"])
+        watched: dict[str, Tensor] | None = None if context.reads is None else {}
         read, after = inner_loop(
             list(self.maps.weights),
             unit(queries),
             unit(keys),
             values,
-            o.base_step / values.shape[-1] * F.softplus(rates["step"]),
+            step,
             layout.segments(o.chunk, x.device),
             network=self.inner,
             retention=self.retention,
-            decay=torch.sigmoid(-rates["retain"]),
+            decay=forgotten,
             delta=F.softplus(rates["delta"]) if "delta" in rates else None,
             norm=norm,
             state=None if state is None else state.inner(),
+            watched=watched,
         )
+        if watched is not None:
+            self.show(context, {"step": step, "forgotten": forgotten} | watched)
         read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.keep(after, tail)

@@ -13,6 +13,7 @@ from mosaics.memories.contract import (
     Context,
     Layout,
     Memory,
+    Read,
     State,
     check_deviation,
     init_map,
@@ -125,6 +126,8 @@ class MixtureOfMemories(Memory):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # a rounded choice would be another
             probability = F.linear(x.to(wide), self.router.weight.to(wide)).softmax(-1)
+        if context.reads is not None:
+            context.reads.append(Read(self.name, self.layer_index, maps={"routing": probability}))
         weight, which = probability.topk(o.routed, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
         if self.training and o.balance_scale:

@@ -99,18 +99,23 @@ class TitansMemory(Memory):
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide) for y in mixed.chunk(3, dim=-1)
         )
         rates = self.rates_proj(x).to(wide).sigmoid().transpose(1, 2).chunk(3 if o.momentum else 2, dim=1)
+        step, watched = o.largest_step / width * rates[0], None if context.reads is None else {}
         read, after = inner_loop(
             list(self.maps.weights),
             unit(queries),
             unit(keys),
             values,
-            o.largest_step / width * rates[0],
+            step,
             layout.segments(o.chunk, x.device),
             network=self.inner,
             decay=rates[1],
             momentum=rates[2] if o.momentum else None,
             state=None if state is None else state.inner(),
+            watched=watched,
         )
+        if watched is not None:
+            momentum = rates[2] if o.momentum else None
+            self.show(context, {"step": step, "forgotten": rates[1], "momentum": momentum} | watched)
         read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.keep(after, tail)

@@ -94,16 +94,26 @@ class TitansMAC(GatedAttention):
         if self.retrieve_convolution is not None:
             asked, tail = self.retrieve_convolution(asked, layout, now.tail)
         padded = F.pad(torch.cat([x, asked], dim=-1), (0, 0, 0, 1))
-        unseen, answers, places = replace(context, reads=None), [], []  # places of a segment are none of the context
+        # Of what is read within a segment nothing is shown: its places are none of the context.
+        unseen, answers, places, shown = replace(context, reads=None), [], [], []
+        self.learning.name = self.name
         for call, index in layout.calls(self.options.segment, x.device):
             own, queries = padded.gather(1, index[..., None].expand(-1, -1, padded.shape[2])).chunk(2, dim=-1)
             opened = self._opened(call, opened, learning)
             # In this order, causal attention reads of both what belongs to no later token.
             pairs = torch.stack([self._retrieved(queries, opened), own], dim=2).flatten(1, 2)
             read, attention = self.attended(pairs, self._of_pairs(call, attention), attention, unseen)
-            learnt, learning = self.learning(read[:, 1::2], call, learning, context)
-            answers.append(self.gated(read[:, 1::2], learnt))
+            own = context if context.reads is None else replace(context, reads=[])
+            learnt, learning = self.learning(read[:, 1::2], call, learning, own)
+            answers.append(read[:, 1::2] * self.gate(learnt))
             places.append(index)
+            if context.reads is not None:
+                shown.append(own.reads[0].traces)
+        if context.reads is not None:
+            index = torch.cat(places, dim=1)[:, None].expand(-1, self.options.num_attention_heads, -1)
+            traces = {name: torch.cat([one[name] for one in shown], dim=2) for name in shown[0]}
+            rows = {name: x.new_zeros(*x.shape[:2], layout.time + 1).scatter(2, index, x) for name, x in traces.items()}
+            self.show(context, {name: x[..., :-1] for name, x in rows.items()})
         answer, place = torch.cat(answers, dim=1), torch.cat(places, dim=1)[..., None]
         whole = answer.new_zeros(x.shape[0], x.shape[1] + 1, x.shape[2])
         answer = whole.scatter(1, place.expand_as(answer), answer)[:, :-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,18 @@ class GatedAttention(Memory):
     ) -> tuple[Tensor, AttentionState | None]:
         """What attention reads, normed, and its state."""
         self.attention.name = self.name
-        read, state = self.attention(x, layout, state, context)
-        return rms_normed(read, self.attention_scale, self.common.norm_eps), state
+        own = context if context.reads is None else replace(context, reads=[])
+        read, state = self.attention(x, layout, state, own)
+        normed = rms_normed(read, self.attention_scale, self.common.norm_eps)
+        if context.reads is not None:
+            size = (read.square().mean(-1, keepdim=True) + self.common.norm_eps).rsqrt()
+            for one in own.reads:
+                context.reads.append(one.times(size * self.attention_scale))
+        return normed, state
 
-    def gated(self, read: Tensor, learnt: Tensor) -> Tensor:
-        """What attention read times what the neural memory read, normed and through SiLU."""
-        return read * F.silu(rms_normed(learnt, self.learning_scale, self.common.norm_eps))
+    def gate(self, learnt: Tensor) -> Tensor:
+        """What the neural memory read, normed and through SiLU: what attention read is multiplied by it."""
+        return F.silu(rms_normed(learnt, self.learning_scale, self.common.norm_eps))
 
     def reset_parameters(self, layer_index: int) -> None:
         """As the two memories in it; the scales of the norms are 1."""
@@ -119,9 +125,15 @@ class TitansMAG(GatedAttention):
         self, x: Tensor, layout: Layout, state: GatedState | None, context: Context
     ) -> tuple[Tensor, GatedState | None]:
         attention, learning = (None, None) if state is None else (state.attention, state.learning)
-        read, attention = self.attended(x, layout, attention, context)
+        self.learning.name = self.name
+        own = context if context.reads is None else replace(context, reads=[])
+        read, attention = self.attended(x, layout, attention, own)
         learnt, learning = self.learning(x, layout, learning, context)
-        return self.gated(read, learnt), None if state is None else GatedState(attention, learning)
+        gate = self.gate(learnt)
+        if context.reads is not None:
+            for one in own.reads:
+                context.reads.append(one.times(gate))
+        return read * gate, None if state is None else GatedState(attention, learning)
 
     def reach(self) -> tuple[int, None]:
         """What is in the window is found exactly."""

@@ -118,7 +118,7 @@ class TTTMemory(Memory):
         places = torch.arange(1, o.chunk + 1, device=x.device, dtype=wide)
         scale = (1 / places + self.place_rates.to(wide)).clamp(min=0)
         norm = self.norm_scale[:, None].to(wide), self.norm_shift[:, None].to(wide)
-        before = None if state is None else state.inner()
+        before, watched = None if state is None else state.inner(), None if context.reads is None else {}
         read, after = inner_loop(
             list(self.maps.weights),
             queries,
@@ -130,7 +130,10 @@ class TTTMemory(Memory):
             norm=norm,
             scale=scale,
             state=before,
+            watched=watched,
         )
+        if watched is not None:
+            self.show(context, {"step": step} | watched)
         read = read.transpose(1, 2).flatten(2)
         read = _layer_normed(read, self.read_scale.to(wide), self.read_shift.to(wide)).to(x.dtype)
         if self.gate_proj is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from mosaics.memories.contract import (
     linear_flops,
     mean_pairs,
 )
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
+from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, readable, weights_at
+from mosaics.ops.kernel_regression import widened as plain
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.unit_values import unit_values
 
@@ -176,25 +178,38 @@ class ContextualMemory(Memory):
         values = self.values(raw_values, layout, state)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
-        read = self._read(queries, keys, values, layout, context, None if state is None else state.pairs.stored)
+        stored = None if state is None else state.pairs.stored
+        access = dict(delay=self.delay(context), window=self.window, start=layout.start, stored=stored)
+        bandwidth = self.bandwidth()
+        read = kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
+        if context.reads is not None:
+            shown = self._shown(queries, keys, values, read, access)
+            context.reads.append(dataclasses.replace(shown, traces=shown.traces | self.traces(source)))
         if state is not None:
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
 
-    def _read(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        layout: Layout,
-        context: Context,
-        stored: Tensor | None,
-    ) -> Tensor:
-        access = dict(delay=self.delay(context), window=self.window, start=layout.start, stored=stored)
-        bandwidth = self.bandwidth()
-        if context.reads is not None:
-            context.reads.append(Read(self.name, self.layer_index, weights(queries, keys, bandwidth, **access)))
-        return kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
+    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, access: dict[str, Any]) -> Read:
+        """The read, with the bandwidth that follows from how many pairs each position may read."""
+        bandwidth, time, slots = self.bandwidth(), queries.shape[2], keys.shape[2]
+        stored = slots - time if access["stored"] is None else access["stored"]
+        first, end = readable(time, stored, access["start"], access["delay"], self.window, queries.device)
+        count = (end - first).clamp(min=0).expand(queries.shape[0], time)
+        return Read(
+            self.name,
+            self.layer_index,
+            rows=lambda positions: weights_at(queries, keys, bandwidth, positions, **access),
+            slots=slots,
+            span=(first, end),
+            values=plain(values),
+            answer=read,
+            pull=lambda direction, _: self._split(direction @ self.out_proj.weight.to(direction.dtype)),
+            traces={"bandwidth": bandwidth.at(count).expand(queries.shape[:3])},
+        )
+
+    def traces(self, source: Any) -> dict[str, Tensor]:
+        """What `keys` is made from, as numbers over time."""
+        return {}
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -246,6 +261,10 @@ class GatedContextualMemory(ContextualMemory):
     def keys(self, source: tuple[Tensor, Tensor, Tensor], layout: Layout, state: ContextualState | None) -> Tensor:
         raw, gate, decay = source
         return leaky_keys(self._split(raw), gate.mT, -decay.mT.abs(), layout, state)
+
+    def traces(self, source: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        _, gate, decay = source
+        return {"log gate": gate.mT, "decay": (-decay.mT.abs()).exp()}
 
     def value_length(self) -> Tensor:
         return widened(self.value_scale).clamp(max=15).exp()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mosaics.memories.contract import Common, Context, Layout, Memory, Read, linear_flops, register
 from mosaics.memories.mosaic.common import KeyState, head_width, key_state_bytes, widened
 from mosaics.memories.mosaic.leaky_contextual import SPEED, LeakyKeys, reset_map
-from mosaics.ops.kernel_regression import kernel_regression, weights
+from mosaics.ops.kernel_regression import kernel_regression, weights_at
 
 
 @register("kernel_persistent")
@@ -82,11 +82,35 @@ class KernelPersistentMemory(Memory):
         keys, values = self.pair_keys.to(queries.dtype), self.pair_values.to(queries.dtype)
         bandwidth = self.key_extractor.bandwidth()
         read = kernel_regression(queries, keys, values, bandwidth, delay=None, dropout=self.read_dropout()).mean(0)
+        length = (SPEED * widened(self.value_scale)).exp().to(read.dtype)[:, None, None]
         if context.reads is not None:
-            read_weights = weights(queries, keys, bandwidth, delay=None) / self.options.num_banks
-            read_weights = read_weights.unflatten(2, (batch, time)).permute(2, 1, 3, 0, 4).flatten(3)
-            context.reads.append(Read(self.name, self.layer_index, read_weights, contextual=False))
-        read = read * (SPEED * widened(self.value_scale)).exp().to(read.dtype)[:, None, None]
+            asked, answer = queries.unflatten(2, (batch, time)), read.unflatten(1, (batch, time)).transpose(0, 1)
+
+            def rows(positions: slice) -> tuple[Tensor, int]:
+                some = asked[:, :, :, positions]
+                found, _ = weights_at(some.flatten(2, 3), keys, bandwidth, slice(None), delay=None)
+                found = found / self.options.num_banks
+                return found.unflatten(2, some.shape[2:4]).permute(2, 1, 3, 0, 4).flatten(3), 0
+
+            def pull(direction: Tensor, _: slice) -> Tensor:
+                split = (direction @ self.out_proj.weight.to(direction.dtype)).unflatten(-1, (heads, -1))
+                return length.to(direction.dtype) * split.transpose(1, 2)
+
+            stored = values.transpose(0, 1).flatten(1, 2)[None].expand(batch, -1, -1, -1)
+            slots = stored.shape[2]
+            context.reads.append(
+                Read(
+                    self.name,
+                    self.layer_index,
+                    rows,
+                    slots,
+                    contextual=False,
+                    values=stored,
+                    answer=answer,
+                    pull=pull,
+                )
+            )
+        read = read * length
         return self.out_proj(read.unflatten(1, (batch, time)).permute(1, 2, 0, 3).flatten(2)), state
 
     def reset_parameters(self, layer_index: int) -> None:

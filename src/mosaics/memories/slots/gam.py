@@ -20,7 +20,7 @@ from mosaics.memories.contract import (
     register,
 )
 from mosaics.memories.fast_weights.common import ShortConvolution
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights
+from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights_at
 
 
 @dataclass
@@ -87,10 +87,30 @@ class GAMMemory(Memory):
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = Bandwidth(torch.full((1,), self.options.bandwidth, dtype=wide, device=x.device))
         read = kernel_regression(queries, bank, bank, scale, delay=None, dropout=self.read_dropout())
-        if context.reads is not None:
-            read_weights = weights(queries, bank, scale, delay=None)[0, 0].unflatten(0, x.shape[:2])
-            context.reads.append(Read(self.name, self.layer_index, read_weights[:, None], contextual=False))
         gates = self.gate_proj(x).sigmoid().chunk(2, dim=-1)
+        if context.reads is not None:
+
+            def rows(positions: slice) -> tuple[Tensor, int]:
+                some = x[:, positions]
+                found, _ = weights_at(some.flatten(0, 1)[None, None], bank, scale, slice(None), delay=None)
+                return found[0, 0].unflatten(0, some.shape[:2])[:, None], 0
+
+            context.reads.append(
+                Read(
+                    self.name,
+                    self.layer_index,
+                    rows,
+                    self.options.slots,
+                    contextual=False,
+                    values=bank.expand(x.shape[0], -1, -1, -1),
+                    answer=read[0, 0].unflatten(0, x.shape[:2])[:, None],
+                    pull=lambda direction, positions: (gates[1][:, positions] * direction)[:, None],
+                    traces={
+                        "gate of the convolution": gates[0].mean(-1)[:, None],
+                        "gate of the bank": gates[1].mean(-1)[:, None],
+                    },
+                )
+            )
         return gates[0] * near + gates[1] * read[0, 0].unflatten(0, x.shape[:2]), state
 
     def reset_parameters(self, layer_index: int) -> None:

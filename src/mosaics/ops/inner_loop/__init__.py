@@ -40,6 +40,7 @@ def inner_loop(
     norm: tuple[Tensor, Tensor] | None = None,
     scale: Tensor | None = None,
     state: InnerState | None = None,
+    watched: dict[str, Tensor] | None = None,
     form: str | None = None,
 ) -> tuple[Tensor, InnerState]:
     r"""\( S_t = \eta_t S_{t-1} - \theta_t \nabla \ell(W'; k_t, v_t),\ A_t = (1 - \alpha_t) A_{t-1} + S_t,\
@@ -78,6 +79,8 @@ def inner_loop(
         scale: \( \rho \), `(places of a chunk,)`; neither momentum, decay, retention, window, rate nor
             `orthogonal` go with it.
         state: what an earlier call returned.
+        watched: filled with `surprise` and `norm of the weights`, `(batch, heads, time)`: the norm of each token's
+            gradient, and of the weights that it was taken at, those at the start of its chunk.
         form: force one of `FORMS`; by default the fastest.
 
     Returns:
@@ -135,7 +138,9 @@ def inner_loop(
         state = InnerState.first(initial, batch, dtype, None if window is None else window.shape[-1])
     steps = Steps.of(wide, scale, segments)
 
-    read, state = run(
-        FORMS, form or "chunked", "inner_loop", keys, initial, steps, network, retention, orthogonal, norm, scale, state
-    )
+    seen: list[Tensor] | None = None if watched is None else []
+    rest = (network, retention, orthogonal, norm, scale, state, seen)
+    read, state = run(FORMS, form or "chunked", "inner_loop", keys, initial, steps, *rest)
+    if watched is not None:
+        watched["surprise"], watched["norm of the weights"] = steps.joined(seen).unbind(-1)
     return cast(read, values.dtype), state

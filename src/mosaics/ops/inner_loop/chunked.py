@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mosaics.ops.inner_loop.network import Network, Norm
 from mosaics.ops.inner_loop.retention import Retention
-from mosaics.ops.inner_loop.state import InnerState, Steps, newest, spread
+from mosaics.ops.inner_loop.state import InnerState, Steps, newest, sizes, spread
 from mosaics.ops.newton_schulz import newton_schulz
 
 DIMS = {"inputs": -1, "outputs": (2, -2)}  # of sums in parts
@@ -28,6 +28,7 @@ def inner_loop(
     norm: Norm | None,
     scale: Tensor | None,
     state: InnerState,
+    seen: list[Tensor] | None = None,
 ) -> tuple[Tensor, InnerState]:
     """See `mosaics.ops.inner_loop.inner_loop`; the keys are those of the steps."""
     reads = []
@@ -37,6 +38,8 @@ def inner_loop(
         step = chunk.step * chunk.filled[..., None]
         delta = None if chunk.delta is None else spread(chunk.delta, chunk.values.shape[-1])
         inputs, errors = network.gradients(state.anchor, chunk.keys, chunk.values, delta, norm)
+        if seen is not None:
+            seen.append(sizes(inputs, errors, state.anchor))
         errors = [spread(step, e.shape[-1]) * e for e in errors]
         older = (), ()
         if chunk.window is not None:

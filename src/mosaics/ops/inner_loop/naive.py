@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mosaics.ops.inner_loop.network import Network, Norm
 from mosaics.ops.inner_loop.retention import Retention
-from mosaics.ops.inner_loop.state import InnerState, Steps, spread
+from mosaics.ops.inner_loop.state import InnerState, Steps, sizes, spread
 from mosaics.ops.newton_schulz import newton_schulz
 
 
@@ -23,15 +23,18 @@ def inner_loop(
     norm: Norm | None,
     scale: Tensor | None,
     state: InnerState,
+    seen: list[Tensor] | None = None,
 ) -> tuple[Tensor, InnerState]:
     """See `mosaics.ops.inner_loop.inner_loop`; the keys are those of the steps."""
     reads = []
     for chunk in steps.chunks():
         state = state.opened(initial, chunk.begins, chunk.opens, scale, retention)
-        own = []
+        own, places = [], []
         for t in range(chunk.keys.shape[2]):
             now = slice(t, t + 1)
             inputs, errors = _slopes(chunk, now, state.anchor, network, norm)
+            if seen is not None:
+                places.append(sizes(inputs, errors, state.anchor).detach())
             errors = [spread(chunk.step[:, :, now], e.shape[-1]) * e for e in errors]
             real = chunk.filled[:, :, t, None, None]
             keep = 1.0 if chunk.momentum is None else chunk.momentum[:, :, t, None, None]
@@ -61,6 +64,8 @@ def inner_loop(
             state = InnerState(state.anchor, current, momentum, *older)
             own.append(network.answer(chunk.queries[:, :, now], read, norm))
         reads.append(torch.cat(own, dim=2))
+        if seen is not None:
+            seen.append(torch.cat(places, dim=2))
     return steps.joined(reads), state
 
 

@@ -134,6 +134,15 @@ def newest(rows: Tensor, filled: Tensor) -> Tensor:
     return rows.gather(2, number[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
 
 
+def sizes(inputs: Sequence[Tensor], errors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """`(batch, heads, time, 2)`: norms of the gradients of all maps, each the product of an input and an error, and of
+    the weights `(batch, heads, inputs, outputs)`."""
+    squares = [(x.square().sum(-1) * e.square().sum(-1)) for x, e in zip(inputs, errors, strict=True)]
+    of_weights = torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0).sqrt()
+    gradient = torch.stack(squares).sum(0).sqrt()
+    return torch.stack([gradient, of_weights[..., None].expand_as(gradient)], dim=-1)
+
+
 def spread(x: Tensor, units: int) -> Tensor:
     """`(..., channels)` as `(..., units)`: channel c is that of the units c, c + channels, ...; one channel stays."""
     return x if x.shape[-1] == 1 else x.repeat(*[1] * (x.dim() - 1), units // x.shape[-1])

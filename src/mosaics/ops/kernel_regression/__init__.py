@@ -13,7 +13,7 @@ from mosaics.ops import Faster, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.merging import merged
-from mosaics.ops.kernel_regression.naive import check_read, weights
+from mosaics.ops.kernel_regression.naive import check_read, weights, weights_at
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
@@ -26,7 +26,17 @@ FEW = 64  # queries that do not make up for widening all that is stored
 LONG = 1 << 14  # slots
 HUGE = 1e30  # a key as large may make a logit infinite
 
-__all__ = ["FORMS", "Bandwidth", "Narrow", "kernel_regression", "merged", "readable", "weights", "widened"]
+__all__ = [
+    "FORMS",
+    "Bandwidth",
+    "Narrow",
+    "kernel_regression",
+    "merged",
+    "readable",
+    "weights",
+    "weights_at",
+    "widened",
+]
 
 
 def kernel_regression(

@@ -40,6 +40,11 @@ class Narrow(NamedTuple):
         scale = None if self.scale is None else self.scale[:, :, begin:end].to(dtype)
         return self.data[:, :, begin:end].to(dtype), scale
 
+    def cut(self, begin: int, end: int) -> Narrow:
+        """Those of a range of slots."""
+        scale = None if self.scale is None else self.scale[:, :, begin:end]
+        return Narrow(self.data[:, :, begin:end], scale, self.dtype)
+
     def repeat_interleave(self, times: int, dim: int) -> Narrow:
         """As that of a tensor."""
         scale = None if self.scale is None else self.scale.repeat_interleave(times, dim)
