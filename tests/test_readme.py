@@ -19,6 +19,7 @@ DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/cli.
 PAGES = [
     *DOCUMENTS,
     "docs/index.md",
+    "docs/inspect.md",
     "docs/reproduction.md",
     "docs/scaling.md",
     "docs/performance.md",

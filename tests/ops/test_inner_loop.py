@@ -133,6 +133,22 @@ def test_by_chunks_equals_one_token_after_the_other(kind, layers, time, places, 
         assert relative_error(found, wanted) < 1e-9 or (found - wanted).norm() < 1e-9 * least
 
 
+@pytest.mark.parametrize("kind", ["both", "ttt", "channels", "omega", "moneta"])
+def test_watched_are_the_norms_of_gradients_and_of_weights(kind):
+    tensors, options = inputs(kind, 2, 7, places=3)
+    segments = Layout(2, 7).segments(3, torch.device("cpu"))
+    seen = []
+    for form in FORMS:
+        seen.append({})
+        inner_loop(segments=segments, form=form, watched=seen[-1], **tensors, **options)
+    assert seen[0].keys() == {"surprise", "norm of the weights"}
+    for name, found in seen[0].items():
+        assert found.shape == (2, 2, 7) and relative_error(seen[1][name], found) < 1e-9
+    first = sum(w.square().sum((-2, -1)) for w in tensors["initial"]).sqrt()
+    if options.get("retention") is None or options["retention"].linear:
+        assert relative_error(seen[0]["norm of the weights"][:, :, :3], first[None, :, None].expand(2, 2, 3)) < 1e-9
+
+
 # The other form's gradients equal these (above).
 @pytest.mark.parametrize("kind, form", [*((k, "chunked") for k in KINDS), ("both", "naive"), ("moneta", "naive")])
 def test_gradients_are_those_of_differences(kind, form):

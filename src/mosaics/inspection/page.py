@@ -107,7 +107,8 @@ def summary(inspection: Inspection, texts: list[str]) -> tuple[int, str | None, 
     if gain <= 0.05:
         return token, name, f"The {label(name)} gave no word of this text more than {max(gain, 0.0):.2f} nats."
     with_it, without = (math.exp(of_next[token - 1]) for of_next in (i.forecasts.of_next, i.without[name].of_next))
-    said = f"The {label(name)} gave the word “{texts[token].strip() or texts[token]!r}” {gain:.1f} nats: "
+    word = texts[token].strip() or repr(texts[token])
+    said = f"The {label(name)} gave the word “{word}” {gain:.1f} nats: "
     return (
         token,
         name,

@@ -79,36 +79,6 @@ def weights(
     return _weights(*_logits(queries, keys, bandwidth, delay, window, start, stored))
 
 
-def weights_at(
-    queries: Tensor,
-    keys: Tensor | Narrow,
-    bandwidth: Bandwidth,
-    positions: slice,
-    *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
-) -> tuple[Tensor, int]:
-    """`weights` of some positions alone, over the slots that one of them at least may read.
-
-    Returns:
-        `(batch, heads, positions, slots)` and the number of the first of these slots, which follow each other; there is
-        one at least.
-
-    Raises:
-        ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
-    """
-    check_read(queries, keys, None, bandwidth, delay, window, start, stored)
-    time, slots = queries.shape[2], keys.shape[2]
-    ranges = readable(time, slots - time if stored is None else stored, start, delay, window, queries.device)
-    first, end = (x[..., positions] for x in ranges)
-    low = min(int(first.min()), slots - 1)
-    high = max(low + 1, min(int(end.max()), slots))
-    near = keys.cut(low, high) if isinstance(keys, Narrow) else keys[:, :, low:high]
-    return _weights(*_masked(queries[:, :, positions], widened(near), bandwidth, first, end, low)), low
-
-
 def _weights(logits: Tensor, empty: Tensor) -> Tensor:
     return logits.softmax(-1).masked_fill(empty, 0.0)
 
@@ -126,14 +96,7 @@ def _logits(
     keys = widened(keys)
     time, slots = queries.shape[2], keys.shape[2]
     first, end = readable(time, slots - time if stored is None else stored, start, delay, window, keys.device)
-    return _masked(queries, keys, bandwidth, first, end)
-
-
-def _masked(
-    queries: Tensor, keys: Tensor, bandwidth: Bandwidth, first: Tensor, end: Tensor, low: int = 0
-) -> tuple[Tensor, Tensor]:
-    """As `_logits`, of queries that may read the slots from `first` to `end`; that of the first key is `low`."""
-    slot = torch.arange(low, low + keys.shape[2], device=keys.device)
+    slot = torch.arange(slots, device=keys.device)
     allowed = (slot >= first[..., None]) & (slot < end[..., None])
     allowed = allowed[:, None] if allowed.dim() == 3 else allowed
     wide = torch.promote_types(queries.dtype, torch.float32)
