@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What the API reference shows: pdoc finds no modules below one that names its contents.
-PUBLIC := mosaics $(addprefix mosaics.,ops memories models data training)
+PUBLIC := mosaics $(addprefix mosaics.,ops memories models inspection data training)
 
 # Of `make soak`.
 MINUTES ?= 25
@@ -28,7 +28,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # Apart from the rest, since transformers imports torchao wherever it finds it; --no-deps: all that they need is there.
 $(VENV)/.installed-clients: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao onnx onnxscript onnx-ir onnxruntime ml-dtypes flatbuffers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao onnx onnxscript onnx-ir onnxruntime ml-dtypes flatbuffers playwright greenlet pyee
 	touch $@
 
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)

@@ -22,7 +22,7 @@ import mosaics
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PUBLIC = ["mosaics", *(f"mosaics.{part}" for part in ("ops", "memories", "models", "data", "training"))]
+PUBLIC = ["mosaics", *(f"mosaics.{part}" for part in ("ops", "memories", "models", "inspection", "data", "training"))]
 
 
 def python(*words: str, cwd: Path, path: Path | None = None) -> str:
