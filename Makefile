@@ -28,7 +28,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # Apart from the rest, since transformers imports torchao wherever it finds it; --no-deps: all that they need is there.
 $(VENV)/.installed-clients: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao onnx onnxscript onnx-ir onnxruntime ml-dtypes flatbuffers playwright greenlet pyee
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao onnx onnxscript onnx-ir onnxruntime ml-dtypes flatbuffers playwright greenlet
 	touch $@
 
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)

@@ -62,8 +62,9 @@ def test_page_has_the_numbers_of_the_inspection(found, texts):
         effect = unpacked(data, f"effect{number}").reshape(back.shape)
         assert (effect[:, -1] == -32768).all()
         assert np.abs(effect[:, :-1] / 1000 - read.effects[:, :-1, :4].numpy()).max() <= 0.51e-3
-        drawn = unpacked(data, f"effective{number}").reshape(len(read.numbers), data["points"])
-        assert np.allclose(drawn, read.effective.numpy(), rtol=1e-6)
+        for name, line in (("effective", read.effective), ("near", read.near), ("effect", read.head_effects)):
+            drawn = unpacked(data, f"line:{name}{number}").reshape(len(read.numbers), data["points"])
+            assert np.allclose(drawn, line.numpy(), rtol=1e-6, equal_nan=True)
     for name, forecasts in {"": found.forecasts, **found.without}.items():
         assert np.allclose(unpacked(data, f"next:{name}"), forecasts.of_next.numpy(), equal_nan=True)
         expected = forecasts.log_probs.exp().numpy().flatten()

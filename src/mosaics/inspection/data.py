@@ -140,7 +140,14 @@ def _json(values: np.ndarray) -> str:
     """A column as JSON: numbers with seven digits, null for what is no number."""
     if values.dtype.kind != "f":
         return json.dumps(values.tolist())
-    return json.dumps([float(f"{x:.7g}") if np.isfinite(x) else None for x in values.tolist()])
+    values = values.astype(np.float64)
+    there = np.isfinite(values)
+    digits = 6 - np.floor(np.log10(np.abs(np.where(there & (values != 0), values, 1.0))))
+    scale = 10.0 ** np.clip(digits, -300, 300)
+    rounded = np.where(there, np.rint(np.where(there, values, 0.0) * scale) / scale, 0.0).tolist()
+    return json.dumps(
+        rounded if there.all() else [x if known else None for x, known in zip(rounded, there, strict=True)]
+    )
 
 
 def _write_parquet(path: Path, inspection: Inspection, texts: list[str] | None) -> None:

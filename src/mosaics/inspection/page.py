@@ -190,7 +190,7 @@ def _lines(arrays: _Arrays, number: int, read: MemoryReads, points: int) -> dict
         del lines["total"]
     lines = {name: line for name, line in lines.items() if not bool(line.isnan().all())}
     for name, line in lines.items():
-        arrays.add(f"{name}{number}", binned(line, points), "f4")
+        arrays.add(f"line:{name}{number}", binned(line, points), "f4")
     return {
         "memory": read.memory,
         "layer": read.layer_index,
