@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories import REGISTRY, Memory, State, register
+from mosaics.memories import REGISTRY, Memory, Read, State, register
 from mosaics.models import modeling_mosaic
 from mosaics.testing import CHECKS, Nonconforming, check_examples, conform, examples
 
@@ -23,6 +23,7 @@ QUICK = (
     "state_bytes_are_those_held",
     "initialisation_is_applied",
     "small_inputs_work",
+    "what_it_shows_is_what_it_did",
 )
 
 
@@ -176,7 +177,57 @@ class Carried(Neighbour):
         return y * len(seen), state
 
 
+class Show(Neighbour):
+    """Shows that it reads the token before, or, wrongly, its own, or another weight, or what is no number."""
+
+    def forward(self, x, layout, state, context):
+        y, state = super().forward(x, layout, state, context)
+        if context.reads is not None:
+            time = x.shape[1]
+            weights = torch.eye(time, dtype=x.dtype).roll(-1, 1)
+            weights[0, -1] = 0.0
+            values, whole = x[:, None], weights.expand(x.shape[0], 1, time, time)
+            if layout.is_first is not None:
+                whole = whole.masked_fill(layout.is_first[:, None, :, None], 0.0)
+            shown = dict(values=values, answer=whole @ values, traces={"size": x.norm(dim=-1)[:, None]})
+            shown |= {"rows": lambda positions: (whole[:, :, positions], 0), "slots": time} | self.wrong(whole, values)
+            context.reads.append(Read(self.name, self.layer_index, **shown))
+        return y, state
+
+    def wrong(self, weights, values):
+        return {}
+
+
+class Later(Show):
+    def wrong(self, weights, values):
+        return {"rows": lambda positions: (weights.mT[:, :, positions], 0), "answer": weights.mT @ values}
+
+
+class Halved(Show):
+    def wrong(self, weights, values):
+        return {"rows": lambda positions: (weights[:, :, positions] / 2, 0)}
+
+
+class Ahead(Show):
+    def wrong(self, weights, values):
+        return {"rows": lambda positions: (weights[:, :, : weights[:, :, positions].shape[2]], 0)}
+
+
+class NoNumber(Show):
+    def wrong(self, weights, values):
+        return {"traces": {"size": values.sum(-1) / 0}}
+
+
+class Meddling(Neighbour):
+    """Answers otherwise when it is looked at."""
+
+    def forward(self, x, layout, state, context):
+        y, state = super().forward(x, layout, state, context)
+        return y * (1 if context.reads is None else 2), state
+
+
 PLANTED = {
+    **{kind: ("what_it_shows_is_what_it_did",) for kind in (Later, Halved, Ahead, NoNumber, Meddling)},
     Zeros: ("it_answers_something",),
     Peek: ("nothing_comes_from_the_future",),
     Forgetful: ("any_cut_equals_the_whole", "states_survive_a_file", "rows_can_be_selected_and_repeated"),
@@ -203,6 +254,11 @@ def test_suite_takes_a_memory_that_keeps_the_contract(planted):
     planted(Neighbour)
     check_examples("planted")
     conform("planted", {"scale": 0.5})
+
+
+def test_suite_takes_a_memory_that_shows_what_it_did(planted):
+    planted(Show)
+    conform("planted", {}, ["what_it_shows_is_what_it_did"])
 
 
 @pytest.mark.parametrize("memory, check", [(m, check) for m, checks in PLANTED.items() for check in checks])

@@ -513,15 +513,63 @@ def small_inputs_work(subject: Subject) -> None:
 
 
 @check
+@torch.no_grad()
+def what_it_shows_is_what_it_did(subject: Subject) -> None:
+    """Who looks changes nothing. Weights that are asked for in parts are those asked for together, none is of what a
+    position may not read, and with the values they give what was read; with documents and padding. Numbers over time
+    and shares are finite, one for each head or part and position."""
+    model, ids = subject.model("beside"), _ids(2, 19)
+    mask = torch.arange(19) < torch.tensor([[19], [13]])
+    documents = torch.tensor([[0] * 7 + [1] * 12, [0] * 10 + [1] * 9])
+    for given in ((ids,), (ids, mask, documents)):
+        context = Context(reads=[])
+        seen = model.model(*given, use_cache=False, context=context).last_hidden_state
+        _near(seen, model.model(*given, use_cache=False).last_hidden_state, "looked at")
+        real = mask if len(given) > 1 else torch.ones_like(mask)
+        for read in context.reads:
+            if read.memory != "tried":
+                continue
+            for name, x in (read.traces | read.maps).items():
+                if x.dim() != 3 or x.shape[0] != 2 or x.shape[2 if name in read.traces else 1] != 19:
+                    raise Nonconforming(f"what it shows as {name!r} has the shape {tuple(x.shape)}")
+                if not x.isfinite().all():
+                    raise Nonconforming(f"what it shows as {name!r} is not finite")
+            if read.rows is None:
+                continue
+            weights = read.weights
+            parts = [(read.rows(slice(b, b + 4)), b) for b in range(0, 19, 4)]
+            for (part, first), begin in parts:
+                whole = weights[:, :, begin : begin + 4]
+                end = first + part.shape[-1]
+                _near(part, whole[..., first:end], "weights in parts")
+                if whole[..., :first].any() or whole[..., end:].any():
+                    raise Nonconforming("weights in parts leave out what is read")
+            if read.contextual and weights.triu(1).any():
+                raise Nonconforming("what it shows was read of later positions")
+            if read.span is not None:
+                slots = torch.arange(read.slots)
+                outside = (slots < read.span[0][..., None]) | (slots >= read.span[1][..., None])
+                if (weights * (outside if outside.dim() == 2 else outside[:, None])).any():
+                    raise Nonconforming("what it shows was read of pairs that it may not read")
+            if read.values is not None:
+                values = read.values.masked_fill(~read.values.isfinite(), 0.0)  # nobody has read the newest
+                found = (weights @ values.to(weights.dtype)).transpose(1, 2)[real]
+                _near(found, read.answer.transpose(1, 2)[real], "weights times values", 1e-8)
+
+
+@check
 def it_can_be_taken_out(subject: Subject) -> None:
-    """Out of a model beside others: what is left is the model that never had it, also when saved and loaded."""
+    """Out of a model beside others: what is left is the model that never had it, also when saved and loaded; and so it
+    is in one pass that leaves it out."""
     model, ids = subject.model("beside"), _ids(1, 12)
+    left_out = model(ids, context=Context(without=frozenset({"tried"}))).logits
     steps = [[m for m in step if m.get("name") != "tried"] for step in subject.arrangement("beside")]
     blocks = [{"repeat": 2, "steps": steps}]
     other = MosaicForCausalLM(MosaicConfig(blocks=blocks, vocab_size=VOCABULARY, hidden_size=WIDTH)).double().eval()
     model.remove_memories("tried")
     other.load_state_dict(model.state_dict())
     _near(model(ids).logits, other(ids).logits, "taken out")
+    _near(left_out, model(ids).logits, "left out of a pass")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         _near(MosaicForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits, "taken out, saved and loaded")
