@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from mosaics.inspection import Inspection
+from mosaics.inspection import inspect as looked_into
 from mosaics.memories import Context, Layout, Memory, Read, Stack
 from mosaics.memories.contract import init_clamped_normal, nearest
 from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.documents import documents_of
 from mosaics.models.draws import checked, drawn
-
-if TYPE_CHECKING:
-    from mosaics.inspection import Inspection
 
 _PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
 
@@ -471,9 +470,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
     ) -> Inspection:
         """What every memory retrieved for every token of a text, and what it was worth: `mosaics.inspection.inspect`,
         which has the arguments."""
-        from mosaics.inspection import inspect
-
-        return inspect(self, input_ids, past_key_values, context_ids, top, told)
+        return looked_into(self, input_ids, past_key_values, context_ids, top, told)
 
     def remove_memories(self, name: str) -> None:
         """Take every memory of a name or type out of the model, with its parameters (Tables 2, 9 and 10: the long-term

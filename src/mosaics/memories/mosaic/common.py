@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,29 +183,21 @@ class ContextualMemory(Memory):
         bandwidth = self.bandwidth()
         read = kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
         if context.reads is not None:
-            shown = self._shown(queries, keys, values, read, access)
-            context.reads.append(dataclasses.replace(shown, traces=shown.traces | self.traces(source)))
+            context.reads.append(self._shown(queries, keys, values, read, access, self.traces(source)))
         if state is not None:
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
 
-    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, access: dict[str, Any]) -> Read:
+    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, access: dict, traces: dict) -> Read:
         """The read, with the bandwidth that follows from how many pairs each position may read."""
         bandwidth, time, slots = self.bandwidth(), queries.shape[2], keys.shape[2]
         stored = slots - time if access["stored"] is None else access["stored"]
-        first, end = readable(time, stored, access["start"], access["delay"], self.window, queries.device)
-        count = (end - first).clamp(min=0).expand(queries.shape[0], time)
-        return Read(
-            self.name,
-            self.layer_index,
-            rows=lambda positions: weights_at(queries, keys, bandwidth, positions, **access),
-            slots=slots,
-            span=(first, end),
-            values=plain(values),
-            answer=read,
-            pull=lambda direction, _: self._split(direction @ self.out_proj.weight.to(direction.dtype)),
-            traces={"bandwidth": bandwidth.at(count).expand(queries.shape[:3])},
-        )
+        first, end = span = readable(time, stored, access["start"], access["delay"], self.window, queries.device)
+        beta = bandwidth.at((end - first).clamp(min=0).expand(queries.shape[0], time)).expand(queries.shape[:3])
+        own = dict(values=plain(values), answer=read, traces={"bandwidth": beta} | traces)
+        own["pull"] = lambda direction, _: self._split(direction @ self.out_proj.weight.to(direction.dtype))
+        rows = partial(weights_at, queries, keys, bandwidth, **access)
+        return Read(self.name, self.layer_index, rows, slots, span, **own)
 
     def traces(self, source: Any) -> dict[str, Tensor]:
         """What `keys` is made from, as numbers over time."""

@@ -13,9 +13,8 @@ from mosaics.ops import Faster, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
 from mosaics.ops.kernel_regression.merging import merged
-from mosaics.ops.kernel_regression.naive import check_read, weights
+from mosaics.ops.kernel_regression.naive import check_read, weights, weights_at
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
-from mosaics.ops.kernel_regression.rows import weights_at
 
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
 INEXACT = Faster(__name__, "bounded")  # for `Sketched` keys
