@@ -587,7 +587,7 @@ def test_memory_check_refuses_a_context_in_which_it_reads_nothing(case, time):
     for draw in (0.0, 0.999, None):  # the shortest and the longest delay of training, and that of evaluation
         context = Context(draw=draw, reads=[])
         made(torch.randn(1, time, 8, dtype=torch.float64), Layout(1, time), None, context)
-        read += [bool((one.weights > 0).any()) for one in context.reads if one.contextual]
+        read += [bool((one.weights > 0).any()) for one in context.reads if one.contextual and one.rows]
     if all(read):
         made.check(time)
     else:
