@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +22,7 @@ from mosaics.memories.contract import (
 from mosaics.memories.fast_weights.common import ShortConvolution, rms_normed, unit
 from mosaics.memories.fast_weights.inner import LearningState, Maps
 from mosaics.ops.inner_loop import Loss, Network, inner_loop
+from mosaics.ops.polynomial import polynomial
 
 NETWORKS = ("linear", "mlp", "gated")
 LOSSES = ("l2", "dot")
@@ -217,22 +215,3 @@ class OmegaMemory(Memory):
         tail = max(o.convolution - 1, 0) * 3 * self.common.hidden_size * element_size
         older = (o.window - 1) * self.heads * sum(sum(w.shape[1:]) for w in maps)
         return (3 * self.maps.numbers() + older) * max(4, element_size) + tail
-
-
-def polynomial(x: Tensor, roots: Tensor) -> Tensor:
-    r"""Monomials of `x` `(..., d)` up to degree p, `(..., C(d + p, p))`, with \( \phi(q) \cdot \phi(k) = \sum_i a_i (q
-    \cdot k)^i \) for the `roots` \( \sqrt{a_0}, ..., \sqrt{a_p} \): those of degree 1 first, the constant last."""
-    parts = [roots[1] * x]
-    for degree in range(2, len(roots)):
-        factors, sizes = _monomials(x.shape[-1], degree)
-        monomials = x[..., torch.tensor(factors, device=x.device)].prod(-1)
-        parts.append(roots[degree] * torch.tensor(sizes, dtype=x.dtype, device=x.device) * monomials)
-    return torch.cat([*parts, roots[0].expand(*x.shape[:-1], 1)], dim=-1)
-
-
-@functools.cache
-def _monomials(width: int, degree: int) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Which numbers each monomial multiplies, and the root of how many orders they have."""
-    factors = list(itertools.combinations_with_replacement(range(width), degree))
-    orders = [math.factorial(degree) // math.prod(math.factorial(n) for n in Counter(own).values()) for own in factors]
-    return factors, [math.sqrt(n) for n in orders]
