@@ -298,3 +298,61 @@ def test_omega_of_a_matrix_and_one_token_is_gated_linear_attention():
     read = (unit(q) @ unit(k).mT * weights) @ v + since.exp()[..., None] * (unit(q) @ memory.maps.weights[0])
     read = (read * (read.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * memory.read_scale).transpose(0, 1).flatten(1)
     assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x[0]))) < 1e-9
+
+
+DEEP = {
+    "deep-transformer": {},
+    "swdt": {"window": 3},
+    "dot": {"window": 3, "loss": "l2"},
+    "one map": {"window": 2, "loss": "l2", "network": "linear", "decay": False},
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_attention_is_the_recurrence_of_the_paper(name):
+    """One token after the other: errors behind the first map beside their keys, asked by the exponential kernel, each
+    as it was at its own chunk's start; the second map as a matrix."""
+    torch.manual_seed(0)
+    options = {"num_attention_heads": 1, "chunk": 4, "convolution": 0, "largest_step": 2.0} | DEEP[name]
+    memory = build("deep_attention", options, Common(5), 0).double()
+    memory.reset_parameters(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x, deep = torch.randn(1, 11, 5, dtype=torch.float64), memory.second is not None
+    y, _ = memory(x, Layout(1, 11), None, Context())
+    x, window, sharpness = x[0], memory.options.window, memory.sharpness[0].exp()
+    rates = memory.rates_proj(x).sigmoid()
+    alpha = 1 - rates[:, 2] if memory.options.decay else torch.ones(11, dtype=torch.float64)
+    keys, errors, slopes, reads = [], [], [], []
+    weights, second = torch.zeros(0, dtype=torch.float64), memory.second[0] if deep else None
+
+    def behind(asked, weights):
+        """What the first map answers."""
+        sums = [-w * (sharpness * (asked @ k - 1)).exp() * e for w, k, e in zip(weights, keys, errors, strict=False)]
+        return sum(sums, torch.zeros(memory.units, dtype=torch.float64))
+
+    def answer(z, second):
+        return torch.nn.functional.gelu(z) @ second if deep else z
+
+    for t in range(11):
+        if t % 4 == 0:
+            anchor = weights, second
+        key, value = unit(memory.k_proj(x[t])), memory.v_proj(x[t])
+        z = behind(key, anchor[0]).detach().requires_grad_()
+        learnt = [z] + ([anchor[1].detach().requires_grad_()] if deep else [])
+        answered = answer(z, learnt[-1])
+        loss = (answered - value).square().sum() if memory.options.loss == "l2" else -(answered @ value)
+        error, *slope = torch.autograd.grad(loss, learnt)
+        keys.append(key)
+        errors.append(error)
+        slopes.append(slope)
+        gates = [rates[i, 1] / window if i > t - window else 0.0 for i in range(t + 1)]
+        eta = 2.0 * rates[t, 0]
+        weights = torch.stack([alpha[t] * w + eta * g for w, g in zip([*weights, 0.0], gates, strict=True)])
+        if deep:
+            second = alpha[t] * second - eta * sum(g * s[0] for g, s in zip(gates, slopes, strict=True))
+        reads.append(answer(behind(unit(memory.q_proj(x[t])), weights), second))
+    read = torch.stack(reads)
+    read = read * (read.square().mean(-1, keepdim=True) + 1e-20).rsqrt() * memory.read_scale
+    assert relative_error(y[0], memory.o_proj(read * memory.gate_proj(x))) < 1e-9

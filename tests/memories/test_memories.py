@@ -32,6 +32,7 @@ OPTIONS = {
     "mom": dict(num_attention_heads=2, convolution=3),
     "lattice": dict(num_attention_heads=2, chunk=4, slots=3),
     "omega": dict(num_attention_heads=4, window=3, chunk=4),
+    "deep_attention": dict(num_attention_heads=2, chunk=4),
 }
 TABLE_6 = ("attention", "short_term", "long_term", "feed_forward")
 CASES = {name: (name, {}) for name in OPTIONS} | {
@@ -42,6 +43,8 @@ CASES = {name: (name, {}) for name in OPTIONS} | {
     "lattice, similarity": ("lattice", dict(form="similarity", renormalised=False)),
     "omega, muon": ("omega", dict(network="gated", momentum=True, orthogonal=5)),
     "omega, dot": ("omega", dict(network="linear", loss="dot", degree=1, window=2, gates="place")),
+    "deep attention, windows": ("deep_attention", dict(loss="l2", window=6)),
+    "deep attention, one map": ("deep_attention", dict(network="linear", loss="l2", window=3, decay=False)),
     "attention, alibi": ("attention", dict(positions="alibi")),
     "attention, no positions": ("attention", dict(positions="none")),
     "attention, persistent tokens": ("attention", dict(persistent_tokens=3)),
@@ -261,6 +264,10 @@ def test_contextual_memory_value_scale_can_move_from_its_start():
         ("omega", dict(num_attention_heads=2, loss="l3"), "loss is 'l3'"),
         ("omega", dict(num_attention_heads=2, gates="both"), "gates is 'both'"),
         ("omega", dict(num_attention_heads=2, window=0), "at least 1"),
+        ("deep_attention", dict(num_attention_heads=3), "not a multiple"),
+        ("deep_attention", dict(num_attention_heads=2, network="mpl"), "'mpl'; did you mean 'mlp'"),
+        ("deep_attention", dict(num_attention_heads=2, loss="l3"), "loss is 'l3'"),
+        ("deep_attention", dict(num_attention_heads=2, window=0), "at least 1"),
         ("lla", dict(num_attention_heads=2, initial_ridge=0.0), "above 0"),
     ],
 )

@@ -203,6 +203,14 @@ EXPECTED = {
         "maps.weights.?": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
         "read_scale": ONES,
     },
+    "deep_attention": {
+        "*_proj.weight": TABLE_6,
+        "rates_proj.bias": Constant(lambda weight, **_: torch.tensor([0, 0, -6]).repeat_interleave(len(weight) // 3)),
+        "sharpness": Constant(math.log(4)),
+        "convolution.weight": CONVOLUTION,
+        "second": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
+        "read_scale": ONES,
+    },
     "mamba2": {
         "*_proj.weight": TABLE_6,
         "convolution.weight": CONVOLUTION,

@@ -43,6 +43,9 @@ CLAIMED = {
     "atlas-plus": "as Atlas, with a gated network inside: the best average accuracy of the three at 760 M",
     "dla": "linear attention with a deep memory; at 1.3 B short of Titans (arXiv 2602.24281)",
     "swla": "linear attention that writes the last two tokens at once; no figure of it is known here",
+    "deep-transformer": "a strict generalisation of softmax attention without its sum; no figure of it is known here",
+    "swdt": "a DeepTransformer that writes a window of tokens at once; no figure of it is known here",
+    "dot": "a DeepTransformer that learns by the squared error of a window; no figure of it is known here",
     **dict.fromkeys(
         ("moneta", "yaad", "memora"),
         "beats Transformers and linear recurrent models in language, common sense and recall, each in some tasks",

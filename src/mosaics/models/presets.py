@@ -117,6 +117,9 @@ _FAST_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "atlas-plus": ("omega", {**_ATLAS, "network": "gated"}),
     "dla": ("omega", {**_HEBBIAN, "network": "mlp", "window": 1, "largest_step": 0.02}),
     "swla": ("omega", {**_HEBBIAN, "network": "linear", "window": 2, "gates": "place", "largest_step": 2.0}),
+    "deep-transformer": ("deep_attention", {}),
+    "swdt": ("deep_attention", {"window": 8}),
+    "dot": ("deep_attention", {"window": 8, "loss": "l2"}),
 }
 _TITANS_MAL = ("titans", {}), ("attention", {"window": 64, "persistent_tokens": 4})
 
