@@ -30,9 +30,9 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
-OPS = "kernel_regression leaky_average delta_rule inner_loop local_linear lattice newton_schulz".split()
+OPS = "kernel_regression leaky_average delta_rule inner_loop deep_attention local_linear lattice newton_schulz".split()
 PAGES += [f"src/mosaics/ops/{op}/README.md" for op in OPS]
-MEMORIES = "delta-rule ttt titans local-linear-attention miras gam mom lattice atlas".split()
+MEMORIES = "delta-rule ttt titans local-linear-attention miras gam mom lattice atlas rmt".split()
 PAGES += [f"docs/memories/{name}.md" for name in MEMORIES]
 # Appended to the commands, so that what they start ends within seconds.
 SMALL = {

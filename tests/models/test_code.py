@@ -29,8 +29,7 @@ LIMIT = 3100  # lines, for memory-mosaics-v2
 
 
 def types(preset: str) -> set[str]:
-    steps = MosaicConfig.from_preset(preset).block_steps()
-    return {memory["type"] for block in steps for step in block for memory in step}
+    return MosaicConfig.from_preset(preset).memory_types()
 
 
 # One for each set of memories, and all whose memories have other names than their types.

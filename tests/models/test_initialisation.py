@@ -211,6 +211,7 @@ EXPECTED = {
         "second": Normal(lambda weight, **_: weight.shape[1] ** -0.5, clamped=False),
         "read_scale": ONES,
     },
+    "rmt": {"memory": Normal(lambda width, **_: (2 * width) ** -0.5, clamped=False)},
     "mamba2": {
         "*_proj.weight": TABLE_6,
         "convolution.weight": CONVOLUTION,

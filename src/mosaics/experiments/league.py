@@ -50,6 +50,7 @@ CLAIMED = {
         ("moneta", "yaad", "memora"),
         "beats Transformers and linear recurrent models in language, common sense and recall, each in some tasks",
     ),
+    "rmt": "as good as Transformer-XL with a far smaller memory, perfect on copying over nine segments",
     "titans-mac": "better than Titans' memory alone, by the most where contexts are long",
     "titans-mag": "better than Titans' memory alone, and the best of the three blocks in perplexity",
     "titans-mal": "better than Titans' memory alone in perplexity and where contexts are long",

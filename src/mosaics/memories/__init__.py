@@ -7,11 +7,12 @@ Importing this package fills the registry; packages of others register theirs un
 import importlib
 import pkgutil
 
-from mosaics.memories.contract import REGISTRY, Common, Context, Layout, Memory, Read, Rows, State, register
+from mosaics.memories.contract import REGISTRY, Around, Common, Context, Layout, Memory, Read, Rows, State, register
 from mosaics.memories.stack import Block, Stack, StackState
 
 __all__ = [
     "REGISTRY",
+    "Around",
     "Block",
     "Common",
     "Context",

@@ -113,9 +113,10 @@ class Block(nn.Module):
 
 @dataclass
 class StackState(State):
-    """The states of a stack's blocks."""
+    """The states of a stack's blocks, and of the memory around them if there is one."""
 
     blocks: list[BlockState]
+    around: State | None = None
 
 
 class Stack(Memory):
@@ -125,20 +126,37 @@ class Stack(Memory):
         blocks: the steps of each block.
         norm: the kind of norm, a module class called with (width, eps).
         common: what belongs to the whole model.
+        around: the memory around them, as one of a step is given; None: there is none.
     """
 
-    def __init__(self, blocks: list[list[list[dict[str, Any]]]], norm: type[nn.Module], common: Common) -> None:
+    def __init__(
+        self, blocks: list[list[list[dict]]], norm: type[nn.Module], common: Common, around: dict | None = None
+    ) -> None:
         super().__init__(None, common, 0)
         self.blocks = nn.ModuleList(Block(steps, norm, common, i) for i, steps in enumerate(blocks))
+        self.around: Memory | None = None
+        if around is not None:
+            self.around = build(around["type"], around.get("options", {}), common, 0)
+            self.around.name = around.get("name", self.around.type)
         self.gradient_checkpointing = False
 
     def initial_state(self) -> StackState:
-        return StackState([block.initial_state() for block in self.blocks])
+        return StackState([block.initial_state() for block in self.blocks], self.around and self.around.initial_state())
 
-    def forward(
-        self, x: Tensor, layout: Layout, state: StackState | None, context: Context, trace: list[Tensor] | None = None
+    def forward(self, *given: Any, **more: Any) -> tuple[Tensor, StackState | None]:
+        """As `through`, but for what the memory around the blocks makes of it."""
+        return self.through(*given, **more) if self.around is None else self.around(self, *given, **more)
+
+    def through(
+        self,
+        x: Tensor,
+        layout: Layout,
+        state: StackState | None,
+        context: Context,
+        norm: nn.Module | None = None,
+        trace: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None]:
-        """As `Memory.forward`; `trace` collects what enters each block."""
+        """As `Memory.forward`, of the blocks; `norm` is behind the last, `trace` collects what enters each."""
         for i, block in enumerate(self.blocks):
             if trace is not None:
                 trace.append(x)
@@ -149,7 +167,7 @@ class Stack(Memory):
                 x, block_state = block(x, layout, block_state, context)
             if state is not None:
                 state.blocks[i] = block_state
-        return x, state
+        return x if norm is None else norm(x), state
 
     def _recomputed(self, block: Block, x: Tensor, layout: Layout, context: Context) -> Tensor:
         """A block whose activations are not kept: it is computed anew in the backward pass, with the same stream."""
@@ -169,19 +187,49 @@ class Stack(Memory):
         return x
 
     def memories(self) -> Iterator[Memory]:
-        """All memories of all blocks, in order."""
-        for block in self.blocks:
-            yield from block.memories()
+        """All memories of all blocks, in order, and the one around them."""
+        yield from self._inside()
+        if self.around is not None:
+            yield self.around
+
+    def kinds(self) -> list[list[str]]:
+        """The types of all memories, block by block; at last that of the one around them."""
+        around = [] if self.around is None else [[self.around.type]]
+        return [[memory.type for memory in block.memories()] for block in self.blocks] + around
 
     def reset_parameters(self, layer_index: int) -> None:
         """Every memory initialises itself; a stack has no parameters of its own."""
 
     def check(self, context_length: int) -> None:
-        for memory in self.memories():
-            memory.check(context_length)
+        seen = context_length if self.around is None else self.around.seen(context_length)
+        for memory in self._inside():
+            memory.check(seen)
+        if self.around is not None:
+            self.around.check(context_length)
+
+    def reach(self) -> tuple[int | None, int | None]:
+        return super().reach() if self.around is None else self.around.reach()
 
     def flops(self, context_length: int) -> float:
-        return sum(memory.flops(context_length) for memory in self.memories())
+        if self.around is None:
+            return sum(memory.flops(context_length) for memory in self._inside())
+        inside = sum(memory.flops(self.around.seen(context_length)) for memory in self._inside())
+        return self.share() * inside + self.around.flops(context_length)
+
+    def activation_bytes(self, element_size: int) -> float:
+        inside = self.share() * sum(memory.activation_bytes(element_size) for memory in self._inside())
+        return inside + (0.0 if self.around is None else self.around.activation_bytes(element_size))
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
-        return sum(memory.state_bytes(context_length, element_size) for memory in self.memories())
+        around, own = self.around, 0
+        if around is not None:
+            own, context_length = around.state_bytes(context_length, element_size), around.open(context_length)
+        return own + sum(memory.state_bytes(context_length, element_size) for memory in self._inside())
+
+    def share(self) -> float:
+        """How many positions the blocks read for each token."""
+        return 1.0 if self.around is None else self.around.share()
+
+    def _inside(self) -> Iterator[Memory]:
+        for block in self.blocks:
+            yield from block.memories()

@@ -13,7 +13,8 @@ from mosaics.memories.stack import BlockState
 
 
 class MosaicCacheLayer(DynamicLayer):
-    """The states of one block's memories; the first block's layer also holds what all memories share about the rows."""
+    """The states of one block's memories; the first block's layer also holds what all memories share about the rows,
+    and the state of the memory around the blocks."""
 
     _layer_type = "mosaic"
     is_croppable = False  # the recurrence of the keys cannot be run backwards
@@ -22,12 +23,13 @@ class MosaicCacheLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.state: BlockState | None = None
         self.rows: Rows | None = None
-        self.kinds: list[str] = []  # of the memories whose states these are
+        self.around: State | None = None
+        self.kinds: list[list[str]] = []  # of the memories of all blocks
         self.positions = 0
 
     def held(self) -> list[State]:
         """The states that there are."""
-        return [state for state in (self.state, self.rows) if state is not None]
+        return [state for state in (self.state, self.rows, self.around) if state is not None]
 
     def get_seq_length(self) -> int:
         """Positions seen so far, padding included, as transformers counts them."""
@@ -38,7 +40,8 @@ class MosaicCacheLayer(DynamicLayer):
         raise ValueError("This cache belongs to a mosaic; make a new cache for another model.")
 
     def reset(self) -> None:
-        self.state, self.rows, self.positions, self.is_initialized = None, None, 0, False
+        self.state = self.rows = self.around = None
+        self.positions, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -97,13 +100,12 @@ def open_cache(
     kinds = {getattr(layer, "_layer_type", None) for layer in cache.layers}
     if kinds != {MosaicCacheLayer._layer_type} or len(cache.layers) != len(stack.blocks):
         raise ValueError("The cache belongs to another model; pass DynamicCache(config=model.config), or none.")
-    for layer, block in zip(cache.layers, stack.blocks, strict=True):
-        if layer.state is not None and layer.kinds != [memory.type for memory in block.memories()]:
-            raise ValueError("The cache was made by other memories than the model has; start with a new one.")
+    if any(layer.state is not None and layer.kinds != stack.kinds() for layer in cache.layers):
+        raise ValueError("The cache was made by other memories than the model has; start with a new one.")
     held = next((state.batch for layer in cache.layers for state in layer.held() if state.batch is not None), batch)
     if batch is not None and held != batch:
         raise ValueError(f"The cache holds {held} rows and the input has {batch}; give as many.")
-    first, states = cache.layers[0], []
+    first = cache.layers[0]
     # By the base that all share: the layer may be of an exported model's code.
     if isinstance(first, StaticLayer) and not torch.compiler.is_compiling():
         if int(first.positions) + time > first.max_cache_len:
@@ -111,14 +113,12 @@ def open_cache(
                 f"The static cache has room for {first.max_cache_len} positions, and {int(first.positions)} and {time} "
                 "more are too many; make it with a larger max_cache_len."
             )
-    for layer, block in zip(cache.layers, stack.blocks, strict=True):
-        state = layer.state
-        if state is None:
-            state = block.initial_state()
-            if isinstance(layer, StaticLayer):
-                state = state.reserved(layer.max_cache_len)
-        states.append(state)
-    return StackState(states), first.rows, first.positions
+    if first.state is not None:
+        around = getattr(first, "around", None)  # the layer may be of code that knows none
+        return StackState([layer.state for layer in cache.layers], around), first.rows, first.positions
+    state = stack.initial_state()
+    state = state.reserved(first.max_cache_len) if isinstance(first, StaticLayer) else state
+    return state, first.rows, first.positions
 
 
 def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, positions: int) -> None:
@@ -128,10 +128,10 @@ def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, posit
         positions = torch.tensor(positions, device=next(stack.parameters()).device)
         if rows.tokens is None and (batch := state.batch) is not None:
             rows = Rows(positions.expand(batch).clone(), rows.document)  # counted from now on, whatever comes
-    first.rows = rows
-    for layer, block, block_state in zip(cache.layers, stack.blocks, state.blocks, strict=True):
+    first.rows, first.around = rows, state.around
+    for layer, block_state in zip(cache.layers, state.blocks, strict=True):
         layer.state, layer.is_initialized = block_state, True
-        layer.kinds = [memory.type for memory in block.memories()]
+        layer.kinds = stack.kinds()
         layer.positions += positions
 
 

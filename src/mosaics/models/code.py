@@ -64,8 +64,7 @@ def write_code(folder: Path, self_contained: bool = False) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     files = {f"{ENTRY}.py": _INSTALLED}
     if self_contained:
-        steps = MosaicConfig.from_dict(values).block_steps()
-        files = sources({memory["type"] for block in steps for step in block for memory in step})
+        files = sources(MosaicConfig.from_dict(values).memory_types())
         files[CODE_LICENSE] = _license()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

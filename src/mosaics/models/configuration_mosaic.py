@@ -80,6 +80,7 @@ class MosaicConfig(PreTrainedConfig):
         rotary_base: base of memories that use rotary positions.
         learned_positions: rows of a table of which each token's embedding is added the one of its position in its
             document; a document can't be longer. None: there is no table.
+        around: a memory around all blocks, as one of a step is given; None: there is none.
         tie_word_embeddings: whether the classifier is the embedding.
         state_dtype: in which the pairs of the context are kept between calls: `"bfloat16"`, or `"int8"` with one scale
             for each key and value of a head; None: as they are computed. They are rounded when they come, and what is
@@ -112,6 +113,7 @@ class MosaicConfig(PreTrainedConfig):
     embedding_scale: float = 0.5**0.5
     rotary_base: float = 500000.0
     learned_positions: int | None = None
+    around: dict | None = None
     tie_word_embeddings: bool = False
     state_dtype: str | None = None
     read_tolerance: float | None = None
@@ -151,8 +153,8 @@ class MosaicConfig(PreTrainedConfig):
 
     def settings(self) -> dict[str, Any]:
         """Every setting by its name, options of memories as `name.option` (those of the first block that has it)."""
-        own = {key: getattr(self, key) for key in MosaicConfig.__annotations__ if key != "blocks"}
-        for name, memory in reversed(_named_memories(self.blocks)):
+        own = {key: getattr(self, key) for key in MosaicConfig.__annotations__ if key not in ("blocks", "around")}
+        for name, memory in reversed(_named_memories(_groups(self.__dict__))):
             options = dataclasses.asdict(memory_class(memory["type"]).Options(**memory["options"]))
             own |= {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in options.items()}
         return own
@@ -168,7 +170,7 @@ class MosaicConfig(PreTrainedConfig):
                 raise ValueError(f"A mosaic has no setting {key!r}; {nearest(key, valid - _INHERITED)}")
         if self.blocks is None:
             self.blocks = _beside("presets").PRESETS["memory-mosaics-v2-small"]["blocks"]
-        self.blocks = copy.deepcopy(self.blocks)
+        self.blocks, self.around = copy.deepcopy(self.blocks), copy.deepcopy(self.around)
         self._check()
         _check_inherited(vars(self) | kwargs)
         layers = sum(group["repeat"] for group in self.blocks)
@@ -222,7 +224,7 @@ class MosaicConfig(PreTrainedConfig):
                 raise ValueError(f"The steps of a block are {steps!r}; give a list of lists of memories.")
             if not steps or not all(steps):
                 raise ValueError("A block has no step, or a step no memory; give each at least one.")
-        for memory in _memories(self.blocks):
+        for memory in _memories(_groups(self.__dict__)):
             if not isinstance(memory, dict) or not set(memory) <= {"type", "name", "options"} or "type" not in memory:
                 raise ValueError(f"A memory has the keys 'type', 'options' and perhaps 'name', not {_keys(memory)}.")
             if "name" in memory and not (isinstance(memory["name"], str) and _NAME.fullmatch(memory["name"])):
@@ -230,6 +232,9 @@ class MosaicConfig(PreTrainedConfig):
             if not isinstance(memory["type"], str) or not isinstance(memory.setdefault("options", {}), dict):
                 raise ValueError(f"A memory's type is a name and its options a dictionary, not {memory!r}.")
             check_options(memory["type"], memory["options"])
+            if memory_class(memory["type"]).surrounds != (memory is self.around):
+                place = "of a step; name it in `blocks`" if memory is self.around else "`around` the blocks"
+                raise ValueError(f"A {memory['type']} memory is one {place}.")
             for option, value in memory["options"].items():
                 if isinstance(value, tuple):  # as JSON gives it back
                     memory["options"][option] = list(value)
@@ -258,7 +263,7 @@ class MosaicConfig(PreTrainedConfig):
         """PEFT looks up what to adapt by the type of a model, in tables of its own, right after it has asked the
         model's config for its values: the maps that the memories name are put there."""
         tables = vars(sys.modules.get("peft.utils.constants", object))
-        targets = sorted({name for m in _memories(self.blocks) for name in memory_class(m["type"]).adapted})
+        targets = sorted({name for kind in self.memory_types() for name in memory_class(kind).adapted})
         for name, table in tables.items():
             if name.endswith("_TARGET_MODULES_MAPPING") and "q_proj" in table.get("llama", ()) and targets:
                 table[self.model_type] = targets
@@ -273,11 +278,15 @@ class MosaicConfig(PreTrainedConfig):
 
     def has(self, key: str) -> bool:
         """Whether there is a setting of the config, or an option of its memories, of that name (`name.option`)."""
-        return key in _FIELDS or key in _option_keys(self.blocks)
+        return key in _FIELDS or key in _option_keys(_groups(self.__dict__))
 
     def block_steps(self) -> list[list[list[dict[str, Any]]]]:
         """The steps of every block, groups written out."""
         return [group["steps"] for group in self.blocks for _ in range(group["repeat"])]
+
+    def memory_types(self) -> set[str]:
+        """The types of all memories, that around the blocks included."""
+        return {memory["type"] for memory in _memories(_groups(self.__dict__))}
 
     def common(self) -> Common:
         """What every memory may use of the whole model."""
@@ -303,6 +312,8 @@ class MosaicConfig(PreTrainedConfig):
             steps = [[memory for memory in step if not any(memory is g for g in gone)] for step in group["steps"]]
             group["steps"] = [step for step in steps if step]
         self.blocks = [group for group in self.blocks if group["steps"]]
+        if self.around is not None and name in (self.around["type"], self.around.get("name")):
+            self.around = None
         self.num_hidden_layers = sum(group["repeat"] for group in self.blocks)
 
     def __getattr__(self, name: str) -> Any:
@@ -310,7 +321,7 @@ class MosaicConfig(PreTrainedConfig):
             owner, _, option = name.rpartition(".")
             values = [
                 memory["options"][option]
-                for own, memory in _named_memories(self.__dict__.get("blocks"))
+                for own, memory in _named_memories(_groups(self.__dict__))
                 if option in memory["options"] and owner in ("", own)
             ]
             if values and all(value == values[0] for value in values):
@@ -320,8 +331,8 @@ class MosaicConfig(PreTrainedConfig):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        blocks = self.__dict__.get("blocks")
-        if name not in _FIELDS and _set_option(blocks, name, value):
+        blocks = [] if name in _FIELDS else _groups(self.__dict__)
+        if _set_option(blocks, name, value):
             return
         known = name in _FIELDS | _TRANSFORMERS_KEYS or name.startswith("_") or hasattr(type(self), name)
         if blocks and not known and name not in self.__dict__:
@@ -346,6 +357,12 @@ def _beside(name: str) -> ModuleType:
         raise ValueError(f"The {name} of mosaics are in the package alone; install it, or give all settings.") from None
 
 
+def _groups(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of blocks among the values of a config; after them the memory around as if it were one."""
+    around = values.get("around")
+    return (values.get("blocks") or []) + ([] if around is None else [{"repeat": 1, "steps": [[around]]}])
+
+
 def _memories(blocks: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [memory for group in blocks or [] for step in group["steps"] for memory in step]
 
@@ -368,9 +385,9 @@ def _changed(name: str, values: dict[str, Any], overrides: dict[str, Any]) -> di
             if len(values["blocks"]) > 1:
                 raise ValueError(f"{name} has several groups of blocks; give `blocks` instead of num_hidden_layers.")
             values["blocks"][0]["repeat"] = value
-        elif not _set_option(values["blocks"], key, value):
+        elif not _set_option(_groups(values), key, value):
             if key not in fields:
-                known = fields | _option_keys(values["blocks"])
+                known = fields | _option_keys(_groups(values))
                 raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
             values[key] = value
     return values

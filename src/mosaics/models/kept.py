@@ -79,7 +79,7 @@ def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache,
         )
     tensors: dict[str, Tensor] = {"input_ids": input_ids.to(torch.int32)}
     plain: dict[str, Any] = {}
-    for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+    for name, part in _parts(rows or Rows(), state):
         _flatten(name, part, tensors, plain)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     about = {
@@ -143,7 +143,7 @@ def load_memory(path: str | Path, model: MosaicForCausalLM, batch_size: int = 1)
         stack, rows = model.model.stack, Rows()
         cache = DynamicCache(config=model.config)
         state, _, _ = open_cache(cache, stack)
-        for name, part in [("rows", rows), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+        for name, part in _parts(rows, state):
             _fill(name, part, tensors, about["plain"])
         _check_content(model, input_ids, state, tensors, about["plain"])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
@@ -175,7 +175,7 @@ def _check_content(
     state, rows, _ = open_cache(read_context(model, input_ids[:, :256], cache=cache), model.model.stack)
     known: dict[str, Tensor] = {}
     known_plain: dict[str, Any] = {}
-    for name, part in [("rows", rows or Rows()), *((f"blocks.{i}", b) for i, b in enumerate(state.blocks))]:
+    for name, part in _parts(rows or Rows(), state):
         _flatten(name, part, known, known_plain)
     if plain.keys() != known_plain.keys():
         raise TypeError("fields")
@@ -190,7 +190,7 @@ def _check_content(
         longer = isinstance(value, int) and time > 256 and 0 <= plain[name] <= most(value)
         if type(plain[name]) is not type(value) or not (longer or plain[name] == value):
             raise TypeError(name)
-    grows = {name: dim for i, block in enumerate(stored.blocks) for name, dim in _growing(f"blocks.{i}", block)}
+    grows = {name: dim for own, part in _parts(Rows(), stored) for name, dim in _growing(own, part)}
     for name in known.keys() & tensors.keys():
         shapes = [list(known[name].shape), list(tensors[name].shape)]
         if (dim := grows.get(name)) is not None and min(map(len, shapes)) > dim:
@@ -200,6 +200,12 @@ def _check_content(
         wrong = shapes[0] != shapes[1] or known[name].dtype != tensors[name].dtype
         if wrong or (tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all()):
             raise TypeError(name)
+
+
+def _parts(rows: Rows, state: StackState) -> list[tuple[str, State]]:
+    """All that is kept, by the names that it has in a file."""
+    around = [] if state.around is None else [("around", state.around)]
+    return [("rows", rows), *around, *((f"blocks.{i}", block) for i, block in enumerate(state.blocks))]
 
 
 def fingerprint(model: MosaicForCausalLM) -> str:

@@ -55,8 +55,7 @@ def width_option(config: MosaicConfig) -> str:
     Raises:
         ValueError: there is none, or there are several.
     """
-    memories = {memory["type"] for steps in config.block_steps() for step in steps for memory in step}
-    options = {memory_class(name).width_option for name in memories} - {None}
+    options = {memory_class(name).width_option for name in config.memory_types()} - {None}
     if len(options) != 1:
         raise ValueError(f"One option has to say how wide the persistent memories are; there are {len(options)}.")
     return options.pop()

@@ -126,7 +126,7 @@ class MosaicModel(MosaicPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         rows = config.learned_positions
         self.embed_positions = None if rows is None else nn.Embedding(rows, config.hidden_size)
-        self.stack = Stack(config.block_steps(), norm, config.common())
+        self.stack = Stack(config.block_steps(), norm, config.common(), config.around)
         self.norm = norm(config.hidden_size, config.norm_eps)
         self.post_init()
 
@@ -239,9 +239,10 @@ class MosaicModel(MosaicPreTrainedModel):
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states and self.stack.around is not None:
+            raise ValueError("What enters the blocks is not what goes in, with a memory around; ask for the logits.")
         trace: list[Tensor] | None = [] if output_hidden_states else None
-        x, state = self.stack(x, layout, state, context, trace)
-        x = self.norm(x)
+        x, state = self.stack(x, layout, state, context, self.norm, *([] if trace is None else [trace]))
         hidden_states = None if trace is None else tuple(_restored(h, order, layout) for h in [*trace, x])
         if past_key_values is not None:
             close_cache(past_key_values, self.stack, state, rows, time)
@@ -492,6 +493,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         for block in stack.blocks:
             block.remove(name)
         stack.blocks = nn.ModuleList(block for block in stack.blocks if len(block.steps))
+        if stack.around is not None and name in (stack.around.name, stack.around.type):
+            stack.around = None
         config.remove_memories(name)
         self.config = self.model.config = config
 

@@ -201,6 +201,11 @@ def _gam(s: dict[str, Any]) -> dict[str, Any]:
 
 _SYSTEMS = {f"{name}-tiny": _in_the_place(system) for name, system in (_FAST_WEIGHTS | _ATTENTION).items()}
 _SYSTEMS["titans-mal-tiny"] = _in_the_place(*_TITANS_MAL)
+# Segments shorter than the paper's 150, which have as many memory tokens as there.
+_SYSTEMS["rmt-tiny"] = {
+    **_in_the_place(("attention", {})),
+    "around": {"type": "rmt", "options": {"memory_tokens": 10, "segment": 64}},
+}
 _SYSTEMS["gam-tiny"] = _gam({**_LAPTOP, **_SIZES["tiny"]})
 # Table of arXiv 2505.23735, whose feed-forward width is not known: 8/3 of the width. A head has its 48 channels.
 _SYSTEMS["atlas-170m"] = _in_the_place(

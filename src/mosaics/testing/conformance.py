@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from mosaics.memories import REGISTRY, Common, Context, Layout, Memory
+from mosaics.memories import REGISTRY, Around, Common, Context, Layout, Memory, Stack
 from mosaics.memories.contract import build, linear_flops, memory_class
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.kept import load_memory, read_context, save_memory
@@ -34,13 +34,25 @@ class Subject:
     type: str
     options: dict[str, Any]
 
+    @property
+    def around(self) -> bool:
+        """Whether it stands around the blocks."""
+        return issubclass(memory_class(self.type), Around)
+
+    def spec(self) -> dict[str, Any]:
+        """As a config has it."""
+        return {"type": self.type, "options": dict(self.options)}
+
     def arrangement(self, kind: str = "alone") -> list[list[dict[str, Any]]]:
         """The steps of a block: `alone` with a feed-forward network, `beside` the memories of v2, `twice`."""
-        own = {"type": self.type, "options": dict(self.options)}
+        own = self.spec()
         inner = {"type": "feed_forward", "options": {"intermediate_size": 12}}
         short = {"type": "short_term", "name": "near", "options": {"num_attention_heads": 2, "window": 4}}
         long = {"num_attention_heads": 2, "delay": 2, "train_delay": [2, 4]}
         far = {"type": "long_term", "name": "far", "options": long}
+        if self.around:
+            attention = {"type": "attention", "options": {"num_attention_heads": 2}}
+            return [[short, far] if kind == "beside" else [attention], [{**inner, "name": "inner"}]]
         return {
             "alone": [[own], [{**inner, "name": "inner"}]],
             "beside": [[short, {**own, "name": "tried"}, far], [{**inner, "name": "inner"}]],
@@ -50,6 +62,8 @@ class Subject:
     def config(self, kind: str = "alone", layers: int = 2, **more: Any) -> MosaicConfig:
         blocks = [{"repeat": layers, "steps": self.arrangement(kind)}]
         sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "max_position_embeddings": 64}
+        if self.around:
+            sizes["around"] = {**self.spec(), "name": "tried"}
         return MosaicConfig(blocks=blocks, **sizes | more)
 
     def model(self, kind: str = "alone", dtype: torch.dtype = torch.float64, **more: Any) -> MosaicForCausalLM:
@@ -65,11 +79,16 @@ class Subject:
         return model
 
     def memory(self, layer_index: int = 0, common: Common | None = None) -> Memory:
-        """The memory alone, initialised."""
+        """The memory alone, initialised; one that stands around blocks with a stack of one."""
         torch.manual_seed(4)
-        made = build(self.type, dict(self.options), common or Common(WIDTH, num_layers=2), layer_index)
+        common = common or Common(WIDTH, num_layers=2)
+        if self.around:
+            made = Stack([self.arrangement()], nn.RMSNorm, common, self.spec())
+        else:
+            made = build(self.type, dict(self.options), common, layer_index)
         with torch.no_grad():
-            made.reset_parameters(layer_index)
+            for one in made.memories() if self.around else [made]:
+                one.reset_parameters(layer_index)
         return made
 
 
@@ -395,13 +414,10 @@ def flops_of_linear_maps_are_torchs(subject: Subject) -> None:
 @check
 def activation_bytes_are_about_right(subject: Subject) -> None:
     """Within a factor of 3 of what autograd keeps for a layer, without a compiler's help and beyond small sizes."""
-    common = Common(64)
     try:
-        made = build(subject.type, dict(subject.options), common, 0)
+        made = subject.memory(common=Common(64))
     except ValueError:
         return  # its sizes do not fit that width
-    with torch.no_grad():
-        made.reset_parameters(0)
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in made.parameters()}
 
@@ -440,7 +456,7 @@ def initialisation_is_applied(subject: Subject) -> None:
     for way in ("constructor", "meta"):
         model = made(way)
         for memory in model.model.stack.memories():
-            if memory.name == "inner":
+            if memory.type != subject.type:
                 continue
             # Many draws of the memory's own say what to expect of each parameter.
             draws: dict[str, list[Tensor]] = {}
@@ -564,7 +580,7 @@ def it_can_be_taken_out(subject: Subject) -> None:
     model, ids = subject.model("beside"), _ids(1, 12)
     left_out = model(ids, context=Context(without=frozenset({"tried"}))).logits
     steps = [[m for m in step if m.get("name") != "tried"] for step in subject.arrangement("beside")]
-    blocks = [{"repeat": 2, "steps": steps}]
+    blocks = [{"repeat": 2, "steps": steps}]  # without one around
     other = MosaicForCausalLM(MosaicConfig(blocks=blocks, vocab_size=VOCABULARY, hidden_size=WIDTH)).double().eval()
     model.remove_memories("tried")
     other.load_state_dict(model.state_dict())

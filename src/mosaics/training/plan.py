@@ -82,9 +82,10 @@ def plan(
     layers, width = config.num_hidden_layers, config.hidden_size
     # What a step keeps beside its memories: what enters and leaves its norm, and the sum, in float32.
     steps = sum(len(block.steps) for block in model.model.stack.blocks)
-    of_memories = sum(memory.activation_bytes(2 if half else 4) for memory in model.model.stack.memories())
-    block = positions * (of_memories + 3 * 4 * width * steps) / layers
-    boundaries = positions * layers * width * 4
+    of_memories = model.model.stack.activation_bytes(2 if half else 4)
+    read = model.model.stack.share()  # positions for each token
+    block = positions * (of_memories + read * 3 * 4 * width * steps) / layers
+    boundaries = positions * read * layers * width * 4
     memory = {
         "parameters": 4 * held,
         "gradients": 4 * held,

@@ -10,7 +10,7 @@ from mosaics.memories.contract.helpers import (
     mean_pairs,
 )
 from mosaics.memories.contract.layout import Layout
-from mosaics.memories.contract.memory import Common, Memory
+from mosaics.memories.contract.memory import Around, Common, Memory
 from mosaics.memories.contract.pairs import STATE_DTYPES, FixedPairs, Pairs, check_state_dtype, check_tolerance
 from mosaics.memories.contract.registry import (
     LARGEST,
@@ -30,6 +30,7 @@ __all__ = [
     "LARGEST",
     "REGISTRY",
     "STATE_DTYPES",
+    "Around",
     "Common",
     "Context",
     "FixedPairs",

@@ -69,6 +69,7 @@ class Memory(nn.Module):
 
     Options: ClassVar[type]
     type: ClassVar[str]
+    surrounds: ClassVar[bool] = False  # the blocks of a model, as an `Around` does
     width_option: ClassVar[str | None] = None  # which option changes the size of the memory linearly, if any does
     shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
     adapted: ClassVar[tuple[str, ...]] = ()
@@ -146,3 +147,43 @@ class Memory(nn.Module):
     def undecayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: scalars, vectors and norms."""
         return {name for name, parameter in self.named_parameters() if parameter.dim() < 2}
+
+
+class Around(Memory):
+    """A memory around the whole stack of blocks, which it calls itself: a config names it in `around`.
+
+    Its own state is `state.around` of a `StackState`, whose `blocks` are those of what the stack has open.
+    """
+
+    surrounds = True
+
+    def forward(
+        self, stack: Any, x: Tensor, layout: Layout, state: Any, context: Context, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Any]:
+        """As `Memory.forward`, of the whole stack.
+
+        Args:
+            stack: the `Stack`, whose blocks are asked by `stack.through`, any number of times.
+            x: `(batch, time, d)`, compact rows.
+            layout: what each position is.
+            state: a `StackState`, or None when nothing follows.
+            context: what belongs to this pass.
+            norm: what is behind the last block; for `stack.through`.
+        """
+        raise NotImplementedError
+
+    def flops(self, context_length: int) -> float:
+        """Operations per token beside those of the blocks."""
+        return 0.0
+
+    def seen(self, context_length: int) -> int:
+        """The most positions that the blocks read together."""
+        raise NotImplementedError
+
+    def open(self, context_length: int) -> int:
+        """The positions that the blocks' states are of after so many tokens."""
+        raise NotImplementedError
+
+    def share(self) -> float:
+        """How many positions the blocks read for each token."""
+        return 1.0

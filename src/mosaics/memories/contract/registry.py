@@ -23,7 +23,7 @@ REGISTRY: dict[str, type[Memory]] = {}
 ENTRY_POINTS = "mosaics.memories"  # the group under which packages of others name their memories
 # What belongs to the whole model in a config, so that no memory may have an option of the name.
 MODEL_SETTINGS = frozenset(
-    "vocab_size hidden_size blocks num_hidden_layers max_position_embeddings norm norm_eps bias dropout "
+    "vocab_size hidden_size blocks around num_hidden_layers max_position_embeddings norm norm_eps bias dropout "
     "embedding_dropout attention_dropout logit_scale embedding_scale rotary_base learned_positions "
     "tie_word_embeddings state_dtype use_cache bos_token_id eos_token_id pad_token_id dtype name type options "
     "repeat steps".split()

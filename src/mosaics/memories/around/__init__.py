@@ -1,0 +1,1 @@
+"""Memories around the whole stack of blocks: they say what the blocks read together."""
