@@ -124,6 +124,12 @@ def test_what_can_not_stand_around_is_refused(changes, message):
         MosaicForCausalLM(MosaicConfig(**{"vocab_size": 9, "hidden_size": 16} | changes))
 
 
+@pytest.mark.parametrize("around", [{"options": {}}, {"type": 3}, {"type": "rmt", "options": []}])
+def test_around_that_is_none_is_refused_before_options_are_set_in_it(around):
+    with pytest.raises(ValueError, match="memory"):
+        MosaicConfig.from_preset("rmt-tiny", around=around, segment=3)
+
+
 def test_what_a_recurrent_memory_can_not_do_is_refused():
     model = recurrent()
     with pytest.raises(ValueError, match="with a memory around"):

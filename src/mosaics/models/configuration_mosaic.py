@@ -138,8 +138,8 @@ class MosaicConfig(PreTrainedConfig):
         presets = _beside("presets").PRESETS
         if name not in presets:
             raise ValueError(f"There is no preset {name!r}; {nearest(name, presets)}")
-        if overrides.get("blocks") is not None:
-            cls(blocks=overrides["blocks"])  # refuses what are none, before options are set in them
+        if given := {k: overrides[k] for k in ("blocks", "around") if overrides.get(k) is not None}:
+            cls(**given)  # refuses what are none, before options are set in them
         return cls(**_changed(name, presets[name], overrides))
 
     def changed(self, name: str, /, **overrides: Any) -> MosaicConfig:
