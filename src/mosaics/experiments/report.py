@@ -278,10 +278,12 @@ def _dimension(
     columns = ["", *(_column(setting, evaluation, x) for x in xs)]
     about = _ABOUT.get(evaluation["options"].get("task", evaluation["suite"]), _ABOUT.get(evaluation["suite"], ""))
     terms = [(word, _explained(word)) for word in simple if _explained(word) and word not in named]
+    series = [s for s in results["study"]["settings"] if (s["series"] or s["name"]) == shown_as]
+    budgets = dict.fromkeys(map(_budget_line, series))
     by_seed = _by_seed(results, rows, name, evaluation)
     return Section(
         title,
-        f"{about} {_budget_line(setting)}".strip(),
+        " ".join([about, *budgets]).strip(),
         figures=[draw(plot, folder / f"{name}.png")],
         terms=terms,
         tables=[Table(name, columns, lines, note)],
