@@ -21,7 +21,8 @@ def draw(plot: dict[str, Any], png: Path) -> str:
     Args:
         plot: `title`, `x`, `y` (labels), `log_x`; `curves` (label, seed, x, y): the mean over seeds as a line and how
             far they go, or the intervals `bands` (label -> (x, low, high)); `beside` (label, x, y) as broken lines,
-            grey where `label` is no curve's; `marks` (label, x) as upright ones, `lines` (label, y) as level ones.
+            grey where `label` is no curve's; `marks` (label, x) as upright ones, `lines` (label, y) as level ones;
+            `top` of the drawing, if not that of what is drawn.
         png: where a picture goes; its name makes those in the drawing unique.
 
     Returns:
@@ -65,6 +66,8 @@ def draw(plot: dict[str, Any], png: Path) -> str:
         axes.minorticks_off()
     if "%" in plot["y"]:
         axes.set_ylim(-3, 103)
+    if "top" in plot:
+        axes.set_ylim(top=plot["top"])
     axes.set_title(plot["title"], loc="left", fontsize=12)
     axes.set_xlabel(plot["x"], fontsize=11)
     axes.set_ylabel(plot["y"], fontsize=11)
