@@ -11,7 +11,7 @@ EXAMPLE = "mosaics evaluate runs/first --suite recall --lengths 128,256 --pairs 
 
 
 def evaluate(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, a hub id, or demo.")],
     suite: Annotated[
         str,
         Option(help="persistent-knowledge, new-knowledge, in-context-learning, recall, perplexity or lm-eval."),

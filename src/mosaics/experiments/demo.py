@@ -207,8 +207,8 @@ def card(found: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys((row["asked"], row["words"]) for row in found["rows"]))
     for rows, note in ((found["rows"], ""), (list(without.values()), ", without the long-term memory")):
         for kind in kinds:
-            cells = [_share(row) for row in rows if (row["asked"], row["words"]) == kind]
-            lines.append(f"| {kind[0]}{note} | {kind[1]} | {' | '.join(cells)} |")
+            if cells := [_share(row) for row in rows if (row["asked"], row["words"]) == kind]:
+                lines.append(f"| {kind[0]}{note} | {kind[1]} | {' | '.join(cells)} |")
     names = [name for name in found["simple"][0] if name != "times"]
     for name in names:
         cells = [f"{row[name]:.0f}" for row in found["simple"]]
@@ -218,10 +218,11 @@ def card(found: dict[str, Any]) -> str:
         table="\n".join(lines),
         questions=found["rows"][0]["questions"],
         length=training["context_length"],
-        longest=max(row["tokens"] for row in found["rows"]),
+        tokens=", ".join(f"{row['tokens']:,}" for row in found["rows"][: len(MULTIPLES)]),
         bits=validation["validation_bits_per_byte"],
         where=f"{machine['processor']}, torch {machine['torch']}, Python {machine['python']}",
-        **{key: training[key] for key in ("steps", "batch_size", "tokens", "minutes", "learning_rate", "text_sha256")},
+        **{key: training[key] for key in ("steps", "batch_size", "minutes", "learning_rate", "text_sha256")},
+        trained=training["tokens"],
         **{key: found[key] for key in ("commit", "seed", "mosaics")},
     )
 
@@ -268,7 +269,7 @@ second name, in a third of the documents words that occur nowhere else; and what
 language \
 (`python-reference`, under the licence of Python, whose text depends on its version). SHA-256 of the text: \
 `{text_sha256}`.
-- Recipe `demo`: {steps:,} steps of {batch_size} sequences of {length} tokens ({tokens:,} tokens), peak learning rate \
+- Recipe `demo`: {steps:,} steps of {batch_size} sequences of {length} tokens ({trained:,} tokens), peak learning rate \
 {learning_rate:g}, seed {seed}, {minutes} minutes on one thread of: {where}. All tokens count alike in the loss.
 - `make demo-model` makes it anew; these numbers are of commit {commit}, mosaics {mosaics}. Weights are kept in \
 bfloat16 \
@@ -277,12 +278,13 @@ and computed with in float32.
 ## Evaluation
 
 Percent right, with the 95 % interval (Wilson), of {questions} questions for each length, about people whose names do \
-not occur in training, in documents of 1 to 8 times the training length of {length} tokens (the longest prompts have \
-{longest:,} on average). Right is the whole answer up to its full stop, greedily written. In italics, for comparison, \
-what can be had without a memory for what goes with what: *chance* picks one of the values of the attribute; *last \
-words* counts which answers followed the last words in training; *word counts* takes the value that the prompt has \
-most \
-often; *repeated ending* goes on as the prompt did after the longest earlier occurrence of its last words.
+not occur in training, in documents made for 1 to 8 times the training length of {length} tokens: the prompts have \
+{tokens} tokens on average. Right is the whole answer up to its full stop, greedily written. Words *of no list* \
+are names \
+and values that occur nowhere in training. In italics, for comparison: *chance* picks one of the values of the \
+attribute; *last words*, without a memory, counts which answers followed the last words in training; *word \
+counts* takes the value that the prompt has most often; *repeated ending*, a simple look-up, goes on as the \
+prompt did after the longest earlier occurrence of its last words.
 
 {table}
 
@@ -290,7 +292,8 @@ On held-out documents of both kinds: {bits:.3f} bits per byte.
 
 ## Limits
 
-It has read a world of eight attributes and the reference of one programming language. It was not tuned to follow \
+It has read a world of eight attributes and the reference of one programming language. Names and values that it has \
+never met it reads as several tokens, and often gets wrong (the rows *of no list* above). It was not tuned to follow \
 instructions or to refuse anything.
 """
 

@@ -58,7 +58,7 @@ def write_run_page(run: Path, output: Path) -> Path:
         ),
     ]
     leads = _leads(run, recipe, lines, steps, validated, minutes)
-    return write_page(output, f"Run {run.resolve().name}", leads, [section for section in sections if section])
+    return write_page(output, f"The run {run.resolve().name}", leads, [section for section in sections if section])
 
 
 def _minutes(steps: Sequence[dict[str, Any]]) -> list[float]:
