@@ -27,6 +27,8 @@ _ABOUT = {
 _COLUMNS = {
     "accuracy": "right (%)",
     "examples": "questions",
+    "among values": "right among the values there (%)",
+    "chance": "chance (%)",
     "nats per token": "nats per token (less is better)",
     "context": "context (tokens)",
     "times": "times the training length",
@@ -143,7 +145,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("low", "high")]
     lines = [
         [
-            Number(row["accuracy"], row.get("low"), row.get("high"))
+            Number(row["accuracy"], row.get("low"), row.get("high"), decimals=(1, 0))
             if key == "accuracy" and row.get("accuracy") is not None
             else row.get(key)
             for key in columns
