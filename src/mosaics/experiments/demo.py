@@ -288,6 +288,8 @@ prompt did after the longest earlier occurrence of its last words.
 
 {table}
 
+Up to 8 questions share a document (13 documents for each length), which the intervals leave out: they are too narrow.
+
 On held-out documents of both kinds: {bits:.3f} bits per byte.
 
 ## Limits
