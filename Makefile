@@ -9,7 +9,7 @@ PUBLIC := mosaics $(addprefix mosaics.,ops memories models inspection data train
 # Of `make soak`.
 MINUTES ?= 25
 
-.PHONY: help quickstart test test-conform test-clients soak lint docs wheel clean
+.PHONY: help quickstart demo-model test test-conform test-clients soak screenshots lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +34,11 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
 	$(BIN)/mosaics quickstart
 
+demo-model: $(VENV)/.installed  ## make the model anew that comes with the package as demo (half an hour on one thread)
+	$(BIN)/mosaics prepare --corpus world:prose,documents=10000,tokens=176 --corpus python-reference --vocab-size 2048 --validation 0.02 --out runs/demo/data
+	OMP_NUM_THREADS=1 $(BIN)/mosaics train demo --run runs/demo/run --data.prepared runs/demo/data
+	$(BIN)/python -m mosaics.experiments.demo runs/demo/run src/mosaics/models/demo
+
 test: $(VENV)/.installed-dev  ## the tests (under 12 minutes on two cores)
 	$(BIN)/ruff check src tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform and not slow'
@@ -47,6 +52,9 @@ test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accele
 
 soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
 	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)
+
+screenshots: $(VENV)/.installed  ## pictures of pages for the docs (needs Chromium, Playwright and the quickstart's run)
+	$(BIN)/python docs/screenshots.py
 
 lint: $(VENV)/.installed-dev  ## the linter alone
 	$(BIN)/ruff check src tests benchmarks

@@ -51,7 +51,10 @@ def test_wheel_holds_the_package_its_recipes_and_its_licence(wheel):
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "mosaics").rglob("*.py")}
     assert sources <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {"mosaics/py.typed", "mosaics/LICENSE"} <= set(names)
+    assert {"mosaics/py.typed", "mosaics/LICENSE", "mosaics/reporting/page.html.j2"} <= set(names)
+    demo = {path.name: path.stat().st_size for path in (ROOT / "src" / "mosaics" / "models" / "demo").iterdir()}
+    assert {f"mosaics/models/demo/{name}" for name in demo} <= set(names) and "model.safetensors" in demo
+    assert sum(zipfile.ZipFile(wheel).getinfo(f"mosaics/models/demo/{name}").compress_size for name in demo) < 4e6
     assert {name.split("/")[0] for name in names} == {"mosaics", f"mosaics-{mosaics.__version__}.dist-info"}
 
 

@@ -122,7 +122,7 @@ def test_readme_shows_the_two_commands_first():
     assert "make quickstart" in first and "make test" in first and "](docs/images/quickstart.png)" in first
 
 
-TARGETS = ["quickstart", "test", "test-conform", "test-clients", "soak", "lint", "docs", "wheel"]
+TARGETS = "quickstart demo-model test test-conform test-clients soak screenshots lint docs wheel".split()
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -37,6 +37,7 @@ def test_evaluate_prints_tables_and_continues(model, tmp_path, capfd):
     assert main(words) == 0
     out = capfd.readouterr().out
     assert "by distance" in out and str(tmp_path / "out" / "results.json") in out
+    assert "report: " in out and "of 4 questions right" in (tmp_path / "out" / "report.html").read_text()
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(first["examples"]) == 4 and first["settings"]["pairs"] == [2, 4]
     assert main([*words, "--batch-size", "1"]) == 0

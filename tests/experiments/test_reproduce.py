@@ -118,7 +118,7 @@ def test_reproduce_goes_on_from_a_trained_model_and_reports(texts, tmp_path):
     summary = write_summary(tmp_path).read_text(encoding="utf-8").splitlines()
     assert len(summary) == 3 and summary[2].startswith("| figure8 | ") and summary[2].endswith(" | 0 |")
     page = (tmp_path / "figure8" / "report.html").read_text(encoding="utf-8")
-    assert "At full scale" in page and "can&#x27;t be told" in page and "premise: " in page
+    assert "At full scale" in page and "can&#39;t be told" in page and "<span>premise</span>" in page
     kept = read_record(record[0])
     assert kept["rows"] == found["rows"] and kept["verdict"] == found["verdict"] and kept["command"] == record[1]
     assert all(key in kept for key in ("commit", "machine", "baselines", "study"))

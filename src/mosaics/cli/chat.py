@@ -15,7 +15,7 @@ HELP = "/reset begins again, /save FILE keeps what was said as a memory, /quit e
 
 
 def chat(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, a hub id, or demo.")],
     max_new_tokens: Annotated[int, Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens with this much probability.")] = 0.95,

@@ -72,11 +72,12 @@ def compare(
     }
     tasks = () if worlds == "none" else parts(worlds)
     corpus, where = None if text == "none" else text, cache or output / "cache"
+    command = shlex.join(["mosaics", *sys.argv[1:]])
     if systems is None:
         if automata is not None or results is not None:
             raise ValueError("--automata and --results are of a league; name its --systems")
         planned = study(parts(arrangements), tasks, corpus, match=parts(match), **common)
-        print(f"report: {write_report(run_study(planned, where, jobs), output)}")
+        print(f"report: {write_report(run_study(planned, where, jobs), output, command=command)}")
         return
     for name in ("arrangements", "match"):
         if context.get_parameter_source(name).name == "COMMANDLINE":
@@ -89,10 +90,9 @@ def compare(
 
     def keep(found) -> None:
         if results is not None:
-            command = shlex.join(["mosaics", *sys.argv[1:]])
             write_record(results / f"{NAME}.json", NAME, found, command, costs=found["costs"])
 
-    print(f"report: {write_report(run_league(planned, where, jobs, keep), output)}")
+    print(f"report: {write_report(run_league(planned, where, jobs, keep), output, command=command)}")
 
 
 def parts(text: str) -> list[str]:

@@ -1,5 +1,7 @@
 """`mosaics evaluate`: a dimension of a model, as numbers."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ EXAMPLE = "mosaics evaluate runs/first --suite recall --lengths 128,256 --pairs 
 
 
 def evaluate(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, a hub id, or demo.")],
     suite: Annotated[
         str,
         Option(help="persistent-knowledge, new-knowledge, in-context-learning, recall, perplexity or lm-eval."),
@@ -68,7 +70,7 @@ def evaluate(
     field: Annotated[str | None, Option(help="perplexity: field of .jsonl records.")] = None,
     split: Annotated[str | None, Option(help="perplexity: split of a prepared folder.")] = None,
 ) -> None:
-    """Ask a model the questions of a suite; print tables, and write results.json, table.txt and plot.png."""
+    """Ask a model the questions of a suite; print tables, and write report.html, results.json, table.txt, plot.png."""
     given = {
         "tasks": _parts(tasks),
         "lengths": _numbers("--lengths", lengths),
@@ -93,6 +95,7 @@ def evaluate(
     asked = make_suite(suite, data or [], {key: value for key, value in given.items() if value is not None})
     from mosaics.evaluation import Scorer
     from mosaics.evaluation import evaluate as run
+    from mosaics.evaluation.page import write_evaluation_page
     from mosaics.evaluation.results import save, side_by_side, tables_text
     from mosaics.evaluation.scorer import check_memories, place
     from mosaics.training.sources import open_source
@@ -115,7 +118,9 @@ def evaluate(
             save(result, output)
     print(tables_text(result), end="")
     if output is not None:
-        print(f"\nresults: {output / 'results.json'}")
+        command = shlex.join(["mosaics", *sys.argv[1:]])
+        page = write_evaluation_page(output, result, results, asked.examples(scorer), command)
+        print(f"\nresults: {output / 'results.json'}\nreport: {page}")
 
 
 def make_suite(name: str, data: list[str], options: dict[str, Any]):

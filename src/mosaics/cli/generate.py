@@ -11,7 +11,7 @@ EXAMPLE = 'mosaics generate runs/first --prompt "def " --max-new-tokens 100 --se
 
 
 def generate(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, a hub id, or demo.")],
     prompt: Annotated[
         list[str] | None,
         Option(help="The text to go on from; - reads it from standard input. Several are answered together."),

@@ -94,7 +94,7 @@ def reproduce(
     command = shlex.join(["mosaics", "reproduce", *sys.argv[2:]])
     for claim in chosen:
         record = None if results is None else (results / f"{claim.name}.json", command)
-        found = of.reproduce(claim, known, seeds, output / claim.name, where, jobs, changes, record)
+        found = of.reproduce(claim, known, seeds, output / claim.name, where, jobs, changes, record, command)
         print(of.verdict_text(found["verdict"]), flush=True)
         print(f"  report: {output / claim.name / 'report.html'}", flush=True)
         of.write_summary(output)

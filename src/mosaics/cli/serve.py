@@ -13,7 +13,7 @@ EXAMPLE = "mosaics serve runs/first --memory textwrap=textwrap.memory --port 800
 
 
 def serve(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, a hub id, or demo.")],
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, Option(help="What clients call the model; if not given, MODEL's last part.")] = None,

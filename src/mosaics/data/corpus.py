@@ -21,6 +21,7 @@ from mosaics.data.document import Corpus, Document
 from mosaics.data.worlds.documents import WORLD, open_world
 
 STANDARD_LIBRARY = "python-stdlib"
+REFERENCE = "python-reference"
 STANDARD_INPUT = {"-": "stdin.txt", "-.jsonl": "stdin.jsonl"}
 # Tests, tables and build settings: no text that one would read, and twice the size of all the rest.
 _NOT_LIBRARY_TEXT = {
@@ -73,6 +74,8 @@ def open_corpus(
 
             - `python-stdlib`: the Python sources of the running interpreter's standard library, a file a
               document, without tests, codec tables and build settings;
+            - `python-reference`: what Python's `help()` says of the language, a topic a document: English prose, every
+              paragraph a line;
             - a file, a folder (its `.txt`, `.md` and `.jsonl` files) or a glob pattern (`**` for any depth):
               a text file is one document, a line of a `.jsonl` file is one document; `.gz` and `.xz` are
               unpacked while reading; the order is that of the sorted names;
@@ -100,6 +103,8 @@ def open_corpus(
     if spec == STANDARD_LIBRARY:
         library = _standard_library()
         return Corpus(spec, lambda: _read_files(library, field, "utf-8"))
+    if spec == REFERENCE:
+        return Corpus(spec, _reference)
     if spec.startswith(WORLD):
         return open_world(spec)
     if spec.startswith("hf:"):
@@ -128,6 +133,14 @@ def open_corpus(
     if not files:
         raise FileNotFoundError(f"{wanted} in {spec!r}; give another folder or pattern")
     return Corpus(spec, lambda: _read_files(files, field, encoding))
+
+
+def _reference() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        text = re.sub(r"^[*=~^-]{3,}\n", "\n", text, flags=re.M)  # lines under headings
+        yield Document(name, re.sub(r"(?<=\S)\n(?=[^\s*-])", " ", text))
 
 
 def _open_standard_input(spec: str, field: str, encoding: str) -> Corpus:

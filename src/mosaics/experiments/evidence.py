@@ -116,6 +116,29 @@ def difference(check: Check, rows: list[dict[str, Any]], seed: int = 0) -> dict[
     }
 
 
+def intervals(answers: Answers, seed: int = 0) -> list[tuple[float, float] | None]:
+    """The 95 % interval of the mean over seeds at each point: seeds and groups of examples drawn anew, for shares at
+    least Wilson's; None where neither seeds nor examples say how far it goes."""
+    found: list[tuple[float, float] | None] = []
+    for place, values in enumerate(answers.values.T):
+        generator, count = np.random.default_rng([seed, 17, place]), len(values)
+        seeds = generator.multinomial(count, [1 / count] * count, RESAMPLES) / count
+        if not answers.scores:
+            ends = np.quantile(seeds @ values, [0.025, 0.975]) if count > 1 and np.isfinite(values).all() else None
+            found.append(None if ends is None else (float(ends[0]), float(ends[1])))
+            continue
+        scores, group = answers.scores[place], answers.groups[place]
+        groups = group[-1] + 1
+        weights = generator.multinomial(groups, [1 / groups] * groups, RESAMPLES)[:, group]
+        means = (seeds * (weights @ scores.T)).sum(1) / weights.sum(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        if answers.are_shares:
+            least = wilson(float(scores.mean()), scores.size)
+            low, high = min(low, least[0]), max(high, least[1])
+        found.append((answers.unit * float(low), answers.unit * float(high)))
+    return found
+
+
 def _side(term: Term, rows: list[dict[str, Any]]) -> Answers | None:
     return collect(rows, term.arrangement, term.setting, term.evaluation)
 

@@ -206,3 +206,24 @@ SUITES: dict[str, tuple[type[Suite], str, str, str]] = {
     "regbench": (RegBenchQuestions, "all", "automata", "accuracy"),
     "regbench-variation": (RegBenchQuestions, "all", "automata", "total variation"),
 }
+
+
+def telling(said: dict[str, dict[str, dict[str, Any]]], points: dict[str, float], count: int = 5) -> list[str]:
+    """Ids of questions to be shown: those that models answered differently first, then wrong and right ones, from the
+    longest and the shortest in turn.
+
+    Args:
+        said: the records by arrangement and id.
+        points: x by id.
+        count: at most so many.
+    """
+    kinds: dict[tuple[bool, ...], list[str]] = {}
+    for name in sorted(points, key=lambda name: -points[name]):
+        kinds.setdefault(tuple(bool(records[name]["score"]) for records in said.values()), []).append(name)
+    order = sorted(kinds, key=lambda kind: (len(set(kind)) == 1, sum(kind)))
+    chosen: list[str] = []
+    while len(chosen) < count and any(kinds.values()):
+        for kind in order:
+            if kinds[kind] and len(chosen) < count:
+                chosen.append(kinds[kind].pop(0 if len(chosen) % 2 == 0 else -1))
+    return sorted(chosen, key=lambda name: -points[name])

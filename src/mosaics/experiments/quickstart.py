@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def compare_run(recipe: Recipe, run: Path, changes: dict[str, Any] | None = None
     first = study.arrangements[0]
     adopt(Training(first, first, text, recipe.seed), run, folder / "cache")
     results = run_study(study, folder / "cache", jobs)
-    write_report(results, folder)
+    write_report(results, folder, command=shlex.join(["mosaics", *sys.argv[1:]]))
     return results
 
 

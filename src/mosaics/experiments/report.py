@@ -1,42 +1,69 @@
-"""The report of a study: results.json, plots as PNG, and one HTML file that needs nothing else."""
+"""The report of a study for a reader who has a minute: what came out in words, a plot and a table for each dimension,
+questions with what was answered, tuning, budgets, and where it comes from. Beside it results.json and the tables."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mosaics.experiments.claims import Check, Term
+from mosaics.experiments.evidence import Answers, difference, intervals
 from mosaics.experiments.trainings import write_json
+from mosaics.reporting import Example, Lead, Number, Section, Table, draw, embedded, markdown, shown, write_page
+from mosaics.reporting.figures import colour_of
+from mosaics.reporting.page import slug
 
-COLOURS = ("#3b82d0", "#d9692a", "#2a9d78", "#b56bb5", "#b08a1e", "#7a7f87")
-MARKERS = "os^Dv*"
-_INK = "#010203"  # replaced by the page's own colour
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fdfdfc; --line: #d5d7da; --faint: #5d6168; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7e8ea; --paper: #16181b; --line: #3a3e44; --faint: #a2a7ae; } }
-body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
-  margin: auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-figure { margin: 1rem 0; color: var(--ink); } figure svg { width: 100%; height: auto; }
-figcaption, footer, .faint { color: var(--faint); font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
-summary { cursor: pointer; } strong.holds { color: #2a9d78; } strong.fails { color: #d9692a; }
-strong.open { color: #7a7f87; }
-"""
+__all__ = ["draw", "draw_evaluation", "embedded", "grid", "markdown", "shown", "shown_range", "simple_predictors"]
+
+_ABOUT = {
+    "recall": "Pairs of made-up words stand in the prompt, then one of the first words: which word went with it?",
+    "new-knowledge": "A document states made-up facts (the color of somebody is red) among sentences about nothing, "
+    "and is then asked about one of them. The people asked about occur in no training document.",
+    "in-context-learning": "Groups of words are shown with labels that exist only in the prompt; another group is to "
+    "be given its label. Four of ten words tell nothing.",
+    "persistent-knowledge": "Facts that the training documents stated again and again are asked for, without being "
+    "stated in the prompt.",
+    "perplexity": "The same stretches of held-out text are read in windows of growing length: does more context help, "
+    "or does the model break down beyond the length that it was trained at?",
+    "attention": "How much the last position reads from each distance; 1 is an even spread.",
+    "regbench": "Sequences of automata that the model has never met: is the likeliest next letter one that the "
+    "automaton allows?",
+    "regbench-variation": "Half the sum of differences between the model's and the automaton's next-letter "
+    "probabilities; 0 is perfect.",
+}
+_SIMPLE = {
+    "chance": "one of the possible answers, picked blindly",
+    "last words": "no memory: the answer that most often followed the same last words in training",
+    "word counts": "no memory for what goes with what: of the possible answers, the one that the prompt has most often",
+    "repeated ending": "look-up: goes on as the prompt did after the longest earlier occurrence of its last words",
+    "naive bayes": "counts, without training, which words stand with which label in the prompt",
+    "bigram": "counts of word pairs in the text that was trained on (Kneser-Ney)",
+    "trigram": "counts of three words in a row in the text that was trained on (Kneser-Ney)",
+}
+_RIGHT = "right answers (%)"
+_AXES = {
+    "perplexity": ("context, as a multiple of the training length", "nats per token"),
+    "attention": ("distance (tokens)", "weight (even spread = 1)"),
+    "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
+    "regbench-variation": ("automata learnt from", "total variation"),
+}
+_DECIMALS = {"perplexity": (3, 3), "regbench-variation": (3, 3), "attention": (2, 2)}
+_SHARES = (1, 0)
+_LOSSES = ("perplexity", "regbench-variation")  # less is better
 
 
-def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
-    """Write results.json, a PNG for each plot, and report.html.
+def write_report(
+    results: dict[str, Any], folder: Path, verdict: Sequence[Section | Lead] = (), command: str = ""
+) -> Path:
+    """Write results.json, report.html, and beside it a PNG for each plot and the tables as CSV and Markdown.
 
     Args:
         results: as `run_study` gives them.
         folder: where to.
-        head: HTML that comes first, under the title.
+        verdict: of a claim: leads that come before those of the study, and sections that follow them.
+        command: that gives the same again.
 
     Returns:
         The path of report.html.
@@ -44,77 +71,396 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     study = results["study"]
-    parts = [f"<h1>{_text(study['title'])}</h1>", head, _summary(results)]
-    series: dict[str, list[dict[str, Any]]] = {}
-    for setting in study["settings"]:
-        series.setdefault(setting["series"] or setting["name"], []).append(setting)
-    for name, settings in series.items():
-        parts.append(f"<h2>{_text(name)}</h2>{''.join(map(_setting_line, settings))}")
-        for evaluation in {e["name"]: e for setting in settings for e in setting["evaluations"]}.values():
-            rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == (name, evaluation["name"])]
-            png = folder / f"{_slug(name)}-{_slug(evaluation['name'])}.png"
-            parts.append(draw_evaluation(evaluation, rows, results, png))
-            parts.append(_baselines(name, evaluation["name"], results))
-            parts.append(_details("figures", table(*_grid(rows, evaluation["beside"]))))
-        for setting in settings:
-            models = [m for m in results["models"] if m["setting"] == setting["name"] and not m["trial"]]
-            curves = {
+    leads = [part for part in verdict if isinstance(part, Lead)]
+    sections = [part for part in verdict if isinstance(part, Section)]
+    asked = list(_asked(results))
+    leads += [_lead(results, setting, evaluation, rows) for setting, evaluation, rows in asked]
+    named: set[str] = set()
+    for setting, evaluation, rows in asked:
+        sections.append(_dimension(results, setting, evaluation, rows, folder, named))
+    sections += [part for part in (_examples(results), *_trained(results, folder)) if part is not None]
+    sections.append(provenance(results, command))
+    return write_page(folder / "report.html", study["title"], leads, sections, colours(results))
+
+
+def colours(results: dict[str, Any]) -> dict[str, str]:
+    """The colour of every arrangement."""
+    labels = [arrangement["label"] for arrangement in results["study"]["arrangements"]]
+    return {label: colour_of(number) for number, label in enumerate(labels)}
+
+
+def _asked(results: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """Setting, evaluation and rows of everything that was asked; settings of one series count as one."""
+    found: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for setting in results["study"]["settings"]:
+        for evaluation in setting["evaluations"]:
+            found.setdefault((setting["series"] or setting["name"], evaluation["name"]), (setting, evaluation))
+    for wanted, (setting, evaluation) in found.items():
+        rows = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == wanted]
+        if rows:
+            yield setting, evaluation, rows
+
+
+def _title(setting: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    title = evaluation["title"] or evaluation["name"]
+    if evaluation["without"]:
+        title += f", without {' and '.join(evaluation['without'])}"
+    elif setting["name"] not in (evaluation["name"], "text"):
+        title += f" ({setting['series'] or setting['name']})"
+    return title
+
+
+def _length(setting: dict[str, Any]) -> int:
+    return setting["training"].get("context_length", 512)
+
+
+def _where(setting: dict[str, Any], evaluation: dict[str, Any], x: float) -> str:
+    """A point of an evaluation in words."""
+    if evaluation["suite"] == "perplexity":
+        return f"{x:g} times the training length" if x != 1 else "the training length"
+    if evaluation["suite"] == "attention":
+        return f"{x:g} tokens away"
+    if evaluation["suite"].startswith("regbench"):
+        return f"{x:g} automata learnt from"
+    if evaluation["options"].get("shots"):
+        return f"{x:g} example{'s' if x != 1 else ''} of every class"
+    times = x / _length(setting)
+    return f"{x:g} tokens, {times:g} times the training length" if times != 1 else f"{x:g} tokens, the training length"
+
+
+def numbers(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, Number]]:
+    """The mean over seeds of every arrangement at every point, with its interval over seeds and questions drawn anew
+    (for shares at least Wilson's)."""
+    found: dict[str, dict[float, Number]] = {}
+    decimals = _decimals(results, rows)
+    for arrangement, points in grid(rows).items():
+        mine = [row for row in rows if row["arrangement"] == arrangement]
+        seeds = {row["seed"] for row in mine}
+        ends: list[tuple[float, float] | None] = [None] * len(points)
+        if len({(row["seed"], row["x"]) for row in mine}) == len(seeds) * len(points):
+            ends = intervals(Answers(mine))
+        for (x, values), interval in zip(sorted(points.items()), ends, strict=True):
+            values = [value for value in values.values() if value is not None]
+            mean = sum(values) / len(values) if values else None
+            low, high = interval or (None, None)
+            found.setdefault(arrangement, {})[x] = Number(mean, low, high, decimals=decimals)
+    return found
+
+
+def _decimals(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many decimals the numbers of an evaluation and their intervals have."""
+    name = rows[0]["evaluation"]
+    known = [e for setting in results["study"]["settings"] for e in setting["evaluations"] if e["name"] == name]
+    return _DECIMALS.get(known[0]["suite"], _SHARES) if known else _SHARES
+
+
+def _counts(rows: Sequence[dict[str, Any]], arrangement: str, x: float) -> tuple[int, int] | None:
+    """Right answers and questions of all seeds together; None where answers are not right or wrong."""
+    found = [row for row in rows if (row["arrangement"], row["x"]) == (arrangement, x)]
+    scores = [score for row in found for score in row.get("scores", [])]
+    return (int(sum(scores)), len(scores)) if scores and set(scores) <= {0, 1} else None
+
+
+def _lead(
+    results: dict[str, Any], setting: dict[str, Any], evaluation: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> Lead:
+    """What came out at the last point, in a sentence."""
+    known, last = numbers(results, rows), max(row["x"] for row in rows)
+    less = evaluation["suite"] in _LOSSES
+    first, *others = [label for label in known if last in known[label]] or list(known)
+    where = _where(setting, evaluation, last)
+    said = []
+    for label in (first, *others):
+        number, counts = known[label].get(last, Number(None)), _counts(rows, label, last)
+        if counts:
+            interval = f" (95 % interval {number.interval} %)" if number.interval else ""
+            what = f"answers {counts[0]} of {counts[1]} questions" if label == first else f"{counts[0]}"
+            said.append(f"{label} {what}{interval}")
+        else:
+            unit = _unit(evaluation)
+            interval = f" (95 % interval {number.interval})" if number.interval else ""
+            what = f"has {number.shown} {unit}" if label == first else number.shown
+            said.append(f"{label} {what}{interval}")
+    text = f"{_title(setting, evaluation)}, at {where}: {'; '.join(said)}."
+    simple = simple_predictors(results, setting["series"] or setting["name"], evaluation["name"])
+    reached = {name: points[last] for name, points in simple.items() if last in points}
+    if reached:
+        name = (min if less else max)(reached, key=reached.get)
+        unit = " %" if evaluation["suite"] not in _LOSSES else ""
+        text += f" The best simple predictor here ({name}) has {_rounded(results, rows, reached[name])}{unit}."
+    kinds = []
+    for label in others:
+        apart = _apart(rows, first, label, last, less)
+        if apart is None:
+            continue
+        unit = {"perplexity": " nats per token", "world": " points"}.get(evaluation["suite"], "")
+        estimate, low, high = (_rounded(results, rows, apart[key]) for key in ("estimate", "low", "high"))
+        if apart["low"] > 0:
+            kinds.append("good")
+            text += f" {first} is better than {label} by {estimate}{unit} (95 % interval {low}–{high})."
+        elif apart["high"] < 0:
+            kinds.append("bad")
+            estimate, low, high = (_rounded(results, rows, -apart[key]) for key in ("estimate", "high", "low"))
+            text += f" {first} is worse than {label} by {estimate}{unit} (95 % interval {low}–{high})."
+        else:
+            kinds.append("open")
+            text += f" {first} and {label} can't be told apart (95 % interval of the difference {low} to {high})."
+    kind = kinds[0] if kinds and len(set(kinds)) == 1 else "open"
+    return Lead(text, kind)
+
+
+def _rounded(results: dict[str, Any], rows: Sequence[dict[str, Any]], value: float) -> str:
+    return Number(value, decimals=_decimals(results, rows)).shown
+
+
+def _apart(rows: Sequence[dict[str, Any]], first: str, label: str, x: float, less: bool) -> dict[str, Any] | None:
+    """By how much the first is better at a point; None where it can't be said."""
+    setting, evaluation = rows[0]["setting"], rows[0]["evaluation"]
+    terms = []
+    for name in (first, label):
+        mine = sorted({row["x"] for row in rows if row["arrangement"] == name})
+        if x not in mine:
+            return None
+        terms.append(Term(arrangement=name, setting=setting, evaluation=evaluation, at=mine.index(x)))
+    if not any("scores" in row for row in rows) and len({row["seed"] for row in rows}) < 2:
+        return None
+    check = Check(says="", left=terms[0], relation="<=" if less else ">=", right=terms[1])
+    return difference(check, list(rows))
+
+
+def _unit(evaluation: dict[str, Any]) -> str:
+    return {"perplexity": "nats per token", "attention": "times an even spread", "regbench": "% right"}.get(
+        evaluation["suite"], "total variation" if evaluation["suite"] in _LOSSES else "% right"
+    )
+
+
+def _dimension(
+    results: dict[str, Any],
+    setting: dict[str, Any],
+    evaluation: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    named: set[str],
+) -> Section:
+    """Plot, explanations and table of one evaluation."""
+    shown_as, title = setting["series"] or setting["name"], _title(setting, evaluation)
+    known = numbers(results, rows)
+    simple = simple_predictors(results, shown_as, evaluation["name"])
+    name = f"{slug(shown_as)}-{slug(evaluation['name'])}"
+    bands = {
+        label: [(x, n.low, n.high) for x, n in sorted(points.items())]
+        for label, points in known.items()
+        if all(n.low is not None for n in points.values())
+    }
+    plot = _plot_of(evaluation, rows, results) | {"bands": bands, "lines": [], "title": title}
+    plot["beside"] += [(label, *zip(*sorted(points.items()), strict=True)) for label, points in simple.items()]
+    xs, less = sorted({row["x"] for row in rows}), evaluation["suite"] in _LOSSES
+    best = {
+        x: (min if less else max)(n[x].value for n in known.values() if x in n and n[x].value is not None)
+        for x in xs
+        if any(x in n and n[x].value is not None for n in known.values())
+    }
+    judged = evaluation["suite"] != "attention" and len(known) > 1
+    lines = [
+        [label] + [replace(n, best=judged and n.value == best.get(x)) if (n := points.get(x)) else None for x in xs]
+        for label, points in known.items()
+    ]
+    decimals = _decimals(results, rows)
+    for label, points in (simple | {label: dict(points) for label, points in evaluation["beside"].items()}).items():
+        lines.append([label, *(Number(points.get(x), decimals=decimals) for x in xs)])
+    seeds = len({row["seed"] for row in rows})
+    counts = {len(row["scores"]) for row in rows if "scores" in row}
+    what = "stretches of text" if evaluation["suite"] == "perplexity" else "questions"
+    many = f"{'–'.join(str(n) for n in sorted({min(counts), max(counts)}))} {what} at each point, " if counts else ""
+    note = f"{_unit(evaluation)}; {'less' if less else 'more'} is better. " if judged else f"{_unit(evaluation)}. "
+    note = note[:1].upper() + note[1:]
+    note += f"{many}{seeds} training{'s' if seeds > 1 else ''} each; mean and 95 % interval."
+    columns = ["", *(_column(setting, evaluation, x) for x in xs)]
+    about = _ABOUT.get(evaluation["options"].get("task", evaluation["suite"]), _ABOUT.get(evaluation["suite"], ""))
+    terms = [(word, _explained(word)) for word in simple if _explained(word) and word not in named]
+    series = [s for s in results["study"]["settings"] if (s["series"] or s["name"]) == shown_as]
+    budgets = dict.fromkeys(map(_budget_line, series))
+    by_seed = _by_seed(results, rows, name, evaluation)
+    return Section(
+        title,
+        " ".join([about, *budgets]).strip(),
+        figures=[draw(plot, folder / f"{name}.png")],
+        terms=terms,
+        tables=[Table(name, columns, lines, note)],
+        more=[Section("every training by itself", tables=[by_seed])] if seeds > 1 else [],
+    )
+
+
+def _explained(name: str) -> str:
+    if name.startswith("nearest "):
+        count = name.split()[1]
+        return (
+            f"look-up: the label of most of the {count} examples in the prompt that share most words with the question"
+        )
+    return _SIMPLE.get(name, "")
+
+
+def _column(setting: dict[str, Any], evaluation: dict[str, Any], x: float) -> str:
+    if evaluation["suite"] == "world" and not evaluation["options"].get("shots"):
+        return f"{x:g} tokens ({x / _length(setting):g}×)"
+    words = {"perplexity": f"{x:g}× length", "attention": f"{x:g} tokens", "regbench": f"{x:g} automata"}
+    words["regbench-variation"] = words["regbench"]
+    return words.get(evaluation["suite"], f"{x:g} shot{'s' if x != 1 else ''}")
+
+
+def _by_seed(results: dict[str, Any], rows: Sequence[dict[str, Any]], name: str, evaluation: dict[str, Any]) -> Table:
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        [arrangement, f"{x:g}", *(Number(found.get(seed), decimals=_decimals(results, rows)) for seed in seeds)]
+        for arrangement, points in grid(rows).items()
+        for x, found in points.items()
+    ]
+    return Table(f"{name}-by-seed", ["", "at", *(f"seed {seed} ({_unit(evaluation)})" for seed in seeds)], lines)
+
+
+def _budget_line(setting: dict[str, Any]) -> str:
+    training, data = setting["training"], setting["data"]
+    what = data["corpus"] or (
+        f"documents of the world {data['world']}" if data["world"] else f"sequences of {data['automata']} automata"
+    )
+    return (
+        f"Trained on {what}: at most {training['steps']:,} steps of {training['batch_size']} × "
+        f"{training['context_length']} tokens."
+    )
+
+
+def _examples(results: dict[str, Any]) -> Section | None:
+    """Questions with what each model answered."""
+    more = []
+    for setting, evaluation, _ in _asked(results):
+        wanted = (setting["series"] or setting["name"], evaluation["name"])
+        found = [e for e in results.get("examples", []) if (e["setting"], e["evaluation"]) == wanted]
+        if found:
+            shown_ones = [
+                Example(
+                    _where(setting, evaluation, one["x"]),
+                    one["saw"],
+                    one["question"],
+                    [one["expected"]],
+                    [(label, text or "(nothing)", right) for label, (text, right) in one["said"].items()],
+                    one["at"],
+                )
+                for one in found
+            ]
+            more.append(Section(_title(setting, evaluation), examples=shown_ones))
+    if not more:
+        return None
+    about = (
+        "What the models saw, answered and should have answered (first seed); good and bad ones, longest first. The "
+    )
+    about += "place that holds the answer is marked."
+    if len(more) == 1:
+        return Section("Examples", about, examples=more[0].examples)
+    return Section("Examples", about, examples=more[0].examples[:5], more=more[1:])
+
+
+def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
+    """Tuning and budgets."""
+    curves, trials, budget = [], [], []
+    for setting in results["study"]["settings"]:
+        models = [m for m in results["models"] if m["setting"] == setting["name"]]
+        plotted = [
+            (m["arrangement"], m["seed"], *zip(*m["curve"], strict=True))
+            for m in models
+            if m["curve"] and not m["trial"]
+        ]
+        if plotted:
+            plot = {
                 "title": f"Training loss, {setting['name']}",
                 "x": "optimisation step",
                 "y": "nats per counted token",
-                "log_x": False,
-                "curves": [(m["arrangement"], m["seed"], *zip(*m["curve"], strict=True)) for m in models if m["curve"]],
             }
-            parts.append(_details("training", draw(curves, folder / f"{_slug(setting['name'])}-training.png")))
-    parts.append("<h2>Models</h2>" + _models(results))
-    parts.append(footer(study["seeds"], results["machine"]))
-    return write_page(folder / "report.html", study["title"], parts)
-
-
-def write_page(path: Path, title: str, parts: Iterable[str]) -> Path:
-    """Write an HTML page that needs nothing else, and return its path."""
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+            plot |= {"log_x": False, "curves": plotted}
+            curves.append(draw(plot, folder / f"{slug(setting['name'])}-training.png"))
+        for arrangement in dict.fromkeys(m["arrangement"] for m in models if m["trial"]):
+            mine = [
+                m for m in models if m["arrangement"] == arrangement and m["curve"] and m["seed"] == models[0]["seed"]
+            ]
+            lines = [
+                (_variant(m) + (" (taken)" if not m["trial"] else ""), 0, *zip(*m["curve"], strict=True)) for m in mine
+            ]
+            if lines:
+                name = f"{slug(setting['name'])}-{slug(arrangement)}-trials"
+                plot = {"title": f"Trials of {arrangement}, {setting['name']}", "x": "optimisation step"}
+                plot |= {"y": "nats per counted token", "log_x": False, "curves": lines}
+                trials.append(draw(plot, folder / f"{name}.png"))
+    study, lines = results["study"], []
+    several = len({m["setting"] for m in results["models"]}) > 1
+    for m in results["models"]:
+        loss = "diverged" if m["held_out_loss"] is None else Number(m["held_out_loss"], decimals=(4, 4))
+        role = "tuning trial" if m["trial"] else "taken"
+        lines.append(
+            [m["arrangement"], m["setting"], m["seed"], _variant(m), m["steps"], m.get("enough_at"), loss, role]
+        )
+    for setting, arrangement in dict.fromkeys((m["setting"], m["arrangement"]) for m in results["models"]):
+        mine = [m for m in results["models"] if (m["setting"], m["arrangement"]) == (setting, arrangement)]
+        kept = [m for m in mine if not m["trial"]] or mine
+        tokens, seconds = sum(m["tokens"] for m in kept) / len(kept), sum(m["seconds"] for m in kept) / len(kept)
+        steps = sorted({m["steps"] for m in kept})
+        budget.append(
+            [
+                arrangement,
+                setting,
+                kept[0]["parameters"],
+                "–".join(f"{n:,}" for n in (steps[0], steps[-1])[: len(steps)]),
+            ]
+            + [round(tokens), f"{3 * kept[0]['flops_per_token'] * tokens:.3g}", f"{seconds:.0f}"]
+            + [f"{tokens / seconds:,.0f}" if seconds else None]
+        )
+    tuned = any(m["trial"] for m in results["models"])
+    about = "What was tried for every arrangement, on the first seed, and which was taken (the lowest loss on held-out "
+    about += "rows, or where a goal was set what reached it soonest)."
+    if not tuned:
+        about = (
+            "Nothing was tuned: every arrangement has the same learning rate. Differences may be those of its choice."
+        )
+    columns = ["arrangement", "task", "seed", "tried", "steps", "learnt at step", "held-out loss (nats)", ""]
+    tuning = Section(
+        "Tuning",
+        about,
+        figures=trials,
+        tables=[Table("tuning", columns, lines, "Loss on held-out rows at the training length; less is better.")],
+        more=[Section("training curves", figures=curves)] if curves else [],
     )
-    path.write_text(page, encoding="utf-8")
-    return path
+    columns = ["arrangement", "task", "parameters", "steps", "tokens", "FLOPs", "seconds", "tokens a second"]
+    where = {m["hardware"] for m in results["models"] if m.get("hardware")}
+    note = f"Means of {len(study['seeds'])} training{'s' if len(study['seeds']) > 1 else ''}"
+    note += f" ({'; '.join(sorted(where))}). " if where else ". "
+    note += "Of one training; a step counts as three forward passes in the FLOPs."
+    what = "tasks" if several else "task"
+    about = f"What each arrangement was given, in the same {what}, on the same rows in the same order."
+    return [tuning, Section("Budget", about, tables=[Table("budget", columns, budget, note)])]
 
 
-def footer(seeds: Iterable[int], machine: dict[str, Any]) -> str:
-    """Where the figures come from."""
-    where = ", ".join(f"{key} {value}" for key, value in machine.items())
-    return f"<footer>Seeds {', '.join(map(str, seeds))}. {_text(where)}.</footer>"
+def _variant(model: dict[str, Any]) -> str:
+    variant = {"learning rate": model["learning_rate"]}
+    variant |= {k.rpartition(".")[2].replace("_", " "): v for k, v in model.get("variant", {}).items()}
+    return ", ".join(f"{k} {'as published' if v is None else shown(v)}" for k, v in variant.items())
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def provenance(results: dict[str, Any], command: str = "") -> Section:
+    """The command, versions and machine that a page comes from."""
+    from mosaics.experiments.records import commit, processor
+
+    about = {"seeds": ", ".join(map(str, results["study"]["seeds"]))}
+    about |= {"commit": commit() or "not from a checkout", "processor": processor()}
+    about |= {key: str(value) for key, value in results["machine"].items()}
+    text = [command] if command else []
+    more = "Everything on this page is made of results.json beside it; every table lies in the folder tables, too."
+    return Section("How it was made", more, terms=list(about.items()), text=text)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def shown(value: Any) -> str:
-    """A number as people read it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_text(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_text(shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers as `shown` gives them."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(shown(cell).replace('|', '/') for cell in line)} |\n" for line in lines)
+def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
+    """y by arrangement, x and seed."""
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for row in rows:
+        found.setdefault(row["arrangement"], {}).setdefault(row["x"], {})[row["seed"]] = row["y"]
+    return found
 
 
 def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
@@ -128,72 +474,6 @@ def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> 
     return found
 
 
-def _details(title: str, inside: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>{inside}</details>"
-
-
-def _setting_line(setting: dict[str, Any]) -> str:
-    training, data = setting["training"], setting["data"]
-    what = data["corpus"] or (
-        f"world {data['world']}" if data["world"] else f"sequences of {data['automata']} automata"
-    )
-    tried = (
-        f"{key.partition('.')[2].replace('_', ' ')} {', '.join('as published' if v is None else str(v) for v in tried)}"
-        for key, tried in setting["tuning"].items()
-    )
-    tuned = f"; tried for each arrangement: {'; '.join(tried)}" if setting["tuning"] else ""
-    return (
-        f'<p class="faint">Trained on {_text(what)}: {training["steps"]} steps of {training["batch_size"]} × '
-        f"{training['context_length']} tokens{tuned}.</p>"
-    )
-
-
-def _baselines(setting: str, evaluation: str, results: dict[str, Any]) -> str:
-    """What needs no memory for what goes with what, or only a simple look-up in the prompt."""
-    found = [b for b in results["baselines"] if (b["setting"], b["evaluation"]) == (setting, evaluation)]
-    if not found:
-        return ""
-    names = [key for key in found[0] if key not in ("setting", "evaluation", "x")]
-    rows = [[name.replace("_", " "), *(row.get(name) for row in found)] for name in names]
-    return _details("simple predictors (%)", table(["at", *(f"{row['x']:g}" for row in found)], rows))
-
-
-def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
-    """y by arrangement, x and seed."""
-    found: dict[str, dict[float, dict[int, float]]] = {}
-    for row in rows:
-        found.setdefault(row["arrangement"], {}).setdefault(row["x"], {})[row["seed"]] = row["y"]
-    return found
-
-
-def _grid(rows: Sequence[dict[str, Any]], beside: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    seeds = sorted({row["seed"] for row in rows})
-    table = [
-        [arrangement, f"{x:g}", sum(found.values()) / len(found), *(found.get(seed) for seed in seeds)]
-        for arrangement, points in grid(rows).items()
-        for x, found in points.items()
-    ]
-    table += [[label, f"{x:g}", y, *(None for _ in seeds)] for label, points in beside.items() for x, y in points]
-    return ["arrangement", "at", "mean", *(f"seed {seed}" for seed in seeds)], table
-
-
-def _summary(results: dict[str, Any]) -> str:
-    """First and last point of every evaluation, worst and best seed."""
-    lines = []
-    names = list(dict.fromkeys((row["setting"], row["evaluation"]) for row in results["rows"]))
-    for setting, evaluation in names:
-        here = [row for row in results["rows"] if (row["setting"], row["evaluation"]) == (setting, evaluation)]
-        for arrangement, points in grid(here).items():
-            first, last = min(points), max(points)
-            name = evaluation if setting == evaluation else f"{setting}: {evaluation}"
-            ends = (f"{shown_range(list(points[x].values()))} at {x:g}" for x in (first, last))
-            lines.append([name, arrangement, *ends])
-    if not lines:
-        return ""
-    note = '<p class="faint">Mean over seeds, with the lowest and the highest.</p>'
-    return "<h2>At a glance</h2>" + table(["question", "arrangement", "first", "last"], lines) + note
-
-
 def shown_range(values: Sequence[float]) -> str:
     """The mean, with the lowest and the highest where there are several; of trainings that diverged, nothing."""
     values = [value for value in values if value is not None]
@@ -201,46 +481,6 @@ def shown_range(values: Sequence[float]) -> str:
         return "–"
     middle = shown(sum(values) / len(values))
     return middle if min(values) == max(values) else f"{middle} ({shown(min(values))} … {shown(max(values))})"
-
-
-def _models(results: dict[str, Any]) -> str:
-    columns = [
-        "setting",
-        "arrangement",
-        "seed",
-        "learning rate",
-        "parameters",
-        "FLOPs a token",
-        "held-out loss",
-        "minutes",
-        "",
-    ]
-    rows = [
-        [
-            m["setting"],
-            m["arrangement"],
-            m["seed"],
-            f"{m['learning_rate']:g}",
-            m["parameters"],
-            f"{m['flops_per_token']:.3g}",
-            m["held_out_loss"],
-            m["seconds"] / 60,
-            "diverged" if m["held_out_loss"] is None else "tuning trial" if m["trial"] else "",
-        ]
-        for m in results["models"]
-    ]
-    return table(columns, rows)
-
-
-# Plots
-
-_RIGHT = "right answers (%)"
-_AXES = {
-    "perplexity": ("context, as a multiple of the training length", "nats per token"),
-    "attention": ("distance (tokens)", "weight (even spread = 1)"),
-    "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
-    "regbench-variation": ("automata learnt from", "total variation"),
-}
 
 
 def draw_evaluation(
@@ -270,79 +510,3 @@ def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results
     beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
     more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "lines": lines}
     return {"title": title, "x": x, "y": y} | more
-
-
-def draw(plot: dict[str, Any], png: Path) -> str:
-    """Draws `curves` (label, seed, x, y): the mean over seeds as a line, and how far they go; `beside` (label, x, y) as
-    broken lines, and `marks` (label, x) as upright ones."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    labels = list(dict.fromkeys(curve[0] for curve in plot["curves"]))
-    for number, label in enumerate(labels):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-        points: dict[float, list[float]] = {}
-        for _, _, xs, ys in (curve for curve in plot["curves"] if curve[0] == label):
-            for x, y in zip(xs, ys, strict=True):
-                points.setdefault(x, []).append(y)
-        xs = sorted(points)
-        few = len(xs) <= 20
-        axes.plot(
-            xs,
-            [sum(points[x]) / len(points[x]) for x in xs],
-            color=colour,
-            marker=marker if few else None,
-            markersize=4,
-            label=label,
-        )
-        axes.fill_between(
-            xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=colour, alpha=0.18, lw=0
-        )
-    for number, (label, xs, ys) in enumerate(plot.get("beside", []), len(labels)):
-        same = label.split(",")[0]  # "transformer, published" has the colour of "transformer"
-        number = labels.index(same) if same in labels else number
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=3, linestyle="--", linewidth=1, label=label)
-    for number, (label, x) in enumerate(plot.get("marks", [])):
-        axes.axvline(x, color="#888888", linestyle=(":", "--")[number % 2], linewidth=1, label=label)
-    for number, (label, y) in enumerate(plot.get("lines", [])):
-        axes.axhline(y, color="#888888", linestyle=(":", "--")[number % 2], linewidth=1, label=label)
-    if plot["log_x"] and labels:
-        axes.set_xscale("log", base=2)
-        ticks = sorted({x for curve in [*plot["curves"], *plot.get("beside", [])] for x in curve[-2]})
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.minorticks_off()
-    if "%" in plot["y"]:
-        axes.set_ylim(-3, 103)
-    axes.set(title=plot["title"], xlabel=plot["x"], ylabel=plot["y"])
-    axes.grid(alpha=0.25)
-    if labels:
-        axes.legend(fontsize="small", framealpha=0)
-    return embedded(figure, plot["title"], png)
-
-
-def embedded(figure, title: str, png: Path) -> str:
-    """A matplotlib figure as PNG in a file, and as SVG in the page's own colours."""
-    from matplotlib import rc_context
-
-    figure.savefig(png, dpi=150)
-    for axes in figure.axes:
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-            text.set_color(_INK)
-        for text in axes.get_legend().get_texts() if axes.get_legend() else ():
-            text.set_color(_INK)
-        for line in (*axes.spines.values(), axes.xaxis, axes.yaxis):
-            line.set_edgecolor(_INK) if hasattr(line, "set_edgecolor") else line.set_tick_params(
-                color=_INK, labelcolor=_INK
-            )
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": png.stem}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
-    # Several drawings share the page: their names must not.
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{png.stem}-", svg)
-    return f'<figure role="img" aria-label="{_text(title)}">{svg}</figure>'

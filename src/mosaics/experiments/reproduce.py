@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from mosaics.experiments.records import write_record
 from mosaics.experiments.report import shown, write_report
 from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Setting
+from mosaics.reporting import Lead, Number, Section, Table
 
 CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
 GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS), "proof": tuple(claims.PROOF)}
@@ -44,6 +44,7 @@ def reproduce(
     jobs: int = 1,
     changes: dict[str, Any] | None = None,
     record: tuple[Path, str] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train what a claim is about, unless the cache has it, ask, and judge.
 
@@ -56,6 +57,7 @@ def reproduce(
         jobs: processes that train side by side.
         changes: values by dotted key for an experiment that is no study; the settings have them already.
         record: the file in which the results are kept (see `mosaics.experiments.records`), and the command.
+        command: that the report names.
 
     Returns:
         The results of the study with the `verdict` (see `judge`).
@@ -67,7 +69,7 @@ def reproduce(
         results, write = run_study(study_of((claim,), known, tuple(seeds), title), cache, jobs), write_report
     results["study"]["title"] = title
     results["verdict"] = judge(claim, results)
-    write(results, output, _head(claim, results["verdict"]))
+    write(results, output, verdict_parts(claim, results["verdict"]), command)
     if record is not None:
         write_record(record[0], claim.name, results, record[1])
     return results
@@ -125,12 +127,20 @@ def write_summary(output: Path) -> Path:
     return path
 
 
-def _head(claim: Claim, verdict: dict[str, Any]) -> str:
-    first, *lines = verdict_text(verdict).splitlines()
-    style = {HOLDS: "holds", FAILS: "fails", OPEN: "open"}[verdict["verdict"]]
-    return (
-        f"<p>In miniature: {html.escape(claim.here)}</p>"
-        f'<p><strong class="{style}">{html.escape(first)}</strong> at this scale.</p>'
-        f"<ul>{''.join(f'<li>{html.escape(line.strip())}</li>' for line in lines)}</ul>"
-        f'<p class="faint">At full scale: {html.escape(claim.full_scale)}</p>'
-    )
+def verdict_parts(claim: Claim, verdict: dict[str, Any]) -> list[Lead | Section]:
+    """The verdict as the first sentence of a report, and the checks that decided as a part of it."""
+    why = f", since not: {'; '.join(verdict['why'])}" if verdict["why"] else ""
+    kind = {HOLDS: "good", FAILS: "bad", OPEN: "open"}[verdict["verdict"]]
+    lead = Lead(f"{claim.paper} At this scale: {verdict['verdict']}{why}.", kind)
+    rows = []
+    for check in verdict["checks"]:
+        if check["left"] is None:
+            rows.append([check["says"], check["kind"], "not measured", None, check["verdict"]])
+            continue
+        numbers = f"{shown(check['left'])} {'≥' if check['relation'] == '>=' else '≤'} {shown(check['right'])}"
+        margin = Number(check["estimate"], check["low"], check["high"])
+        rows.append([check["says"], check["kind"], numbers, margin, check["verdict"]])
+    columns = ["what must hold", "it is a", "numbers", "by (95 % interval)", "verdict"]
+    note = "A claim decides; where a premise is not met, it can't be told; a control is reported beside them."
+    about = f"In miniature: {claim.here} At full scale: {claim.full_scale}"
+    return [lead, Section("The verdict", about, tables=[Table("verdict", columns, rows, note)])]

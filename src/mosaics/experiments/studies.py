@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from mosaics.data.worlds import WorldExample
 from mosaics.experiments import trainings
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
 from mosaics.experiments.trainings import Training, say
@@ -29,7 +30,8 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
     Returns:
         `study` (plain data), `models` (one for each training, with loss and cost; `trial` marks those of the tuning
         alone), `rows` (arrangement, setting, evaluation, seed, x, y, perhaps low, high and scores), `baselines` (rows
-        with setting, evaluation, x and what each simple predictor reaches) and `machine`.
+        with setting, evaluation, x and what each simple predictor reaches), `examples` (see `some_examples`) and
+        `machine`.
 
     Raises:
         ValueError: an arrangement or a setting is impossible.
@@ -61,8 +63,55 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             if not (evaluation.without or evaluation.changes or evaluation.stretch)
             for row in trainings.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
         ],
+        "examples": some_examples(plan, cache),
         "machine": machine(),
     }
+
+
+def some_examples(plan: Plan, cache: Path) -> list[dict[str, Any]]:
+    """A few questions of every evaluation in a world with what each arrangement answered (first seed).
+
+    Returns:
+        `setting`, `evaluation`, `x`, `saw` (the context), `question`, `expected`, `at` (the character of the context
+        at which the answer stands, or None) and `said`: the answer, and whether it was right, by arrangement.
+    """
+    from mosaics.experiments.questions import WorldQuestions, telling
+
+    found = []
+    for setting in plan.study.settings:
+        jobs = [plan.job(arrangement, setting, plan.study.seeds[0]) for arrangement in plan.study.arrangements]
+        for evaluation in setting.evaluations:
+            able = [job for job in jobs if job.result(cache)["held_out_loss"] is not None and evaluation in asked(job)]
+            if (
+                evaluation.suite != "world"
+                or evaluation.without
+                or evaluation.changes
+                or evaluation.stretch
+                or not able
+            ):
+                continue
+            records = {
+                job.arrangement.label: {r["id"]: r for r in trainings.answers(job, evaluation, cache)["examples"]}
+                for job in able
+            }
+            known = {example.id: (x, example) for x, example in WorldQuestions(**evaluation.options).asked()}
+            for name in telling(records, {name: x for name, (x, _) in known.items()}):
+                x, example = known[name]
+                said = {label: [mine[name]["prediction"], bool(mine[name]["score"])] for label, mine in records.items()}
+                found.append(
+                    {"setting": setting.shown_as, "evaluation": evaluation.name, "x": x, "saw": example.context}
+                    | {"question": example.question, "expected": example.answer, "at": _place(example), "said": said}
+                )
+    return found
+
+
+def _place(example: WorldExample) -> int | None:
+    """The character of the context at which the answer stands, if it does."""
+    words = example.context.split()
+    place = -1 if example.distance is None else len(words) + len(example.question.split()) - example.distance
+    if not 0 <= place < len(words) or words[place] != example.answer:
+        return None
+    return sum(len(word) + 1 for word in words[:place])
 
 
 class Plan:

@@ -9,7 +9,6 @@ enough.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import time
@@ -23,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from mosaics._version import __version__
-from mosaics.experiments.report import draw, embedded, footer, table, write_page
+from mosaics.experiments.report import provenance
 from mosaics.experiments.studies import machine, run_each
 from mosaics.experiments.study import Part, digest
 from mosaics.experiments.trainings import say, write_json
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression
+from mosaics.reporting import Lead, Section, Table, draw, embedded, write_page
 
 NAME = "three-moons"
 ONE, THREE = "one head", "three heads"
@@ -253,11 +253,13 @@ def run(seeds: Sequence[int], changes: dict[str, Any] | None, cache: Path, jobs:
     return {"study": study, "models": models, "rows": rows, "machine": machine()}
 
 
-def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
+def write_report(
+    results: dict[str, Any], folder: Path, verdict: Sequence[Section | Lead] = (), command: str = ""
+) -> Path:
     """Write results.json, plots as PNG and report.html; its path is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
-    seeds, (setting,) = results["study"]["seeds"], results["study"]["settings"]
+    (setting,) = results["study"]["settings"]
     slowest, together = periods_in_positions()
     curves = []
     for model in results["models"]:
@@ -278,21 +280,24 @@ def write_report(results: dict[str, Any], folder: Path, head: str = "") -> Path:
         + [numbers.get((m["arrangement"], m["seed"], "isolation")), m["loss"], m["seconds"] / 60]
         for m in results["models"]
     ]
-    parts = [
-        f"<h1>{html.escape(results['study']['title'])}</h1>",
-        head,
-        f'<p class="faint">Trained on {TRIPLES - 1} systems: {setting["steps"]} steps of {setting["batch_size"]} × '
-        f"{BLOCK} positions, the best of {setting['starts']} starts by training loss. "
-        f"Forecast: moons of periods {', '.join(map(str, triples()[-1]))}, which take "
-        f"{slowest} positions (the slowest) and {together} (all together).</p>",
-        draw(plot, folder / "error.png"),
-        table(["model", "seed", "right from", "one moon a head (%)", "training loss", "minutes"], figures),
-        f'<p class="faint">Right: from that many positions on, the error is at most {RIGHT:.2f}, half of what '
-        "the middle has as a forecast.</p>",
-        _maps(results["models"], folder / "maps.png"),
-        footer(seeds, results["machine"]),
-    ]
-    return write_page(folder / "report.html", results["study"]["title"], parts)
+    about = (
+        f"Trained on {TRIPLES - 1} systems: {setting['steps']} steps of {setting['batch_size']} × {BLOCK} positions, "
+        f"the best of {setting['starts']} starts by training loss. Forecast: moons of periods "
+        f"{', '.join(map(str, triples()[-1]))}, which take {slowest} positions (the slowest) and {together} (all "
+        "together)."
+    )
+    note = f"Right: from that many positions on, the error is at most {RIGHT:.2f}, half of what the middle has as a "
+    columns = ["model", "seed", "right from (positions)", "one moon a head (%)", "training loss", "minutes"]
+    asked = Section(
+        "Forecasts",
+        about,
+        figures=[draw(plot, folder / "error.png"), _maps(results["models"], folder / "maps.png")],
+        tables=[Table("forecasts", columns, figures, note + "forecast.")],
+    )
+    leads = [part for part in verdict if isinstance(part, Lead)]
+    sections = [part for part in verdict if isinstance(part, Section)]
+    title = results["study"]["title"]
+    return write_page(folder / "report.html", title, leads, [*sections, asked, provenance(results, command)])
 
 
 def _maps(models: Sequence[dict[str, Any]], png: Path) -> str:

@@ -23,6 +23,12 @@ from mosaics.memories.contract import check_state_dtype
 from mosaics.models.configuration_mosaic import MosaicConfig
 
 MANIFEST, FORMAT = "manifest.json", "mosaics-exported-model"
+DEMO = "demo"  # the model that comes with the package, unless something of that name lies here
+
+
+def named_folder(name: str | Path) -> Path | None:
+    """The folder of a model that comes with the package, by its name; None for any other."""
+    return Path(__file__).parent / DEMO if str(name) == DEMO and not Path(name).exists() else None
 
 
 def load_exported(
@@ -31,7 +37,8 @@ def load_exported(
     """A model and its tokenizer, the way anyone would load them: through transformers' Auto classes.
 
     Args:
-        source: an exported model, a run's folder (its export), or a name on the Hugging Face hub.
+        source: an exported model, a run's folder (its export), `demo` (the one that comes with the package), or a name
+            on the Hugging Face hub.
         state_dtype: in the place of that of a mosaic's config.
 
     Raises:
@@ -39,7 +46,7 @@ def load_exported(
             another shape, left over, or not finite; or there is no such state dtype, or the model is no mosaic.
         OSError: there is no such model.
     """
-    folder = Path(source)
+    folder = named_folder(source) or Path(source)
     if (folder / "recipe.yaml").is_file():
         folder = folder / "export"
         if not folder.is_dir():

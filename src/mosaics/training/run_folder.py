@@ -40,6 +40,7 @@ from mosaics.training.checkpoint import (
 )
 from mosaics.training.distribution import Group, Told, processes
 from mosaics.training.export import export_run
+from mosaics.training.insight import memory_statistics
 from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.metrics import Metrics, check_tools, last_validation, plot_curves
 from mosaics.training.optimizer import make_optimizer
@@ -230,6 +231,7 @@ def _run(
                 dtype=dtype,
                 group=group,
             )
+        found["memories"] = memory_statistics(model, data["validation"], dtype, group)
         record(step, found)
         progress.validation(step, found["validation_bits_per_byte"], found["validation_nats_per_token"])
         for text in found.get("samples", []):

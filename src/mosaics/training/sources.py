@@ -11,7 +11,7 @@ import torch
 
 from mosaics.memories.contract import check_state_dtype
 from mosaics.models import MosaicConfig, MosaicForCausalLM
-from mosaics.models.loading import check_tokenizer, load_config, load_model, load_tokenizer
+from mosaics.models.loading import check_tokenizer, load_config, load_model, load_tokenizer, named_folder
 from mosaics.models.presets import PRESETS
 from mosaics.training.checkpoint import (
     MANIFEST,
@@ -77,11 +77,14 @@ def find_source(name: str | Path) -> Source:
 
     Args:
         name: a run's folder (its newest whole checkpoint, or else its export), a checkpoint's, an exported model's or
-            any other that transformers loads, or a name on the Hugging Face hub.
+            any other that transformers loads, `demo` for the small model that comes with the package, or a name on the
+            Hugging Face hub.
 
     Raises:
         ValueError: a run without a checkpoint, a damaged checkpoint, or a preset, which has no weights.
     """
+    if (folder := named_folder(name)) is not None:
+        return Source(str(name), folder, folder)
     path = Path(name)
     if (path / "recipe.yaml").is_file():
         return _of_run(path)

@@ -1,0 +1,207 @@
+"""The page of an evaluation, for a reader who has a minute: the result in words, the plot, tables, and questions with
+what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mosaics.evaluation.example import Example
+from mosaics.evaluation.results import mean, wilson
+from mosaics.reporting import Example as Shown
+from mosaics.reporting import Lead, Number, Section, Table, draw, shown, write_page
+from mosaics.reporting.figures import colour_of
+from mosaics.reporting.page import slug
+
+_ABOUT = {
+    "recall": "Pairs stand in the prompt, then the first half of one: the model has to give the other half.",
+    "new-knowledge": "The answer stands in a long document that is given before the question, as RULER has it.",
+    "in-context-learning": "Texts with labels are shown, then one without: which label does it have?",
+    "persistent-knowledge": "Questions about what training should have taught; nothing in the prompt says the answer.",
+    "perplexity": "The same text, read in windows of growing length: does more context help, or does the model break "
+    "down beyond the length that it was trained at?",
+    "lm-eval": "Tasks of lm-evaluation-harness.",
+}
+_COLUMNS = {
+    "accuracy": "right (%)",
+    "examples": "questions",
+    "among values": "right among the values there (%)",
+    "chance": "chance (%)",
+    "nats per token": "nats per token (less is better)",
+    "context": "context (tokens)",
+    "times": "times the training length",
+    "length": "length (tokens)",
+}
+_LOOKED_AT = 5000  # questions among which those to be shown are looked for
+
+
+def write_evaluation_page(
+    folder: Path,
+    result: dict[str, Any],
+    variants: dict[str, dict[str, Any]],
+    examples: Iterable[Example],
+    command: str = "",
+) -> Path:
+    """Write report.html into the folder of an evaluation, and its tables as CSV and Markdown.
+
+    Args:
+        folder: where to.
+        result: whose tables and plot are shown, as `evaluate` or `side_by_side` gives it.
+        variants: results by the name of the variant of the model.
+        examples: the questions in the order in which they were asked.
+        command: that gives the same again.
+
+    Returns:
+        The path of report.html.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    suite, model = result["suite"], result["model"]
+    sections = [Section("What was measured", _ABOUT.get(suite, ""), figures=_figures(result, folder))]
+    sections[0] = Section(
+        sections[0].title,
+        " ".join([sections[0].about, *result["summary"].get("notes", [])]).strip(),
+        figures=sections[0].figures,
+        tables=[_table(title, rows) for title, rows in result["summary"]["tables"].items() if rows],
+    )
+    found = list(_examples(variants, examples))
+    if found:
+        about = "What the model saw, answered and should have answered; wrong and right ones, if there are both."
+        sections.append(Section("Examples", about, examples=found))
+    settings = {key: _short(value) for key, value in result["settings"].items() if value not in ({}, None)}
+    weights = {"weights": result["weights"]} if result.get("weights") else {}
+    sections.append(
+        Section(
+            "How it was made",
+            "Everything on this page is made of results.json beside it; every table lies in the folder tables, too.",
+            terms=list(({"suite": suite, "model": model} | weights | settings | _machine()).items()),
+            text=[command] if command else [],
+        )
+    )
+    leads = [_lead(name, one, len(variants) > 1) for name, one in variants.items()]
+    colours = {name: colour_of(number) for number, name in enumerate(variants)}
+    return write_page(folder / "report.html", f"{suite}: {model}".rstrip(": "), leads, sections, colours)
+
+
+def _lead(variant: str, result: dict[str, Any], several: bool) -> Lead:
+    scores = [example["score"] for example in result["examples"]]
+    if result["suite"] == "lm-eval":  # an example is a task there
+        found = "; ".join(f"{example['id']} {shown(example['score'])}" for example in result["examples"])
+        return Lead(f"{result['model'] or 'The model'}{f', {variant}' if several else ''}: {found}.")
+    who = f"{result['model'] or 'The model'}{f', {variant},' if several else ''}"
+    if not scores:
+        return Lead(f"{who} was asked nothing.")
+    if set(scores) <= {0, 1}:
+        low, high = wilson(mean(scores), len(scores))
+        text = f"{who} answers {int(sum(scores))} of {len(scores)} questions right"
+        return Lead(f"{text} ({shown(100 * mean(scores))} %, 95 % interval {100 * low:.0f}–{100 * high:.0f} %).")
+    table = next(iter(result["summary"]["tables"].values()))
+    if table and "nats per token" in table[0]:
+        first, last = table[0], table[-1]
+        text = f"{who} needs {first['nats per token']:.3f} nats per token with windows of {first['context']} tokens"
+        if len(table) > 1:
+            gain = first["nats per token"] - last["nats per token"]
+            low, high = _interval_of_gain(result, first["times"], last["times"])
+            how = "better" if gain > 0 else "worse"
+            text += f" and {last['nats per token']:.3f} with {last['context']}, {abs(gain):.3f} {how}"
+            text += f" (95 % interval of the gain {low:+.3f} to {high:+.3f}, over stretches)"
+            kind = "good" if low > 0 else "bad" if high < 0 else "open"
+            return Lead(f"{text}.", kind)
+        return Lead(f"{text}.")
+    return Lead(f"{who} has a mean score of {mean(scores):.3f} over {len(scores)} questions.")
+
+
+def _interval_of_gain(result: dict[str, Any], first: Any, last: Any) -> tuple[float, float]:
+    """95 % interval of what the longest window gains over the shortest, stretches drawn anew."""
+    import numpy as np
+
+    at: dict[Any, list[float]] = {}
+    for example in result["examples"]:
+        at.setdefault(example["meta"]["multiple"], []).append(example["score"])
+    gains = np.array(at[first]) - np.array(at[last])
+    drawn = np.random.default_rng(17).integers(0, len(gains), (2000, len(gains)))
+    return tuple(np.quantile(gains[drawn].mean(1), [0.025, 0.975]).tolist())
+
+
+def _figures(result: dict[str, Any], folder: Path) -> list[str]:
+    plot = result["summary"].get("plot")
+    if not plot or not plot["curves"]:
+        return []
+    curves = [(one["label"], 0, one["x"], one["y"]) for one in plot["curves"]]
+    bands = {
+        one["label"]: list(zip(one["x"], one["low"], one["high"], strict=True))
+        for one in plot["curves"]
+        if "low" in one
+    }
+    y = plot["y"].replace("accuracy (%)", "right answers (%)")
+    drawn = {"title": f"{result['suite']}: {result['model']}".rstrip(": "), "x": plot["x"], "y": y}
+    drawn |= {"log_x": bool(plot.get("log_x")), "curves": curves, "bands": bands}
+    return [draw(drawn, folder / "plot.png")]
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A table of the summary, with the interval in the cell of what it is of."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("low", "high")]
+    lines = [
+        [
+            Number(row["accuracy"], row.get("low"), row.get("high"), decimals=(1, 0))
+            if key == "accuracy" and row.get("accuracy") is not None
+            else row.get(key)
+            for key in columns
+        ]
+        for row in rows
+    ]
+    for line in lines:  # the first cell is a name
+        line[0] = shown(line[0])
+    note = f"{title[:1].upper() + title[1:]}."
+    if any("accuracy" in row and row.get("low") is not None for row in rows):
+        note += " After a share its 95 % interval (Wilson)."
+    return Table(slug(title), [_COLUMNS.get(key, key) for key in columns], lines, note)
+
+
+def _examples(variants: dict[str, dict[str, Any]], examples: Iterable[Example], count: int = 5) -> Iterable[Shown]:
+    """Five questions: those that variants answered differently first, then wrong and right ones in turn."""
+    records = {name: {record["id"]: record for record in one["examples"]} for name, one in variants.items()}
+    kinds: dict[tuple[bool, ...], list[Example]] = {}
+    for example in islice(examples, _LOOKED_AT):
+        mine = [by_id.get(example.id) for by_id in records.values()]
+        if not all(record and record["prediction"] is not None and record["score"] in (0, 1) for record in mine):
+            continue
+        if isinstance(example.prompt, str):
+            kinds.setdefault(tuple(bool(record["score"]) for record in mine), []).append(example)
+    chosen: list[Example] = []
+    while len(chosen) < count and any(kinds.values()):
+        for kind in sorted(kinds, key=lambda kind: (len(set(kind)) == 1, sum(kind))):
+            if kinds[kind] and len(chosen) < count:
+                chosen.append(kinds[kind].pop(0 if len(chosen) % 2 == 0 else -1))
+    for example in chosen:
+        saw, question = example.prefix, example.prompt
+        if not saw.strip() or len(question) > 400:  # the question is the end of a long prompt
+            whole = saw + question
+            cut = max(whole.rstrip().rfind("\n"), whole.rfind(". ", 0, len(whole) - 20) + 1, len(whole) - 300, 0)
+            saw, question = whole[:cut], whole[cut:]
+        said = [
+            (name, _short(records[name][example.id]["prediction"]), bool(records[name][example.id]["score"]))
+            for name in variants
+        ]
+        about = ", ".join(
+            f"{key} {shown(value)}" for key, value in example.meta.items() if isinstance(value, int | str)
+        )
+        yield Shown(about, saw.strip(), question.strip(), [e.strip() for e in example.references], said)
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = " ".join(text.split())
+    return (text if len(text) <= 300 else f"{text[:300]} …") or "(nothing)"
+
+
+def _machine() -> dict[str, str]:
+    import platform
+
+    import torch
+
+    import mosaics
+
+    return {"mosaics": mosaics.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,77 @@
+"""The page of an evaluation says what the answers say."""
+
+import html
+import re
+
+import pytest
+
+from mosaics.evaluation import Example, Record
+from mosaics.evaluation.page import write_evaluation_page
+from mosaics.evaluation.results import accuracy_row, side_by_side, wilson
+
+
+def result(scores, name="m", suite="recall") -> tuple[dict, list[Example]]:
+    """A result with so many right and wrong answers, and its examples."""
+    examples = [
+        Example(f"q{i}", f" Which pet has number {i}?", [f"cat{i}"], prefix=f"Number {i} has the pet cat{i}. " * 40)
+        for i in range(len(scores))
+    ]
+    records = [
+        Record.of(e, e.references[0] if s else "dog", s, length=64) for e, s in zip(examples, scores, strict=True)
+    ]
+    summary = {"tables": {"by length": [{"length": 64} | accuracy_row(records)]}}
+    found = {"suite": suite, "model": name, "weights": "", "settings": {"samples": len(scores), "sources": {}}}
+    return found | {"examples": [r.to_dict() for r in records], "summary": summary}, examples
+
+
+def text_of(page) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8"))).split())
+
+
+def test_page_leads_with_the_share_and_its_interval(tmp_path):
+    found, examples = result([1] * 7 + [0] * 3)
+    page = write_evaluation_page(tmp_path, found, {"whole": found}, examples, "mosaics evaluate m")
+    low, high = (round(100 * end) for end in wilson(0.7, 10))
+    text = text_of(page)
+    assert f"m answers 7 of 10 questions right (70.0 %, 95 % interval {low}–{high} %)." in text
+    assert text.count("✓ right") == 2 and text.count("✗ wrong") == 3 and "mosaics evaluate m" in text
+    assert "right (%)" in text and "questions" in text and "samples 10" in text
+    table = (tmp_path / "tables" / "by-length.csv").read_text().splitlines()
+    assert table[1].split(",")[:2] == ["64", "70.0"] and table[1].endswith(",10")
+
+
+def test_page_shows_what_was_seen_asked_and_answered(tmp_path):
+    found, examples = result([0])
+    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
+    assert "Which pet has number 0?" in text and "right: cat0" in text and "whole: dog ✗ wrong" in text
+    assert "… " in text and "Number 0 has the pet cat0" in text
+
+
+def test_page_of_variants_prefers_questions_that_they_answer_differently(tmp_path):
+    (whole, examples), (without, _) = result([1] * 9 + [0]), result([1] * 8 + [0, 0])
+    variants = {"whole": whole, "without long_term": without}
+    page = write_evaluation_page(tmp_path, side_by_side(variants), variants, examples)
+    text = text_of(page)
+    assert text.index("Which pet has number 8?") >= 0
+    assert "m, whole, answers 9 of 10" in text and "m, without long_term, answers 8 of 10" in text
+
+
+@pytest.mark.parametrize("suite, says", [("lm-eval", "m: q0 1;"), ("recall", "m answers 1 of 2")])
+def test_page_counts_tasks_not_as_questions(suite, says, tmp_path):
+    found, examples = result([1, 0], suite=suite)
+    assert says in text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
+
+
+def test_page_says_what_more_context_gains(tmp_path):
+    records = [
+        {"id": f"{i}-{m}", "prompt_digest": "", "prediction": None, "references": [], "score": 3.0 - 0.1 * m + 0.01 * i}
+        | {"meta": {"multiple": m}}
+        for i in range(8)
+        for m in (1, 2)
+    ]
+    rows = [{"context": 32 * m, "times": m, "nats per token": 3.035 - 0.1 * m} for m in (1, 2)]
+    found = {"suite": "perplexity", "model": "m", "weights": "", "settings": {}, "examples": records}
+    found |= {"summary": {"tables": {"loss by context": rows}}}
+    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, []))
+    assert "2.935 nats per token with windows of 32 tokens and 2.835 with 64, 0.100 better" in text
+    assert "(95 % interval of the gain +0.100 to +0.100, over stretches)" in text
