@@ -11,7 +11,7 @@ LONGEST = 16384  # tokens of a prompt
 
 
 def inspect(
-    model: Annotated[str, Argument(metavar="MODEL", help="An exported model, a run's folder, or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A model, or a run's folder; demo comes with the package.")],
     prompt: Annotated[str | None, Option(help="The text to look into; - reads it from standard input.")] = None,
     prompt_file: Annotated[Path | None, Option(metavar="FILE", help="A file with the text, UTF-8.")] = None,
     memory: Annotated[
@@ -25,14 +25,15 @@ def inspect(
         Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),
     ] = None,
 ) -> None:
-    """Show what each memory and head retrieved for every word of a text, and what it was worth.
+    """Show what each memory and head retrieved for every word of a text, and what it was worth; or how a run went.
 
+    Without a text, a run's folder is shown as a page: loss, speed, what its memories do, samples.
     The page says for every word which earlier places were read, with weight, distance and effect, and how much less
     likely the word is without a memory. --data writes the same numbers as tables. docs/inspect.md explains them.
     """
     if prompt is None and prompt_file is None:
-        # The page of a run without a prompt belongs here.
-        raise ValueError("there is no text to look into; give a --prompt or a --prompt-file")
+        _inspect_run(Path(model), output)
+        return
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file both give the text; leave one out")
     if top < 1:
@@ -88,3 +89,12 @@ def inspect(
     print(said)
     for file in filter(None, (output, data)):
         print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def _inspect_run(run: Path, output: Path) -> None:
+    """The page of a run."""
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"there is no text to look into, and {run} is no run; give a --prompt or a --prompt-file")
+    from mosaics.training.run_page import write_run_page
+
+    print(f"page: {write_run_page(run, output)}")
