@@ -22,8 +22,10 @@ from mosaics.models.configuration_mosaic import MosaicConfig
 
 ENTRY = "modeling_mosaic"  # the module that transformers is sent to
 CODE_LICENSE = "LICENSE-CODE.txt"
-# What asks for presets or counts what a model costs is served by the package.
-_LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check", "inspect"}
+# What asks for presets, counts what a model costs or looks into what it read is served by the package.
+_LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check"}
+_LEFT_OUT |= {"inspect", "read_weights"}
+_LOOKED_INTO = "context.reads is not None"
 _CLASSES = {"AutoConfig": "MosaicConfig", "AutoModel": "MosaicModel", "AutoModelForCausalLM": "MosaicForCausalLM"}
 _HEADER = "# Copyright the mosaics authors. Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
 _INSTALLED = f'''{_HEADER}"""Lets `trust_remote_code=True` load this model where the package mosaics is installed."""
@@ -136,8 +138,10 @@ class _Source:
                 self.always.append(statement)
 
     def idle(self, statement: ast.AST, called: set[str]) -> list[ast.AST]:
-        """The methods of a class that nothing calls, neither what was found to be called nor a library; and those that
-        are left to the package."""
+        """The methods of a class that nothing calls, neither what was found to be called nor a library; and what is
+        left to the package."""
+        if isinstance(statement, ast.FunctionDef):
+            return [s for s in statement.body if isinstance(s, ast.If) and ast.unparse(s.test) == _LOOKED_INTO]
         if not isinstance(statement, ast.ClassDef) or statement not in self.tree.body:
             return []
         bases = getattr(importlib.import_module(self.module), statement.name).__mro__
