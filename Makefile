@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What the API reference shows: pdoc finds no modules below one that names its contents.
-PUBLIC := mosaics $(addprefix mosaics.,ops memories models inspection data training)
+PUBLIC := mosaics $(addprefix mosaics.,ops memories models inspection data training library)
 
 # Of `make soak`.
 MINUTES ?= 25

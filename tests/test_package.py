@@ -22,7 +22,8 @@ import mosaics
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PUBLIC = ["mosaics", *(f"mosaics.{part}" for part in ("ops", "memories", "models", "inspection", "data", "training"))]
+PARTS = ("ops", "memories", "models", "inspection", "data", "training", "library")
+PUBLIC = ["mosaics", *(f"mosaics.{part}" for part in PARTS)]
 
 
 def python(*words: str, cwd: Path, path: Path | None = None) -> str:

@@ -16,6 +16,7 @@ from mosaics.training.recipe import Recipe, recipe_keys
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/cli.md", "docs/memory-mosaics-v1.md"]
+DOCUMENTS += ["docs/library.md"]
 PAGES = [
     *DOCUMENTS,
     "docs/index.md",
@@ -42,6 +43,7 @@ SMALL = {
     "--training.steps 2 --training.context_length 64 "
     "--training.batch_size 2 --validation.sequences 2",
     "generate": "--max-new-tokens 4",
+    "ask": "--max-new-tokens 4",
 }
 SMALL["quickstart"] = SMALL["train"] + " --jobs 1"
 SMALL["reproduce"] = SMALL["train"].replace("--validation.sequences 2", "--seeds 0 --samples 2")

@@ -26,6 +26,8 @@ VERBS = (
     "generate",
     "chat",
     "serve",
+    "library",
+    "ask",
     "inspect",
     "evaluate",
     "compare",

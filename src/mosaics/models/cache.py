@@ -135,6 +135,14 @@ def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, posit
         layer.positions += positions
 
 
+def fill_cache(cache: Cache, stack: Stack, state: StackState) -> None:
+    """Put states from before the first token into an empty cache."""
+    cache.layers[0].around = state.around
+    for layer, block_state in zip(cache.layers, state.blocks, strict=True):
+        layer.state, layer.is_initialized = block_state, True
+        layer.kinds = stack.kinds()
+
+
 def join_caches(caches: Sequence[Cache], stack: Stack) -> DynamicCache:
     """A new cache with the rows of all, in that order; they stay as they are. Of one cache: a copy.
 

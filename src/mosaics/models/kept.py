@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache,
         The size of the file in bytes.
 
     Raises:
-        ValueError: there is more than one row, or the cache holds another context or other memories than the model has.
+        ValueError: there is more than one row, or the cache holds another context or other memories than the model has,
+            or reads documents of a library.
         OSError: the file can't be written.
     """
     state, rows, positions = open_cache(cache, model.model.stack)
@@ -77,6 +79,8 @@ def save_memory(path: str | Path, model: MosaicForCausalLM, cache: DynamicCache,
             f"input_ids is {tuple(input_ids.shape)} and the cache holds {positions} positions of one row; give the "
             "context that was read, (1, time)"
         )
+    if any(part is not own for part, own in zip_longest(state.parts(), state.parts(shared=False))):
+        raise ValueError("the cache reads documents of a library, which no memory file holds; ask the library again")
     tensors: dict[str, Tensor] = {"input_ids": input_ids.to(torch.int32)}
     plain: dict[str, Any] = {}
     for name, part in _parts(rows or Rows(), state):
@@ -234,7 +238,7 @@ def _flatten(name: str, value: Any, tensors: dict[str, Tensor], plain: dict[str,
 
 
 def _fields(state: State) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(state) if "transient" not in field.metadata]
+    return [field for field in dataclasses.fields(state) if not field.metadata.keys() & {"transient", "shared"}]
 
 
 def _growing(name: str, state: State) -> Iterator[tuple[str, int]]:

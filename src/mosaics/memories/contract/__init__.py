@@ -25,6 +25,7 @@ from mosaics.memories.contract.registry import (
 )
 from mosaics.memories.contract.sketches import SketchedPairs
 from mosaics.memories.contract.state import Rows, State
+from mosaics.memories.contract.store import Store
 
 __all__ = [
     "LARGEST",
@@ -41,6 +42,7 @@ __all__ = [
     "SketchedPairs",
     "Rows",
     "State",
+    "Store",
     "build",
     "check_delay",
     "check_deviation",

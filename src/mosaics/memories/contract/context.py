@@ -76,6 +76,7 @@ class Read:
         span: the first of the slots that each position may read, and the one after the last, `(batch, time)` or
             `(time,)`; None: all slots.
         contextual: whether the slots are positions of the context, and not pairs that training filled.
+        from_store: whether they are those of a `Store`, which were read before.
         residual: `(batch, heads, time)`, the share of a linear system that was left unsolved, for a memory that solves
             one to read.
         values: `(batch, heads, slots, width)`, of the pairs; None: not to be shown.
@@ -94,6 +95,7 @@ class Read:
     slots: int = 0
     span: tuple[Tensor, Tensor] | None = None
     contextual: bool = True
+    from_store: bool = False
     residual: Tensor | None = None
     values: Tensor | None = None
     answer: Tensor | None = None

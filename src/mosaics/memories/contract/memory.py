@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from mosaics.memories.contract.context import Context, Read
 from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.pairs import Pairs, check_state_dtype, check_tolerance
 from mosaics.memories.contract.state import State
+from mosaics.memories.contract.store import Store
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,28 @@ class Memory(nn.Module):
         found = {name: x if x.dim() == 3 else x.mean(-1) for name, x in traces.items() if x is not None}
         if found and context.reads is not None:
             context.reads.append(Read(self.name, self.layer_index, traces=found))
+
+    def document_store(self, state: State | None) -> Store | None:
+        """What of a document can be read beside that of other documents, by a question that continues none of them.
+
+        Args:
+            state: of one row, after the document and the end-of-text that closes it.
+
+        Returns:
+            A fixed set of pairs; None for a memory in which a question begins as at the border of a document.
+
+        Raises:
+            ValueError: what the memory keeps of a document can't be read beside that of others.
+        """
+        if self.initial_state() is not None:
+            raise ValueError(
+                f"what the memory {self.name!r} keeps of a document can't be united with that of others; continue one "
+                "document with save_memory (generate --save-memory) instead"
+            )
+
+    def united_state(self, stores: Sequence[Store]) -> State | None:
+        """The state before the first token of a question that reads all of the stores, each of `document_store`."""
+        return self.initial_state()
 
     def reset_parameters(self, layer_index: int) -> None:
         """Initialise all parameters as the memory's paper says, with `torch.nn.init`; `layer_index` counts from 0."""

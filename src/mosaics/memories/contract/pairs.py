@@ -87,7 +87,7 @@ class Pairs(State):
             self.used += time
             for name, x in new.items():
                 getattr(self, name)[:, :, self.used - x.shape[2] : self.used] = x
-        return _readable({name: getattr(self, name)[:, :, begin : self.used] for name in new}, computed)
+        return readable_pairs({name: getattr(self, name)[:, :, begin : self.used] for name in new}, computed)
 
     def settle(self, layout: Layout) -> None:
         """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""
@@ -198,7 +198,7 @@ class FixedPairs(State):
                     slots = (own[:, :count] + begin * count).clamp(min=0)[:, None, :, None].expand(part.shape)
                     buffer = buffer.scatter(2, slots, part) if wanted else buffer.scatter_(2, slots, part)
             setattr(self, name, buffer)
-        return _readable({name: getattr(self, name) for name in new}, computed)
+        return readable_pairs({name: getattr(self, name) for name in new}, computed)
 
     def settle(self, layout: Layout) -> None:
         """After a call was answered: count what was real of it, and let go of what is out of reach."""
@@ -224,7 +224,7 @@ def _rounded(keys: Tensor, values: Tensor, dtype: str | None) -> tuple[Any, Any,
     return keys, values, new
 
 
-def _readable(stored: dict[str, Tensor], computed: torch.dtype) -> tuple[Tensor | Narrow, Tensor | Narrow]:
+def readable_pairs(stored: dict[str, Tensor], computed: torch.dtype) -> tuple[Tensor | Narrow, Tensor | Narrow]:
     """What buffers hold, as it is read in a pass in the dtype `computed`."""
     if stored["keys"].dtype == computed:
         return stored["keys"], stored["values"]

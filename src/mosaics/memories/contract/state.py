@@ -21,30 +21,38 @@ def transient(default: Any = None) -> Any:
     return field(default=default, metadata={"transient": True})
 
 
+def shared() -> Any:
+    """The field of a `State` for another state, or None, that all rows read alike and no call changes: what is done to
+    rows is not done to it."""
+    return field(default=None, metadata={"shared": True})
+
+
 class State:
     """Base of the dataclasses that a memory carries from call to call: tensors (batch first), states, plain values.
 
-    All tensors have the same shape whatever was read, but for dimensions that are declared with `growing`.
+    All tensors have the same shape whatever was read, but for dimensions that are declared with `growing`. What is
+    declared with `shared` belongs to no row.
     """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor in the state, however deep, by `function` of it."""
+        """Replace every tensor of the rows, however deep, by `function` of it."""
         for f in dataclasses.fields(self):
-            setattr(self, f.name, _mapped(getattr(self, f.name), function))
+            if "shared" not in f.metadata:
+                setattr(self, f.name, _mapped(getattr(self, f.name), function))
 
-    def parts(self) -> Iterator[State]:
-        """This state and all that are in it, however deep."""
+    def parts(self, shared: bool = True) -> Iterator[State]:
+        """This state and all that are in it, however deep; `shared`: also what belongs to no row."""
         yield self
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+            value = getattr(self, f.name) if shared or "shared" not in f.metadata else None
             for part in value if isinstance(value, list) else [value]:
                 if isinstance(part, State):
-                    yield from part.parts()
+                    yield from part.parts(shared)
 
     @property
     def batch(self) -> int | None:
         """The rows; None where there is no tensor yet."""
-        held = (x for part in self.parts() for x in vars(part).values() if isinstance(x, Tensor))
+        held = (x for part in self.parts(shared=False) for x in vars(part).values() if isinstance(x, Tensor))
         return next((x.shape[0] for x in held), None)
 
     def select(self, rows: Tensor) -> None:
@@ -61,8 +69,14 @@ class State:
         Raises:
             ValueError: the rows can't be of one state: something that does not belong to a row differs.
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        return dataclasses.replace(self, **{n: _joined([getattr(s, n) for s in (self, *others)]) for n in names})
+        states, joined = (self, *others), {}
+        for f in dataclasses.fields(self):
+            values = [getattr(state, f.name) for state in states]
+            if "shared" not in f.metadata:
+                joined[f.name] = _joined(values)
+            elif any(value is not values[0] for value in values):
+                raise ValueError(f"The rows read different {f.name}s; keep them apart.")
+        return dataclasses.replace(self, **joined)
 
     def detach(self) -> None:
         """Cut the state off the graph that made it."""

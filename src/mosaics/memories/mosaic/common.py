@@ -19,11 +19,13 @@ from mosaics.memories.contract import (
     Pairs,
     Read,
     State,
+    Store,
     check_deviation,
     init_map,
     linear_flops,
     mean_pairs,
 )
+from mosaics.memories.contract.state import shared
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, readable, weights_at
 from mosaics.ops.kernel_regression import widened as plain
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
@@ -40,10 +42,12 @@ class KeyState(State):
 
 @dataclass
 class ContextualState(KeyState):
-    """What a contextual memory carries: the average behind its keys, the last raw value, and the stored pairs."""
+    """What a contextual memory carries: the average behind its keys, the last raw value, and the stored pairs; and the
+    store of documents that were read before, if there is one."""
 
     raw_value: Tensor | None = None
     pairs: Pairs = field(default_factory=Pairs)
+    store: State | None = shared()  # a `Store`
 
 
 def leaky_keys(
@@ -178,15 +182,32 @@ class ContextualMemory(Memory):
         values = self.values(raw_values, layout, state)
         if state is not None:
             keys, values = state.pairs.append(keys, values)
-        stored = None if state is None else state.pairs.stored
-        access = dict(delay=self.delay(context), window=self.window, start=layout.start, stored=stored)
-        bandwidth = self.bandwidth()
-        read = kernel_regression(queries, keys, values, bandwidth, dropout=self.read_dropout(), **access)
-        if context.reads is not None:
-            context.reads.append(self._shown(queries, keys, values, read, access, self.traces(source)))
+        read = self._read(queries, keys, values, source, layout, state, context)
         if state is not None:
             state.pairs.settle(layout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
+
+    def _read(
+        self,
+        queries: Tensor,
+        keys: Any,
+        values: Any,
+        source: Any,
+        layout: Layout,
+        state: ContextualState | None,
+        context: Context,
+    ) -> Tensor:
+        stored = None if state is None else state.pairs.stored
+        access = dict(delay=self.delay(context), start=layout.start, stored=stored)
+        bandwidth, dropout = self.bandwidth(), self.read_dropout()
+        if state is not None and state.store is not None:
+            whose = (self.name, self.layer_index)
+            return state.store.read_beside(queries, keys, values, bandwidth, context, whose, dropout=dropout, **access)
+        access["window"] = self.window
+        read = kernel_regression(queries, keys, values, bandwidth, dropout=dropout, **access)
+        if context.reads is not None:
+            context.reads.append(self._shown(queries, keys, values, read, access, self.traces(source)))
+        return read
 
     def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, access: dict, traces: dict) -> Read:
         """The read, with the bandwidth that follows from how many pairs each position may read."""
@@ -202,6 +223,16 @@ class ContextualMemory(Memory):
     def traces(self, source: Any) -> dict[str, Tensor]:
         """What `keys` is made from, as numbers over time."""
         return {}
+
+    def document_store(self, state: ContextualState) -> Store | None:
+        """All pairs but that of the end-of-text, whose value was never complete; none of a window."""
+        return Store.of(state.pairs) if self.window is None else None
+
+    def united_state(self, stores: Sequence[Store]) -> ContextualState:
+        state = self.initial_state()
+        if stores:
+            state.store = Store.united(stores)
+        return state
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

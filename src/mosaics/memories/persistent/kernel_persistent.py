@@ -70,6 +70,9 @@ class KernelPersistentMemory(Memory):
     def initial_state(self) -> KeyState:
         return KeyState()
 
+    def document_store(self, state: KeyState) -> None:
+        """None: it keeps no pairs of a document."""
+
     def forward(
         self, x: Tensor, layout: Layout, state: KeyState | None, context: Context
     ) -> tuple[Tensor, KeyState | None]:

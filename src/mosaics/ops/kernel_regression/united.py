@@ -1,0 +1,173 @@
+"""Kernel regression over the pairs of the context and a fixed store beside them, both counted by the bandwidth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosaics.ops import FLOATS, check
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression, merged, readable, widened
+
+
+def united_regression(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    values: Tensor | Narrow,
+    store_keys: Tensor | Narrow,
+    store_values: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    *,
+    sizes: Tensor | None = None,
+    offsets: Tensor | None = None,
+    delay: int | Tensor,
+    start: Tensor | None = None,
+    stored: Tensor | None = None,
+    dropout: float = 0.0,
+    form: str | None = None,
+) -> Tensor:
+    r"""What a memory answers from the pairs that a position may read of its context and all pairs of a store:
+    \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(N + n_t)\, k_t^\top k_i)\, v_i \), N the pairs of the store.
+
+    The store is read as a fixed set, and merged with the context through the logarithm of the sums.
+
+    Args:
+        queries: `(batch, heads, time, width)`.
+        keys: `(batch, heads, slots, width)`, as for `kernel_regression`.
+        values: `(batch, heads, slots, value width)`.
+        store_keys: `(1, heads, store slots, width)`: every row and position reads them all.
+        store_values: `(1, heads, store slots, value width)`.
+        bandwidth: beta as a function of the number of pairs, those of the store and of the context together.
+        sizes: `(store slots,)`, integers, how many pairs each slot of the store stands for, all with its key and value;
+            None: one each.
+        offsets: `(1, heads, store slots, 1)`, what is added to the product of each key of the store with a query; None:
+            nothing.
+        delay: of the context, as for `kernel_regression`.
+        start: of the context, as there.
+        stored: of the context, as there.
+        dropout: as there.
+        form: `"naive"` lists all pairs, `"merged"` reads the two apart; by default the latter.
+
+    Returns:
+        `(batch, heads, time, value width)` in the dtype of `values`.
+
+    Raises:
+        ValueError: as `kernel_regression`, or the store has other heads or widths.
+    """
+    keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
+    access = dict(delay=delay, start=start, stored=stored)
+    beta = _bandwidth_at(queries, keys, store_keys, bandwidth, sizes, **access)
+    _check_store(queries, values, store_keys, store_values, sizes, offsets)
+    if form == "naive":
+        if dropout:
+            raise ValueError("The naive form of a united read has no dropout; leave out the form.")
+        own, of_store = _weights(queries, keys, store_keys, beta, sizes, offsets, **access)
+        values, store_values = widened(values), widened(store_values)
+        return (own @ values.to(own.dtype) + of_store @ store_values.to(own.dtype)).to(values.dtype)
+    if form not in (None, "merged"):
+        raise ValueError(f"united_regression has no form {form!r}; choose naive or merged.")
+    scaled = beta[..., None] * queries.to(beta.dtype)
+    once = Bandwidth(beta.new_ones(queries.shape[1]))
+    own = kernel_regression(scaled, keys, values, once, dropout=dropout, log_sum=True, **access)
+    batch, _, time = queries.shape[:3]
+    asked = scaled
+    if offsets is not None:  # one more number of every query is beta
+        asked = torch.cat([asked, beta[..., None].expand_as(scaled[..., :1])], dim=-1)
+        store_keys = torch.cat([widened(store_keys), offsets.to(store_keys.dtype)], dim=-1)
+    if sizes is not None:  # or 1
+        asked = torch.cat([asked, torch.ones_like(asked[..., :1])], dim=-1)
+        store_keys = widened(store_keys)
+        logs = sizes.to(store_keys.dtype).log()[:, None].expand(*store_keys.shape[:3], 1)
+        store_keys = torch.cat([store_keys, logs], dim=-1)
+    # Every position reads the same pairs, so rows are one long row.
+    asked = asked.transpose(0, 1).flatten(1, 2)[None]
+    read, log_sum = kernel_regression(asked, store_keys, store_values, once, delay=None, dropout=dropout, log_sum=True)
+    rows = (read[0].unflatten(1, (batch, time)).transpose(0, 1), log_sum[0].unflatten(1, (batch, time)).transpose(0, 1))
+    return merged(own, rows)[0]
+
+
+def united_weights(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    store_keys: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    *,
+    sizes: Tensor | None = None,
+    offsets: Tensor | None = None,
+    delay: int | Tensor,
+    start: Tensor | None = None,
+    stored: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights `(batch, heads, time, slots)` on the pairs of the context and `(batch, heads, time, store slots)` on
+    those of the store; the rows of both together sum to 1, or to 0 where there is no pair."""
+    keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
+    access = dict(delay=delay, start=start, stored=stored)
+    beta = _bandwidth_at(queries, keys, store_keys, bandwidth, sizes, **access)
+    return _weights(queries, keys, store_keys, beta, sizes, offsets, **access)
+
+
+def _slots(keys: Tensor | Narrow, time: int, stored: Tensor | None) -> int | Tensor:
+    return keys.shape[2] - time if stored is None else stored
+
+
+def _bandwidth_at(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    store_keys: Tensor | Narrow,
+    bandwidth: Bandwidth,
+    sizes: Tensor | None,
+    delay: int | Tensor,
+    start: Tensor | None,
+    stored: Tensor | None,
+) -> Tensor:
+    """beta of each position, `(heads, time)` or `(batch, heads, time)`, in float32 or wider."""
+    time = queries.shape[2]
+    first, end = readable(time, _slots(keys, time, stored), start, delay, None, queries.device)
+    count = (end - first).clamp(min=0) + (store_keys.shape[2] if sizes is None else sizes.sum())
+    return bandwidth.at(count).to(torch.promote_types(queries.dtype, torch.float32))
+
+
+def _weights(
+    queries: Tensor,
+    keys: Tensor | Narrow,
+    store_keys: Tensor | Narrow,
+    beta: Tensor,
+    sizes: Tensor | None,
+    offsets: Tensor | None,
+    delay: int | Tensor,
+    start: Tensor | None,
+    stored: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All pairs listed, those of the store behind those of the context."""
+    time = queries.shape[2]
+    keys, store_keys = widened(keys).to(beta.dtype), widened(store_keys).to(beta.dtype)
+    first, end = readable(time, _slots(keys, time, stored), start, delay, None, queries.device)
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    allowed = (slot >= first[..., None]) & (slot < end[..., None])
+    allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    scaled = beta[..., None] * queries.to(beta.dtype)
+    own, of_store = (scaled @ keys.mT).masked_fill(~allowed, -torch.inf), scaled @ store_keys.mT
+    if offsets is not None:
+        of_store = of_store + beta[..., None] * offsets.to(beta.dtype).mT
+    if sizes is not None:
+        of_store = of_store + sizes.to(of_store.dtype).log()
+    logits = torch.cat([own, of_store], dim=-1)
+    weights = logits.softmax(-1).nan_to_num(0.0)  # no pair at all
+    return weights.split([keys.shape[2], store_keys.shape[2]], dim=-1)
+
+
+def _check_store(
+    queries: Tensor,
+    values: Tensor | Narrow,
+    store_keys: Tensor | Narrow,
+    store_values: Tensor | Narrow,
+    sizes: Tensor | None,
+    offsets: Tensor | None,
+) -> None:
+    heads, width, slots = queries.shape[1], queries.shape[3], store_keys.shape[2]
+    given = []
+    for name, x, wide in (("keys", store_keys, width), ("values", store_values, values.shape[3])):
+        data = x.data if isinstance(x, Narrow) else x
+        given.append((f"{name} of the store", data, (1, heads, slots, wide), (torch.int8, *FLOATS)))
+    given.append(("sizes", sizes, (slots,), (torch.int64, torch.int32)))
+    given.append(("offsets", offsets, (1, heads, slots, 1), FLOATS))
+    check("united_regression", queries.device, given)
