@@ -285,4 +285,5 @@ def _written(source: _Source, names: set[str], called: set[str]) -> str:
     for begin, end, text in sorted(edits, reverse=True):
         data = data[:begin] + text.encode() + data[end:]
     about = f"# From {source.module} of mosaics {__version__}, without what this model does not need.\n{_HEADER}"
-    return about + re.sub(r"\n{4,}", "\n\n\n", data.decode()).rstrip() + "\n"
+    text = re.sub(r"\n{3,}(?= )", "\n\n", re.sub(r"\n{4,}", "\n\n\n", data.decode()))  # what was left out leaves gaps
+    return about + text.rstrip() + "\n"

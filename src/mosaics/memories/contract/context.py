@@ -36,7 +36,7 @@ class Context:
     layout: Layout | None = None
     order: Tensor | None = None
     auxiliary_losses: list[Tensor] = field(default_factory=list)
-    reads: list[Read] | None = None
+    reads: list | None = None  # of `Read`, which exported code does not need
     without: frozenset[str] = frozenset()
     stream: dict[str, Tensor] = field(default_factory=dict)
 

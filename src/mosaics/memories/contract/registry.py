@@ -25,8 +25,8 @@ ENTRY_POINTS = "mosaics.memories"  # the group under which packages of others na
 MODEL_SETTINGS = frozenset(
     "vocab_size hidden_size blocks around num_hidden_layers max_position_embeddings norm norm_eps bias dropout "
     "embedding_dropout attention_dropout logit_scale embedding_scale rotary_base learned_positions "
-    "tie_word_embeddings state_dtype use_cache bos_token_id eos_token_id pad_token_id dtype name type options "
-    "repeat steps".split()
+    "tie_word_embeddings state_dtype read_tolerance use_cache bos_token_id eos_token_id pad_token_id dtype name type "
+    "options repeat steps".split()
 )
 LARGEST = 2**31 - 1  # whole number in a config; beyond that the sizes of tensors overflow
 
