@@ -74,6 +74,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     for name in ("bisect", "colorsys", "fnmatch", "heapq", "keyword", "string", "textwrap"):
         shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", folder / f"{name}.txt")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     known = dict(REGISTRY)
     yield tmp_path
