@@ -2,17 +2,22 @@
 
 python benchmarks/profile_step.py --context 2048 [--preset NAME] [--dtype bfloat16] [--set hidden_size=512 ...]
 
-Torch's profiler adds a little to every operation, so many small ones seem dearer than they are.
+Torch's profiler adds a little to every operation, so many small ones seem dearer than they are. On CUDA the time is
+that of kernels, by the operation that launched them; what they leave of a step measured without the profiler is the
+GPU's idle time, and the dearest kernels follow by name.
 """
 
 import argparse
+import statistics
+from dataclasses import dataclass
 
 import torch
 import yaml
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mosaics import MosaicConfig
-from mosaics.experiments.bench import Bench, training_step
+from mosaics.experiments.bench import Bench, paired, training_step
 
 STEPS = 2
 GROUPS = {
@@ -20,8 +25,15 @@ GROUPS = {
     "fused attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_flash_attention_forward",
+        "_flash_attention_backward",
+        "_efficient_attention_forward",
+        "_efficient_attention_backward",
+        "_cudnn_attention_forward",
+        "_cudnn_attention_backward",
     ),
-    "kernels of our own, in C++": ("_Compiled", "_CompiledBackward"),
+    "kernels of our own, in C++ or Triton": ("_Compiled", "_CompiledBackward"),
+    "compiled by torch (FlexAttention)": (),
     "exponentials and softmax": ("exp", "exp_", "_softmax", "_softmax_backward_data", "_log_softmax", "log")
     + ("_log_softmax_backward_data", "logsumexp", "sigmoid", "silu", "silu_backward", "sigmoid_backward"),
     "copies, casts and fills": (
@@ -67,27 +79,58 @@ GROUPS = {
 }
 
 REST = "views, and what is left"
+OURS, COMPILED = list(GROUPS)[2:4]
+COMPILED_NAMES = ("triton_", "CompiledFunction", "CompiledFxGraph", "Torch-Compiled Region")
+KERNELS = 12
 
 
-def times(settings: Bench, name: str, context: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a step by group, and by operation among those of no group; on CUDA those of the kernels' ops."""
+@dataclass
+class Profile:
+    """Milliseconds of a step: by the clock without the profiler, by group, by operation among those of no group, and
+    (on CUDA) by kernel."""
+
+    step: float
+    groups: dict[str, float]
+    rest: dict[str, float]
+    kernels: dict[str, float]
+
+
+def group_of(key: str) -> str:
+    """The group of an operation as the profiler names it."""
+    if key.startswith(("mosaics::", "GeneratedBackwardFor_mosaics_")):
+        return OURS
+    if any(name in key for name in COMPILED_NAMES):
+        return COMPILED
+    return next((group for group, ops in GROUPS.items() if key.removeprefix("aten::") in ops), REST)
+
+
+def measure(settings: Bench, name: str, context: int) -> Profile:
+    """A training step of a contestant of `mosaics bench`."""
     run = training_step(settings, name, settings.build(name), context, 1)
     run()
+    step = statistics.median(paired({name: run}, 3, settings.torch_device)[name])
     cuda = settings.torch_device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
         for _ in range(STEPS):
             run()
-    groups, rest = dict.fromkeys([*GROUPS, REST], 0.0), {}
+        if cuda:
+            torch.cuda.synchronize()
+    result = Profile(1000 * step, dict.fromkeys([*GROUPS, REST], 0.0), {}, {})
     for event in found.key_averages():
         spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000 / STEPS
-        if cuda and not event.key.startswith("aten::"):
+        if cuda and event.device_type == DeviceType.CUDA:
+            if not event.is_user_annotation:  # spans, not kernels
+                result.kernels[event.key] = spent
             continue
-        op = event.key.removeprefix("aten::")
-        group = next((group for group, ops in GROUPS.items() if op in ops), REST)
-        groups[group] += spent
+        group = group_of(event.key)
+        result.groups[group] += spent
         if group == REST:
-            rest[event.key] = spent
-    return groups, rest
+            result.rest[event.key] = spent
+    return result
+
+
+def dearest(times: dict[str, float], count: int) -> list[str]:
+    return sorted(times, key=times.get, reverse=True)[:count]
 
 
 def main() -> None:
@@ -100,16 +143,24 @@ def main() -> None:
     given = parser.parse_args()
     sizes = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in given.set)}
     settings = Bench(MosaicConfig.from_preset(given.preset, **sizes), device=given.device, dtype=given.dtype)
-    found = {name: times(settings, name, given.context) for name in ("mosaic", "llama")}
+    found = {name: measure(settings, name, given.context) for name in ("mosaic", "llama")}
+    ours, theirs = found.values()
     device, dtype = settings.torch_device.type, str(settings.torch_dtype).removeprefix("torch.")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}, context {given.context}\n")
     print("| ms a step | mosaic | llama |\n|---|---|---|")
     for group in [*GROUPS, REST]:
-        print(f"| {group} | {found['mosaic'][0][group]:.1f} | {found['llama'][0][group]:.1f} |")
-    print(f"| all | {sum(found['mosaic'][0].values()):.1f} | {sum(found['llama'][0].values()):.1f} |")
-    for name, (_, rest) in found.items():
-        most = sorted(rest, key=rest.get, reverse=True)[:6]
-        print(f"\n{REST}, {name}: {', '.join(f'{op} {rest[op]:.1f}' for op in most)}")
+        print(f"| {group} | {ours.groups[group]:.1f} | {theirs.groups[group]:.1f} |")
+    print(f"| all | {sum(ours.groups.values()):.1f} | {sum(theirs.groups.values()):.1f} |")
+    if ours.kernels:
+        print(f"| all kernels | {sum(ours.kernels.values()):.1f} | {sum(theirs.kernels.values()):.1f} |")
+    print(f"| by the clock, without the profiler | {ours.step:.1f} | {theirs.step:.1f} |")
+    for name, one in found.items():
+        print(f"\n{REST}, {name}: {', '.join(f'{op} {one.rest[op]:.1f}' for op in dearest(one.rest, 6))}")
+    for name, one in found.items():
+        if one.kernels:
+            print(f"\n| kernels, {name} | ms a step |\n|---|---|")
+            for kernel in dearest(one.kernels, KERNELS):
+                print(f"| {kernel[:100]} | {one.kernels[kernel]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def test_kernel_regression_takes_flex_on_cuda_for_windows_and_documents(monkeypa
     assert asked(window=8) == asked(start=start) == "blockwise"
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("time, delay, window, cut", [(300, 5, None, True), (1000, 1, 256, False), (1024, 1, 64, True)])

@@ -105,6 +105,7 @@ def test_leaky_average_takes_triton_on_cuda_alone(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype, bounds", [(torch.float32, (1e-5, 1e-5)), (torch.bfloat16, (5e-3, 2e-2))])
 @pytest.mark.parametrize("width", [5, 64, 128])
