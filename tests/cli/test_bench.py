@@ -29,6 +29,14 @@ def test_bench_prints_json(mosaics):
     assert found["machine"]["torch"] and found["settings"]["model"]["hidden_size"] == 16
 
 
+def test_bench_keeps_json_beside_the_tables(mosaics, refused, tmp_path):
+    kept = tmp_path / "found.json"
+    code, output, _ = mosaics("bench", *SIZES, "--parts", "training", "--results", kept)
+    assert code == 0 and "training, time of a step" in output
+    assert [case["context"] for case in json.loads(kept.read_text())["cases"]] == [16, 24]
+    assert "make it first" in refused("bench", *SIZES, "--results", tmp_path / "none" / "found.json")
+
+
 def test_bench_prints_tables_and_marks_what_was_disturbed(mosaics, monkeypatch):
     busy = iter(range(0, 10**9, 10**6))  # another process that uses very many cores
     monkeypatch.setattr(module, "_others", lambda: float(next(busy)))

@@ -1,6 +1,7 @@
 """`mosaics bench`: time and memory beside a Llama of equal size."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Context, Option
@@ -9,7 +10,7 @@ EXAMPLE = "mosaics bench --parts training,decoding --contexts 1024,4096 --model.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OPTIONS = (
     "--preset --parts --contexts --batch-sizes --rounds --device --dtype --peers --compile --memory --no-memory --json "
-    "--help"
+    "--results --help"
 )
 UNITS = {"training": "a step", "prefill": "a prompt", "decoding": "a token"}
 
@@ -33,6 +34,9 @@ def bench(
         bool, Option("--memory/--no-memory", help="Peak memory, in a process for every part and model.")
     ] = True,
     as_json: Annotated[bool, Option("--json", help="Print JSON, with every sample.")] = False,
+    kept: Annotated[
+        Path | None, Option("--results", metavar="FILE", help="Write JSON with every sample there, beside the tables.")
+    ] = None,
 ) -> None:
     """Measure a mosaic beside transformers' LlamaForCausalLM with as many parameters, in turn and in one process.
 
@@ -62,11 +66,15 @@ def bench(
         compiled=compiled,
         memory=memory,
     )
+    if kept is not None and not kept.absolute().parent.is_dir():
+        raise ValueError(f"--results names {kept}, but there is no folder {kept.parent}; make it first")
     results: dict[str, Any] = {}
     try:
         measure(settings, results)
     finally:  # what is measured is printed, whatever ended it
         if results.get("cases"):
+            if kept is not None:
+                kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(results, indent=1) if as_json else tables(results), flush=True)
 
 
