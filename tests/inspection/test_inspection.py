@@ -8,10 +8,10 @@ import torch
 
 from helpers import relative_error, tiny_model, tokens
 from mosaics.inspection import inspect, inspection
-from mosaics.models import PRESETS
+from mosaics.models import PRESETS, MosaicConfig
 from mosaics.models.kept import read_context
 
-TINY = [name for name in PRESETS if name.endswith(("-tiny", "-nano"))]
+TINY = [name for name in PRESETS if name.endswith(("-tiny", "-nano")) and MosaicConfig.from_preset(name).around is None]
 TIME, ALL = 21, 600
 
 
@@ -160,6 +160,8 @@ def test_inspect_refuses_what_is_no_text():
     for ids, said in ((tokens(2, 4), "one text"), (tokens(1, 0), "one text"), (tokens(1, 4)[None], "one text")):
         with pytest.raises(ValueError, match=said):
             model.inspect(ids)
+    with pytest.raises(ValueError, match="'rmt' around the blocks"):
+        tiny_model(preset="rmt-tiny").inspect(tokens(1, 4))
     with pytest.raises(ValueError, match="top is 0"):
         model.inspect(tokens(1, 4), top=0)
     with pytest.raises(ValueError, match="same context"):

@@ -158,8 +158,14 @@ def inspect(
         told: called with what is about to be done.
 
     Raises:
-        ValueError: there is more than one row or no token, or the context's tokens are not as many as were read.
+        ValueError: there is more than one row or no token, or the context's tokens are not as many as were read; or a
+            memory around the blocks lets them see other positions than those of the text.
     """
+    if (around := model.model.stack.around) is not None:
+        raise ValueError(
+            f"the memory {around.name!r} around the blocks gives them positions that are no tokens of the text, so "
+            "what they read can't be shown by token; inspect a model without it."
+        )
     ids = input_ids[None] if input_ids.dim() == 1 else input_ids
     if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise ValueError(f"input_ids is {tuple(input_ids.shape)}; give the tokens of one text, (time,) or (1, time).")

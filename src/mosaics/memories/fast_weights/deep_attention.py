@@ -151,7 +151,11 @@ class DeepAttentionMemory(Memory):
         )
         sharpness = self.sharpness.to(wide).exp()
         rate, gate, *decay = self.rates_proj(x).to(wide).transpose(1, 2).chunk(2 + o.decay, dim=1)
-        gate = gate.sigmoid() / o.window
+        gate, rate = gate.sigmoid(), o.largest_step * rate.sigmoid()
+        log_decay = F.logsigmoid(-decay[0]) if o.decay else None
+        if context.reads is not None:
+            self.show(context, {"step": rate, "gate": gate, "kept": None if log_decay is None else log_decay.exp()})
+        gate = gate / o.window
         read, after = deep_attention(
             self.second,
             unit(queries),
@@ -161,8 +165,8 @@ class DeepAttentionMemory(Memory):
             layout.segments(o.chunk, x.device),
             network=self.inner,
             window=torch.ones_like(gate[..., None]).expand(-1, -1, -1, o.window),
-            rate=o.largest_step * rate.sigmoid(),
-            log_decay=F.logsigmoid(-decay[0]) if o.decay else None,
+            rate=rate,
+            log_decay=log_decay,
             scale=sharpness,
             shift=sharpness,
             start=layout.start,
