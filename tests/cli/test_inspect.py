@@ -72,7 +72,7 @@ def test_inspect_goes_on_from_a_memory(inspected, mosaics, small_run, tmp_path):
 def test_inspect_refuses_what_it_cannot_look_into(inspected, refused, mosaics, small_run, tmp_path, monkeypatch):
     page = ("--output", tmp_path / "page.html")
     own = ("inspect", small_run)
-    assert "give a --prompt" in refused(*own, *page)
+    assert "give a --prompt" in refused("inspect", "demo", *page)  # that is no run
     assert "the text is empty" in refused(*own, *page, "--prompt", "")
     assert "leave one out" in refused(*own, *page, "--prompt", "a", "--prompt-file", tmp_path / "b")
     assert "No such file" in refused(*own, *page, "--prompt-file", tmp_path / "none")
