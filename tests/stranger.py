@@ -34,8 +34,6 @@ def computed(model) -> dict[str, Tensor]:
         prompt = dict(input_ids=rows[:, :50], attention_mask=mask[:, :50])
         found["greedy"] = model.generate(**prompt, **options)
         found["beams"] = model.generate(**prompt, **options, num_beams=3)
-        for number, read in enumerate(model.read_weights(rows[:, :20])):
-            found[f"read {number}"] = read.weights
     model.train()
     torch.manual_seed(2)  # of dropout
     loss = model(rows, attention_mask=mask, labels=rows, draw=0.6).loss
