@@ -49,7 +49,7 @@ class Step(nn.Module):
         inner = self.norm(x)
         answer, after = None, []
         for memory, state in zip(self.memories.values(), states or [None] * len(self.memories), strict=True):
-            if not context.without.isdisjoint((memory.name, memory.type)):
+            if memory.left_out(context):
                 after.append(state)
                 continue
             y, state = memory(inner, layout, state, context)
@@ -145,7 +145,10 @@ class Stack(Memory):
 
     def forward(self, *given: Any, **more: Any) -> tuple[Tensor, StackState | None]:
         """As `through`, but for what the memory around the blocks makes of it."""
-        return self.through(*given, **more) if self.around is None else self.around(self, *given, **more)
+        context: Context = given[3]
+        if self.around is None or self.around.left_out(context):
+            return self.through(*given, **more)
+        return self.around(self, *given, **more)
 
     def through(
         self,

@@ -102,6 +102,10 @@ class Memory(nn.Module):
         """
         raise NotImplementedError
 
+    def left_out(self, context: Context) -> bool:
+        """Whether the pass is to be as if this memory were removed."""
+        return not context.without.isdisjoint((self.name, self.type))
+
     def show(self, context: Context, traces: dict[str, Tensor | None]) -> None:
         """Declare numbers over time, `(batch, heads, time)` or with channels `(batch, heads, time, channels)`, of which
         the mean is shown, to who looks into this pass. None is left out."""
