@@ -26,6 +26,7 @@ CODE_LICENSE = "LICENSE-CODE.txt"
 _LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check"}
 _LEFT_OUT |= {"inspect", "read_weights"}
 _LOOKED_INTO = "context.reads is not None"
+_TRIED = "EXAMPLES"
 _CLASSES = {"AutoConfig": "MosaicConfig", "AutoModel": "MosaicModel", "AutoModelForCausalLM": "MosaicForCausalLM"}
 _HEADER = "# Copyright the mosaics authors. Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
 _INSTALLED = f'''{_HEADER}"""Lets `trust_remote_code=True` load this model where the package mosaics is installed."""
@@ -147,9 +148,11 @@ class _Source:
         bases = getattr(importlib.import_module(self.module), statement.name).__mro__
         outside = [base for base in bases if base.__module__.partition(".")[0] != "mosaics"]
         methods = [node for node in statement.body if isinstance(node, ast.FunctionDef)]
+        untried = [s for s in statement.body if isinstance(s, ast.Assign | ast.AnnAssign) and _TRIED in ast.unparse(s)]
         if any(base.__module__.startswith("transformers.") for base in outside):  # asks for more than it declares
             return [m for m in methods if m.name in _LEFT_OUT]
-        return [m for m in methods if m.name not in called and not any(hasattr(base, m.name) for base in outside)]
+        idle = [m for m in methods if m.name not in called and not any(hasattr(base, m.name) for base in outside)]
+        return [*idle, *untried]
 
     def nodes(self, statement: ast.stmt, called: set[str]) -> Iterator[ast.AST]:
         """As `ast.walk`, without the methods that nothing calls."""

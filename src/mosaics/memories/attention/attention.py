@@ -140,7 +140,7 @@ class AttentionMemory(Memory):
 
     def initial_state(self) -> AttentionState:
         window = self.options.window
-        return AttentionState(self.common.pairs(None if window is None else window - 1))
+        return AttentionState(self.no_pairs(None if window is None else window - 1))
 
     def forward(
         self, x: Tensor, layout: Layout, state: AttentionState | None, context: Context

@@ -47,12 +47,6 @@ class Common:
         check_state_dtype(self.state_dtype)
         check_tolerance(self.read_tolerance)
 
-    def pairs(self, limit: int | None = None) -> Pairs:
-        """An empty store that keeps the newest `limit` pairs (None: all) as the model does."""
-        if self.read_tolerance is None or limit is not None or Pairs.sketched is None:
-            return Pairs(limit=limit, dtype=self.state_dtype)
-        return Pairs.sketched(dtype=self.state_dtype, tolerance=self.read_tolerance)
-
 
 class Memory(nn.Module):
     """One memory: stores key-value pairs in some form and answers a key; owns everything up to its output map.
@@ -101,6 +95,13 @@ class Memory(nn.Module):
             `(batch, time, d)`, and the state after the last position (None if none was given).
         """
         raise NotImplementedError
+
+    def no_pairs(self, limit: int | None = None) -> Pairs:
+        """A store without pairs yet, which keeps the newest `limit` (None: all) as the model does."""
+        common = self.common
+        if common.read_tolerance is None or limit is not None or Pairs.sketched is None:
+            return Pairs(limit=limit, dtype=common.state_dtype)
+        return Pairs.sketched(dtype=common.state_dtype, tolerance=common.read_tolerance)
 
     def left_out(self, context: Context) -> bool:
         """Whether the pass is to be as if this memory were removed."""

@@ -142,7 +142,7 @@ class ContextualMemory(Memory):
         raise NotImplementedError
 
     def initial_state(self) -> ContextualState:
-        return ContextualState(pairs=self.common.pairs(None if self.window is None else self.window - 1))
+        return ContextualState(pairs=self.no_pairs(None if self.window is None else self.window - 1))
 
     def bandwidth(self) -> Bandwidth:
         """beta as a function of the number of pairs."""
