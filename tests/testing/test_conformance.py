@@ -19,7 +19,6 @@ QUICK = (
     "padding_and_documents_change_nothing",
     "nothing_comes_from_the_future",
     "it_answers_something",
-    "rows_can_be_selected_and_repeated",
     "state_bytes_are_those_held",
     "initialisation_is_applied",
     "small_inputs_work",
