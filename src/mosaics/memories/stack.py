@@ -46,6 +46,8 @@ class Step(nn.Module):
         self, x: Tensor, layout: Layout, states: list[State | None] | None, context: Context
     ) -> tuple[Tensor, list[State | None]]:
         """As `Memory.forward`, with one state a memory."""
+        if Memory.step_of_one is not None and (done := Memory.step_of_one(self, x, layout, states, context)):
+            return done
         inner = self.norm(x)
         answer, after = None, []
         for memory, state in zip(self.memories.values(), states or [None] * len(self.memories), strict=True):

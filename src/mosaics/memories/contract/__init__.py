@@ -6,6 +6,8 @@ from mosaics.memories.contract.helpers import (
     check_deviation,
     init_clamped_normal,
     init_map,
+    is_plain,
+    is_untouched,
     linear_flops,
     mean_pairs,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "check_tolerance",
     "init_clamped_normal",
     "init_map",
+    "is_plain",
+    "is_untouched",
     "linear_flops",
     "mean_pairs",
     "memory_class",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +70,7 @@ class Memory(nn.Module):
     shared_options: ClassVar[frozenset[str]] = frozenset({"num_attention_heads", "initializer_range"})
     adapted: ClassVar[tuple[str, ...]] = ()
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ()
+    step_of_one: ClassVar[Callable | None] = None  # of `one_token`, which does not go with exported code
 
     def __init__(self, options: Any, common: Common, layer_index: int) -> None:
         super().__init__()
@@ -95,6 +96,21 @@ class Memory(nn.Module):
             `(batch, time, d)`, and the state after the last position (None if none was given).
         """
         raise NotImplementedError
+
+    def one_token(self, x: Tensor, layout: Layout, state: State | None, context: Context) -> Any:
+        """What a call for one position needs of this memory that computes all of a step on a processor.
+
+        Args:
+            x: `(batch, 1, d)`, what enters the step, in the dtype of the call.
+            layout: without padding and without borders of documents.
+            state: not to be changed yet, but for room that is made in it.
+            context: what belongs to this pass.
+
+        Returns:
+            One of the kinds of `contract.one_token.Part`; None: this memory, and so the step, is computed as always.
+            `contract.one_token.Unfit` may be raised as well.
+        """
+        return None
 
     def no_pairs(self, limit: int | None = None) -> Pairs:
         """A store without pairs yet, which keeps the newest `limit` (None: all) as the model does."""

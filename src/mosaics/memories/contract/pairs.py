@@ -78,16 +78,23 @@ class Pairs(State):
                 setattr(self, name, torch.cat([older, x], dim=2))
             self.used, begin = total, 0
         else:
-            foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
-            if foreign or self.used + time > self.keys.shape[2]:
-                capacity = total + max(total // 2, 64)
-                for name in new:
-                    setattr(self, name, _grown(getattr(self, name)[:, :, begin : self.used], capacity))
-                self.used, begin = kept, 0
+            self.make_room(time)
+            begin = self.used - kept
             self.used += time
             for name, x in new.items():
                 getattr(self, name)[:, :, self.used - x.shape[2] : self.used] = x
         return readable_pairs({name: getattr(self, name)[:, :, begin : self.used] for name in new}, computed)
+
+    def make_room(self, time: int) -> None:
+        """Let the next `time` pairs have slots that can be written to."""
+        foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()  # not to be written to
+        if foreign or self.used + time > self.keys.shape[2]:
+            kept, total = self.kept, self.kept + time
+            for name in ("keys", "values", "key_scales", "value_scales"):
+                if (x := getattr(self, name)) is not None:
+                    x = x[:, :, self.used - kept : self.used]
+                    setattr(self, name, _grown(x, total + max(total // 2, 64)))
+            self.used = kept
 
     def settle(self, layout: Layout) -> None:
         """After a call was answered: align the rows again if they had padding, and let go of what is out of reach."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from mosaics.memories.contract import (
     Store,
     check_deviation,
     init_map,
+    is_plain,
     linear_flops,
     mean_pairs,
 )
+from mosaics.memories.contract import one_token as one
 from mosaics.memories.contract.state import shared
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, readable, weights_at
 from mosaics.ops.kernel_regression import widened as plain
@@ -86,17 +88,6 @@ def mapped(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
             together = F.linear(x, torch.cat([m.weight for m in linears]), bias)
             return together.split([m.out_features for m in linears], dim=-1)
     return [linear(x) for linear in linears]
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear map is what its weight and bias say: no adapter, quantised or sharded weight, no hook."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and not any(hooks)
-        and "forward" not in vars(linear)
-    )
 
 
 def head_width(hidden_size: int, heads: int) -> int:
@@ -292,6 +283,47 @@ class GatedContextualMemory(ContextualMemory):
     def value_length(self) -> Tensor:
         return widened(self.value_scale).clamp(max=15).exp()
 
+    def one_token(self, x: Tensor, layout: Layout, state: ContextualState, context: Context) -> one.Contextual | None:
+        batch, _, d = x.shape
+        pairs, dtype, heads = state.pairs, x.dtype, self.heads
+        if type(pairs) is not Pairs or state.store is not None or state.raw_value is None or not pairs.kept:
+            return None
+        if self.training or not _is_as_written(type(self)) or not _WRITTEN.isdisjoint(vars(self)):
+            return None
+        if pairs.keys.dtype != dtype or pairs.keys.requires_grad or pairs.values.requires_grad:
+            return None
+        pairs.make_room(1)
+        width, begin, used = d // heads, pairs.used - pairs.kept, pairs.used
+        buffers, slots = [], pairs.keys.shape[2]
+        for x in (pairs.keys, pairs.values):
+            where = one.address(x, (batch, heads, slots, width), dtype, contiguous=False)
+            if x.stride(3) != 1 or x.stride(2) != width:
+                return None
+            buffers.append((where + begin * width * dtype.itemsize, x.stride()[:3]))
+        before = [x.contiguous() for x in (state.direction, state.log_scale, state.raw_value)]
+        shapes = ((batch, heads, width), (batch, heads), (batch, heads, 1, width))
+        after = [x.new_empty(shape, dtype=dtype) for x, shape in zip(before, shapes, strict=True)]
+        maps = ((self.key_proj, d), (self.key_gate, heads), (self.key_decay, heads), (self.value_proj, d))
+        vectors = (self.value_mix, self.value_scale)
+        vectors += (self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
+        numbers = [
+            *(number for m, outputs in (*maps, (self.out_proj, d)) for number in one.numbers_of(m, outputs, d, dtype)),
+            *(one.address(vector, (heads,), dtype) for vector in vectors),
+            *(one.address(x, shape, dtype) for x, shape in zip(before, shapes, strict=True)),
+            *(x.data_ptr() for x in after),
+            *(where for where, _ in buffers),
+            *(stride for _, strides in buffers for stride in strides),
+            *(heads, pairs.kept + 1, self.delay(context), -1 if self.window is None else self.window),
+        ]
+
+        def done() -> ContextualState:
+            state.direction, state.log_scale, state.raw_value = after
+            pairs.used = used + 1
+            pairs.settle(layout)
+            return state
+
+        return one.Contextual(numbers, before, done)
+
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
         for linear in (self.key_proj, self.key_gate, self.key_decay, self.value_proj, self.out_proj):
@@ -301,6 +333,15 @@ class GatedContextualMemory(ContextualMemory):
         nn.init.constant_(self.bandwidth_exponent, 1 / 3)
         nn.init.uniform_(self.value_mix)
         nn.init.zeros_(self.value_scale)
+
+
+_WRITTEN = frozenset(("forward", "maps", "keys", "values", "value_length", "bandwidth", "_read", "_split"))
+
+
+@cache
+def _is_as_written(kind: type[GatedContextualMemory]) -> bool:
+    """Whether a class computes what `GatedContextualMemory` does."""
+    return all(getattr(kind, name) is getattr(GatedContextualMemory, name) for name in _WRITTEN)
 
 
 def key_state_bytes(hidden_size: int, heads: int) -> int:

@@ -18,6 +18,7 @@ from mosaics.memories.contract import (
     nearest,
     register,
 )
+from mosaics.memories.contract import one_token as one
 
 ACTIVATIONS = ("swiglu", "gelu")
 
@@ -61,6 +62,13 @@ class FeedForwardMemory(Memory):
     def forward(self, x: Tensor, layout: Layout, state: None, context: Context) -> tuple[Tensor, None]:
         inner = self.up_proj(x)
         return self.down_proj(F.gelu(inner) if self.gate_proj is None else F.silu(self.gate_proj(x)) * inner), None
+
+    def one_token(self, x: Tensor, layout: Layout, state: None, context: Context) -> one.FeedForward | None:
+        d, inner = self.common.hidden_size, self.options.intermediate_size
+        if type(self).forward is not FeedForwardMemory.forward or self.gate_proj is None:
+            return None
+        maps = ((self.gate_proj, inner, d), (self.up_proj, inner, d), (self.down_proj, d, inner))
+        return one.FeedForward([number for given in maps for number in one.numbers_of(*given, x.dtype)])
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
