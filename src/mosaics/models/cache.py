@@ -97,10 +97,10 @@ def open_cache(
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers.extend(MosaicCacheLayer() for _ in stack.blocks)
     # By its name, as transformers finds it: that of the package and those of exported models do one another's work.
-    kinds = {getattr(layer, "_layer_type", None) for layer in cache.layers}
+    kinds, memories = {getattr(layer, "_layer_type", None) for layer in cache.layers}, stack.kinds()
     if kinds != {MosaicCacheLayer._layer_type} or len(cache.layers) != len(stack.blocks):
         raise ValueError("The cache belongs to another model; pass DynamicCache(config=model.config), or none.")
-    if any(layer.state is not None and layer.kinds != stack.kinds() for layer in cache.layers):
+    if any(layer.state is not None and layer.kinds != memories for layer in cache.layers):
         raise ValueError("The cache was made by other memories than the model has; start with a new one.")
     held = next((state.batch for layer in cache.layers for state in layer.held() if state.batch is not None), batch)
     if batch is not None and held != batch:
@@ -129,9 +129,9 @@ def close_cache(cache: Cache, stack: Stack, state: StackState, rows: Rows, posit
         if rows.tokens is None and (batch := state.batch) is not None:
             rows = Rows(positions.expand(batch).clone(), rows.document)  # counted from now on, whatever comes
     first.rows, first.around = rows, state.around
+    kinds = stack.kinds()
     for layer, block_state in zip(cache.layers, state.blocks, strict=True):
-        layer.state, layer.is_initialized = block_state, True
-        layer.kinds = stack.kinds()
+        layer.state, layer.is_initialized, layer.kinds = block_state, True, kinds
         layer.positions += positions
 
 

@@ -6,8 +6,6 @@ from mosaics.memories.contract.helpers import (
     check_deviation,
     init_clamped_normal,
     init_map,
-    is_plain,
-    is_untouched,
     linear_flops,
     mean_pairs,
 )
@@ -53,8 +51,6 @@ __all__ = [
     "check_tolerance",
     "init_clamped_normal",
     "init_map",
-    "is_plain",
-    "is_untouched",
     "linear_flops",
     "mean_pairs",
     "memory_class",

@@ -53,16 +53,3 @@ def mean_pairs(context_length: int, window: int | None) -> float:
     if window is None or context_length <= window:
         return context_length / 2
     return window - window**2 / (2 * context_length)
-
-
-def is_untouched(*modules: nn.Module) -> bool:
-    """Whether modules are what their classes say: no hook, no other `forward`."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in modules
-    )
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear map is what its weight and bias say: no adapter, quantised or sharded weight, no hook."""
-    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and is_untouched(linear)

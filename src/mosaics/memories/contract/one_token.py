@@ -8,7 +8,8 @@ seems (another kind of map or weight, a hook, a mode of torch) the step is compu
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from mosaics.memories.contract.context import Context
-from mosaics.memories.contract.helpers import is_plain, is_untouched
 from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.memory import Memory
 from mosaics.memories.contract.state import State
@@ -43,12 +43,10 @@ class Part(NamedTuple):
 
     Attributes:
         numbers: the fields of its record in one_token.cpp.
-        kept: tensors that have to live until the call returns.
         after: what is left to do then; returns the state.
     """
 
     numbers: list[int]
-    kept: Sequence[Any] = ()
     after: Callable[[], State | None] = lambda: None
 
 
@@ -68,38 +66,55 @@ class _Step(ctypes.Structure):
     ]
 
 
-def address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool = True) -> int:
-    """Where the numbers of a tensor lie that is just what is expected.
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module is what its class says: no hook, no other `forward`."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in vars(module)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def address(x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where the numbers of a tensor lie that is just what is expected, without gaps.
 
     Raises:
         Unfit: it is not.
     """
-    if type(x) not in (Tensor, nn.Parameter) or x.dtype != dtype or x.shape != shape or x.device.type != "cpu":
-        raise Unfit
-    if x.layout != torch.strided or (contiguous and not x.is_contiguous()):
-        raise Unfit
     try:
-        return x.data_ptr()
-    except RuntimeError:  # within `torch.vmap`
-        raise Unfit from None
+        if type(x) in _PLAIN and x.dtype is dtype and x.is_cpu and x.shape == shape and x.is_contiguous():
+            return x.data_ptr()
+    except RuntimeError:  # it is sparse, or within `torch.vmap`
+        pass
+    raise Unfit
 
 
-def numbers_of(linear: nn.Module, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def numbers_of(linear: nn.Module | None, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The record of a linear map that is what its weight and bias say.
 
     Raises:
         Unfit: it is not, or of another shape or dtype.
     """
-    if not is_plain(linear):
+    if type(linear) is not nn.Linear or not is_untouched(linear):
         raise Unfit
-    bias = linear.bias
-    own = 0 if bias is None else address(bias, (outputs,), dtype)
-    return address(linear.weight, (outputs, inputs), dtype), own, outputs, inputs
+    own = linear._parameters  # an attribute of a module takes long to find
+    weight, bias = own.get("weight"), own.get("bias")
+    at = 0 if bias is None else address(bias, (outputs,), dtype)
+    return address(weight, (outputs, inputs), dtype), at, outputs, inputs
 
 
-def available() -> bool:
-    """Whether this machine can compile and load what is needed; the first call does so."""
-    return library(SOURCE) is not None and all(form.available() for form in (single, averages, values))
+@functools.cache
+def _functions(dtype: torch.dtype) -> tuple[Callable, list[int]] | None:
+    """The function for a dtype, and the addresses of those that it calls; None where they can't be compiled and loaded:
+    the first call does so."""
+    sources = (SOURCE, averages.SOURCE, values.SOURCE, single.SOURCE)
+    libraries = [library(source) for source in sources]
+    if None in libraries:
+        return None
+    kind, of_reads = KINDS[dtype]
+    names = (f"step_{kind}", f"forward_{kind}", f"forward_{kind}", f"read_{of_reads}")
+    step, *called = (getattr(one, name) for one, name in zip(libraries, names, strict=True))
+    return step, [ctypes.cast(function, c_void_p).value for function in called]
 
 
 def step_of_one(
@@ -114,51 +129,42 @@ def step_of_one(
         return None
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return None
-    norm, memories = step.norm, step.memories.values()
-    if modules._has_any_global_hook() or type(norm) is not nn.RMSNorm or not is_untouched(norm, *memories):
+    norm, memories = step._modules["norm"], step._modules["memories"]._modules.values()
+    if modules._has_any_global_hook() or type(norm) is not nn.RMSNorm or not all(map(is_untouched, (norm, *memories))):
         return None
     try:
-        return _done(norm, memories, x, layout, states, context) if available() else None
+        return _done(norm, memories, x, layout, states, context)
     except Unfit:
         return None
 
 
 def _done(
-    norm: nn.RMSNorm, memories: Any, x: Tensor, layout: Layout, states: list[State | None], context: Context
+    norm: nn.RMSNorm,
+    memories: Iterable[Memory],
+    x: Tensor,
+    layout: Layout,
+    states: list[State | None],
+    context: Context,
 ) -> tuple[Tensor, list[State | None]]:
     batch, _, width = x.shape
-    x = x.contiguous()
-    given = (address(x, x.shape, x.dtype), address(norm.weight, (width,), x.dtype))
+    dtype, found = x.dtype, _functions(x.dtype)
+    if found is None:
+        raise Unfit
+    given = (address(x, x.shape, dtype), address(norm._parameters.get("weight"), (width,), dtype))
     parts = [memory.one_token(x, layout, state, context) for memory, state in zip(memories, states, strict=True)]
-    kind, of_reads = KINDS[x.dtype]
-    contextual, others = ([part for part in parts if type(part) is one] for one in (Contextual, FeedForward))
+    contextual = [part for part in parts if type(part) is Contextual]
+    others = [part for part in parts if type(part) is FeedForward]
     if len(contextual) + len(others) < len(parts):
         raise Unfit
-    y, eps = torch.empty(x.shape, dtype=x.dtype), torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    functions = (
-        getattr(library(averages.SOURCE), f"forward_{kind}"),
-        getattr(library(values.SOURCE), f"forward_{kind}"),
-        getattr(library(single.SOURCE), f"read_{of_reads}"),
-    )
-    sizes = _Step(
-        *(ctypes.cast(function, c_void_p).value for function in functions),
-        *given,
-        y.data_ptr(),
-        batch,
-        width,
-        torch.get_num_threads(),
-        len(contextual),
-        len(others),
-        eps,
-        0.0,
-        SMALLEST,
-        floor_of(x),
-    )
+    step, functions = found
+    y, eps = torch.empty_like(x), torch.finfo(dtype).eps if norm.eps is None else norm.eps
+    sizes = (batch, width, torch.get_num_threads(), len(contextual), len(others))
+    head = _Step(*functions, *given, y.data_ptr(), *sizes, eps, 0.0, SMALLEST, floor_of(x))
     records = []
     for group in (contextual, others):
         numbers = [number for part in group for number in part.numbers]
         records.append((c_int64 * len(numbers))(*numbers))
-    getattr(library(SOURCE), f"step_{kind}")(ctypes.byref(sizes), *records)
+    step(ctypes.byref(head), *records)
     return y, [part.after() for part in parts]
 
 

@@ -22,7 +22,6 @@ from mosaics.memories.contract import (
     Store,
     check_deviation,
     init_map,
-    is_plain,
     linear_flops,
     mean_pairs,
 )
@@ -88,6 +87,17 @@ def mapped(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
             together = F.linear(x, torch.cat([m.weight for m in linears]), bias)
             return together.split([m.out_features for m in linears], dim=-1)
     return [linear(x) for linear in linears]
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear map is what its weight and bias say: no adapter, quantised or sharded weight, no hook."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and not any(hooks)
+        and "forward" not in vars(linear)
+    )
 
 
 def head_width(hidden_size: int, heads: int) -> int:
@@ -290,31 +300,29 @@ class GatedContextualMemory(ContextualMemory):
             return None
         if self.training or not _is_as_written(type(self)) or not _WRITTEN.isdisjoint(vars(self)):
             return None
-        if pairs.keys.dtype != dtype or pairs.keys.requires_grad or pairs.values.requires_grad:
+        keys, values = pairs.keys, pairs.values
+        if keys.dtype != dtype or keys.requires_grad or values.requires_grad:
             return None
         pairs.make_room(1)
-        width, begin, used = d // heads, pairs.used - pairs.kept, pairs.used
-        buffers, slots = [], pairs.keys.shape[2]
-        for x in (pairs.keys, pairs.values):
-            where = one.address(x, (batch, heads, slots, width), dtype, contiguous=False)
-            if x.stride(3) != 1 or x.stride(2) != width:
-                return None
-            buffers.append((where + begin * width * dtype.itemsize, x.stride()[:3]))
-        before = [x.contiguous() for x in (state.direction, state.log_scale, state.raw_value)]
+        keys, values, used, kept, width = pairs.keys, pairs.values, pairs.used, pairs.kept, d // heads
+        shape = (batch, heads, keys.shape[2], width)
+        skipped = (used - kept) * width * dtype.itemsize
+        buffers = [one.address(buffer, shape, dtype) + skipped for buffer in (keys, values)]
+        before = (state.direction, state.log_scale, state.raw_value)
         shapes = ((batch, heads, width), (batch, heads), (batch, heads, 1, width))
-        after = [x.new_empty(shape, dtype=dtype) for x, shape in zip(before, shapes, strict=True)]
-        maps = ((self.key_proj, d), (self.key_gate, heads), (self.key_decay, heads), (self.value_proj, d))
-        vectors = (self.value_mix, self.value_scale)
-        vectors += (self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
-        numbers = [
-            *(number for m, outputs in (*maps, (self.out_proj, d)) for number in one.numbers_of(m, outputs, d, dtype)),
-            *(one.address(vector, (heads,), dtype) for vector in vectors),
-            *(one.address(x, shape, dtype) for x, shape in zip(before, shapes, strict=True)),
-            *(x.data_ptr() for x in after),
-            *(where for where, _ in buffers),
-            *(stride for _, strides in buffers for stride in strides),
-            *(heads, pairs.kept + 1, self.delay(context), -1 if self.window is None else self.window),
-        ]
+        after = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        linears, vectors, numbers = self._modules, self._parameters, []
+        for name, outputs in (("key_proj", d), ("key_gate", heads), ("key_decay", heads), ("value_proj", d)):
+            numbers += one.numbers_of(linears.get(name), outputs, d, dtype)
+        numbers += one.numbers_of(linears.get("out_proj"), d, d, dtype)
+        for name in _VECTORS:
+            numbers.append(one.address(vectors.get(name), (heads,), dtype))
+        for tensor, shape in zip(before, shapes, strict=True):
+            numbers.append(one.address(tensor, shape, dtype))
+        numbers += [tensor.data_ptr() for tensor in after]
+        numbers += buffers
+        numbers += (*keys.stride()[:3], *values.stride()[:3])
+        numbers += (heads, kept + 1, self.delay(context), -1 if self.window is None else self.window)
 
         def done() -> ContextualState:
             state.direction, state.log_scale, state.raw_value = after
@@ -322,7 +330,7 @@ class GatedContextualMemory(ContextualMemory):
             pairs.settle(layout)
             return state
 
-        return one.Contextual(numbers, before, done)
+        return one.Contextual(numbers, after=done)
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
@@ -335,6 +343,7 @@ class GatedContextualMemory(ContextualMemory):
         nn.init.zeros_(self.value_scale)
 
 
+_VECTORS = ("value_mix", "value_scale", "bandwidth_base", "bandwidth_slope", "bandwidth_exponent")
 _WRITTEN = frozenset(("forward", "maps", "keys", "values", "value_length", "bandwidth", "_read", "_split"))
 
 

@@ -64,11 +64,13 @@ class FeedForwardMemory(Memory):
         return self.down_proj(F.gelu(inner) if self.gate_proj is None else F.silu(self.gate_proj(x)) * inner), None
 
     def one_token(self, x: Tensor, layout: Layout, state: None, context: Context) -> one.FeedForward | None:
-        d, inner = self.common.hidden_size, self.options.intermediate_size
+        d, inner, linears = self.common.hidden_size, self.options.intermediate_size, self._modules
         if type(self).forward is not FeedForwardMemory.forward or self.gate_proj is None:
             return None
-        maps = ((self.gate_proj, inner, d), (self.up_proj, inner, d), (self.down_proj, d, inner))
-        return one.FeedForward([number for given in maps for number in one.numbers_of(*given, x.dtype)])
+        numbers = []
+        for name, *sizes in (("gate_proj", inner, d), ("up_proj", inner, d), ("down_proj", d, inner)):
+            numbers += one.numbers_of(linears.get(name), *sizes, x.dtype)
+        return one.FeedForward(numbers)
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
