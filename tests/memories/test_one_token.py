@@ -11,7 +11,7 @@ from helpers import relative_error, tiny_model, tokens
 from mosaics.memories import Context, Memory
 from mosaics.memories.contract import one_token
 
-needs_compiler = pytest.mark.skipif(one_token._functions(torch.float64) is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not one_token.available(), reason="no C++ compiler")
 STEPS = 4  # of the two blocks of a tiny model
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from mosaics.memories import Block, Common, Context, Layout, Memory
+from mosaics.memories.contract import one_token
 from mosaics.ops import compiling
 from mosaics.ops.kernel_regression import Bandwidth, Narrow, compiled, kernel_regression, single
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
@@ -146,6 +148,32 @@ def walk_values(draw: random.Random) -> None:
     both(lambda own, form: unit_values(*own, eps=eps, form=form), leaves, draw.random() < 0.7, ordinary)
 
 
+def walk_token(draw: random.Random) -> None:
+    dtype, heads = draw.choice([torch.float32, torch.float64]), draw.choice([1, 3])
+    options = {"num_attention_heads": heads}
+    reads = [
+        {"type": "short_term", "options": options | {"window": draw.choice([2, 5, 40])}},
+        {"type": "long_term", "options": options | {"delay": draw.choice([1, 4, 64])}},
+    ]
+    network = {"type": "feed_forward", "options": {"intermediate_size": draw.choice(WIDTHS)}}
+    common = Common(hidden_size=heads * draw.choice(WIDTHS[:11]), bias=draw.random() < 0.5)
+    block = Block([draw.sample(reads, draw.choice([1, 2])), [network]], torch.nn.RMSNorm, common, 0).to(dtype).eval()
+    for memory in block.memories():
+        memory.reset_parameters(0)
+    batch, first = draw.choice([1, 2, 8]), draw.choice([1, 7, 300])
+    x = torch.randn(batch, first + draw.choice([5, 100]), common.hidden_size, dtype=dtype)
+    ordinary, answers, step = sane(draw, x), [], Memory.step_of_one
+    for Memory.step_of_one in (step, None):
+        found, state = block(x[:, :first], Layout(batch, first), block.initial_state(), Context())
+        answers.append([found])
+        for t in range(first, x.shape[1]):
+            found, state = block(x[:, t : t + 1], Layout(batch, 1, stored=t), state, Context())
+            answers[-1].append(found)
+    Memory.step_of_one = step
+    if ordinary:
+        check(*zip(*answers, strict=True))
+
+
 def main() -> None:
     if sys.argv[1].endswith(".cpp"):
         x = torch.zeros(16, dtype=torch.float64)
@@ -153,12 +181,13 @@ def main() -> None:
         return
     for form in (compiled, single, leaky_compiled, unit_compiled):
         assert form.available(), form
+    assert one_token.available(), one_token
     for form in (single, leaky_compiled, unit_compiled):
         form.WORTH = 1  # threads for anything
     draw = random.Random(int(sys.argv[1]))
     for count in range(int(sys.argv[2])):
         seed = draw.getrandbits(32)
-        for walk in (walk_read, walk_keys, walk_values):
+        for walk in (walk_read, walk_keys, walk_values, torch.no_grad()(walk_token)):
             torch.manual_seed(seed)
             torch.set_num_threads(1 + seed % 2)
             try:

@@ -81,8 +81,11 @@ inline void product(const Map<T>& map, const T* x, int64_t batch, int64_t from, 
     constexpr int64_t lanes = Vector<T>::lanes;
     const int64_t n = map.inputs, even = n / lanes * lanes;
     const auto finish = [&](V sums, const T* row, const T* own, int64_t o) {
-        T sum = 0;
-        for (int64_t i = 0; i < lanes; i++) sum += sums[i];
+        T parts[lanes];
+        std::memcpy(parts, &sums, sizeof parts);
+        for (int64_t half = lanes / 2; half; half /= 2)
+            for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
+        T sum = parts[0];
         for (int64_t i = even; i < n; i++) sum += row[i] * own[i];
         return map.bias ? sum + map.bias[o] : sum;
     };

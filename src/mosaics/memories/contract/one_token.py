@@ -117,6 +117,11 @@ def _functions(dtype: torch.dtype) -> tuple[Callable, list[int]] | None:
     return step, [ctypes.cast(function, c_void_p).value for function in called]
 
 
+def available() -> bool:
+    """Whether this machine can compile and load what is needed; the first call does so."""
+    return _functions(torch.float32) is not None
+
+
 def step_of_one(
     step: Any, x: Tensor, layout: Layout, states: list[State | None] | None, context: Context
 ) -> tuple[Tensor, list[State | None]] | None:

@@ -345,6 +345,7 @@ class GatedContextualMemory(ContextualMemory):
 
 _VECTORS = ("value_mix", "value_scale", "bandwidth_base", "bandwidth_slope", "bandwidth_exponent")
 _WRITTEN = frozenset(("forward", "maps", "keys", "values", "value_length", "bandwidth", "_read", "_split"))
+_WRITTEN |= {"read_dropout", "unit_norm_eps"}
 
 
 @cache
