@@ -17,12 +17,13 @@ from mosaics.memories.contract import (
     Pairs,
     Read,
     State,
+    check_choices,
     check_delay,
     check_deviation,
+    head_width,
     init_map,
     linear_flops,
     mean_pairs,
-    nearest,
     register,
 )
 from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, merged, readable, weights_at, widened
@@ -105,11 +106,7 @@ class AttentionMemory(Memory):
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         d, heads = common.hidden_size, options.num_attention_heads
-        if heads < 1 or (options.head_dim is None and d % heads):
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        self.width = d // heads if options.head_dim is None else options.head_dim
+        self.width = head_width(d, heads, options.head_dim)
         pair_heads = heads if options.num_key_value_heads is None else options.num_key_value_heads
         if pair_heads < 1 or heads % pair_heads:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {pair_heads}.")
@@ -280,8 +277,7 @@ class AttentionMemory(Memory):
 
 
 def _check_positions(options: AttentionMemory.Options, common: Common) -> None:
-    if options.positions not in POSITIONS:
-        raise ValueError(f"positions is {options.positions!r}; {nearest(options.positions, POSITIONS)}")
+    check_choices(options, positions=POSITIONS)
     if options.rotary_scaling not in (None, *SCALINGS):
         raise ValueError(f"rotary_scaling is {options.rotary_scaling!r}; choose {' or '.join(SCALINGS)}, or null.")
     if options.rotary_factor < 1:

@@ -18,6 +18,7 @@ from mosaics.memories.contract import (
     Read,
     State,
     check_deviation,
+    head_width,
     init_map,
     linear_flops,
     mean_pairs,
@@ -64,11 +65,7 @@ class LocalLinearMemory(Memory):
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         d, heads = common.hidden_size, options.num_attention_heads
-        if heads < 1 or (options.head_dim is None and d % heads):
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        self.width = d // heads if options.head_dim is None else options.head_dim
+        self.width = head_width(d, heads, options.head_dim)
         pair_heads = heads if options.num_key_value_heads is None else options.num_key_value_heads
         if pair_heads < 1 or heads % pair_heads:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {pair_heads}.")

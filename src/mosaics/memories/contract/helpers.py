@@ -43,6 +43,19 @@ def check_deviation(deviation: float | None) -> None:
         raise ValueError(f"initializer_range is {deviation}; give a number above 0, or null for the paper's.")
 
 
+def head_width(hidden_size: int, heads: int, given: int | None = None) -> int:
+    """The width of one of several equal heads, if it is not given.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if heads < 1 or (given is None and hidden_size % heads):
+        raise ValueError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
+        )
+    return hidden_size // heads if given is None else given
+
+
 def linear_flops(module: nn.Module) -> int:
     """Two operations for each weight of the linear maps below `module`."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

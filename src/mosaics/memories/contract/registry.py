@@ -19,6 +19,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(valid)}."
 
 
+def check_choices(options: Any, **known: Iterable[str]) -> None:
+    """Raises `ValueError` if an option is none of the choices that are known for its name."""
+    for name, valid in known.items():
+        if (given := getattr(options, name)) not in valid:
+            raise ValueError(f"{name} is {given!r}; {nearest(given, valid)}")
+
+
 REGISTRY: dict[str, type[Memory]] = {}
 ENTRY_POINTS = "mosaics.memories"  # the group under which packages of others name their memories
 # What belongs to the whole model in a config, so that no memory may have an option of the name.

@@ -13,18 +13,14 @@ from mosaics.memories.contract import (
     Common,
     Context,
     Layout,
-    Memory,
     Pairs,
     State,
-    check_deviation,
-    init_map,
-    linear_flops,
+    check_choices,
     mean_pairs,
-    nearest,
     register,
 )
 from mosaics.memories.fast_weights.atlas import EXPANSION, LOSSES
-from mosaics.memories.fast_weights.common import ShortConvolution, rms_normed, unit
+from mosaics.memories.fast_weights.common import GatedHeads, unit
 from mosaics.ops.deep_attention import DeepState, deep_attention
 from mosaics.ops.inner_loop import Loss, Network
 
@@ -69,7 +65,7 @@ class DeepAttentionState(State):
 
 
 @register("deep_attention")
-class DeepAttentionMemory(Memory):
+class DeepAttentionMemory(GatedHeads):
     r"""\( M_t = \alpha_t M_{t-1} - \eta_t \sum_{i=t-c+1}^t \gamma_i \nabla \ell(M'_i; \phi^*(k_i), v_i) \), \( y_t =
     f(\phi^*(q_t); M_t) \) with \( \phi^*(q) \cdot \phi^*(k) = e^{s (q \cdot k - 1)} \) of unit vectors:
     DeepTransformer, SWDT and Dot of Atlas (Behrouz et al., arXiv 2505.23735); docs/memories/atlas.md.
@@ -78,7 +74,6 @@ class DeepAttentionMemory(Memory):
         ValueError: an option is none of the choices, or sizes do not fit.
     """
 
-    adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {"num_attention_heads": 2, "chunk": 4},
         {
@@ -112,22 +107,11 @@ class DeepAttentionMemory(Memory):
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
-        o, d, heads = options, common.hidden_size, options.num_attention_heads
-        for name, known in (("network", NETWORKS), ("loss", LOSSES)):
-            if getattr(o, name) not in known:
-                raise ValueError(f"{name} is {getattr(o, name)!r}; {nearest(getattr(o, name), known)}")
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        if min(o.window, o.chunk) < 1 or o.convolution < 0 or o.largest_step <= 0:
-            raise ValueError("window and chunk have to be at least 1, convolution 0 or more, largest_step above 0.")
-        check_deviation(o.initializer_range)
-        self.heads, self.width = heads, d // heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(3))
-        self.gate_proj, self.o_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(2))
-        self.convolution = ShortConvolution(3 * d, o.convolution) if o.convolution else None
-        self.rates_proj = nn.Linear(d, (2 + o.decay) * heads, bias=True)
+        o, heads = options, self.heads
+        check_choices(o, network=NETWORKS, loss=LOSSES)
+        if min(o.window, o.chunk) < 1 or o.largest_step <= 0:
+            raise ValueError("window and chunk have to be at least 1, largest_step above 0.")
+        self.rates_proj = nn.Linear(common.hidden_size, (2 + o.decay) * heads, bias=True)
         self.sharpness = nn.Parameter(torch.empty(heads))
         self.read_scale = nn.Parameter(torch.empty(self.width))
         self.second = None
@@ -142,13 +126,8 @@ class DeepAttentionMemory(Memory):
     def forward(
         self, x: Tensor, layout: Layout, state: DeepAttentionState | None, context: Context
     ) -> tuple[Tensor, DeepAttentionState | None]:
-        o, wide, tail = self.options, torch.promote_types(x.dtype, torch.float32), None
-        mixed = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        if self.convolution is not None:
-            mixed, tail = self.convolution(mixed, layout, None if state is None else state.tail)
-        queries, keys, values = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide) for y in mixed.chunk(3, dim=-1)
-        )
+        o, wide = self.options, torch.promote_types(x.dtype, torch.float32)
+        (queries, keys, values), tail = self.projected(x, layout, state)
         sharpness = self.sharpness.to(wide).exp()
         rate, gate, *decay = self.rates_proj(x).to(wide).transpose(1, 2).chunk(2 + o.decay, dim=1)
         gate, rate = gate.sigmoid(), o.largest_step * rate.sigmoid()
@@ -172,30 +151,21 @@ class DeepAttentionMemory(Memory):
             start=layout.start,
             state=None if state is None else state.inner(),
         )
-        read = rms_normed(read, self.read_scale, SMALLEST).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.keep(after, layout, tail)
-        return self.o_proj(read * self.gate_proj(x)), state
+        return self.answered(read, x, self.gate_proj(x), SMALLEST), state
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike; the second map normal with 1 /
         sqrt(inputs), the kernel as sharp as attention's with keys of norm sqrt(width). At first hardly anything is
         forgotten, and rates and gates are half the largest; the paper says nothing of these."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
+        super().reset_parameters(layer_index)
         if self.options.decay:
             with torch.no_grad():
                 self.rates_proj.bias[2 * self.heads :] = -6.0
         nn.init.constant_(self.sharpness, 0.5 * math.log(self.width))
-        if self.convolution is not None:
-            self.convolution.reset_parameters()
         if self.second is not None:
             nn.init.normal_(self.second, std=1 / math.sqrt(self.second.shape[1]))
-        nn.init.ones_(self.read_scale)
-
-    def reach(self) -> tuple[int, None]:
-        """What it learns later wears out what it learnt before."""
-        return 1, None
 
     def _second_numbers(self) -> int:
         return 0 if self.second is None else self.second.numel()
@@ -207,20 +177,15 @@ class DeepAttentionMemory(Memory):
         pairs = (2 * mean_pairs(context_length, None) + chunk) * self.heads * (self.width + self.units)
         inner = self.units * self.width if self.second is not None else 0
         within = 2 * self.heads * (chunk + o.window) * (self.units + self.width) if inner else 0
-        convolution = 0 if self.convolution is None else self.convolution.flops()
-        return linear_flops(self) + 2 * pairs + 8 * self._second_numbers() + within + convolution
+        return super().flops(context_length) + 2 * pairs + 8 * self._second_numbers() + within
 
     def activation_bytes(self, element_size: int) -> float:
         o, d = self.options, self.common.hidden_size
         kept = 10 * d + self.heads * (2 * self.units + 8 * o.window) + 3 * self._second_numbers() / o.chunk
         return super().activation_bytes(element_size) + 4 * kept
 
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        o, heads = self.options, self.heads
+    def numbers(self, context_length: int) -> int:
+        window, heads = self.options.window, self.heads
         pairs = context_length * heads * (self.width + self.units + 2)
-        older = 0 if self.second is None else (o.window - 1) * (self.units + self.width)
-        numbers = pairs + 2 * self._second_numbers() + heads * (older + 2 * (o.window + 1))
-        tail = max(o.convolution - 1, 0) * 3 * self.common.hidden_size * element_size
-        return numbers * max(4, element_size) + tail
+        older = 0 if self.second is None else (window - 1) * (self.units + self.width)
+        return pairs + 2 * self._second_numbers() + heads * (older + 2 * (window + 1))

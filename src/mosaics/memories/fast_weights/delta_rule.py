@@ -12,15 +12,19 @@ from mosaics.memories.contract import (
     Common,
     Context,
     Layout,
-    Memory,
     State,
-    check_deviation,
-    init_map,
-    linear_flops,
-    nearest,
+    check_choices,
+    head_width,
     register,
 )
-from mosaics.memories.fast_weights.common import ShortConvolution, reset_decay, rms_normed, unit, without_padding
+from mosaics.memories.fast_weights.common import (
+    FastWeights,
+    ShortConvolution,
+    reset_decay,
+    rms_normed,
+    unit,
+    without_padding,
+)
 from mosaics.ops.delta_rule import WRITES, delta_rule
 from mosaics.ops.rotary import frequencies, rotated
 
@@ -40,7 +44,7 @@ class FastWeightState(State):
 
 
 @register("delta_rule")
-class DeltaRuleMemory(Memory):
+class DeltaRuleMemory(FastWeights):
     r"""A matrix for each head, which every token corrects or adds to: \( S_t = \tilde S_t + \beta_t k_t (v_t - \tilde
     S_t^\top k_t)^\top \), \( y_t = S_t^\top q_t / \sqrt{d_k} \); docs/memories/delta-rule.md has the systems.
 
@@ -48,7 +52,6 @@ class DeltaRuleMemory(Memory):
         ValueError: an option is none of the choices, sizes do not fit, or rotary positions have an odd width.
     """
 
-    adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {
             "num_attention_heads": 2,
@@ -110,24 +113,14 @@ class DeltaRuleMemory(Memory):
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         o, d = options, common.hidden_size
-        choices = {"write": WRITES, "decay": DECAYS, "feature": FEATURES, "gate": GATES}
-        for name, known in choices.items():
-            if getattr(o, name) not in known:
-                raise ValueError(f"{name} is {getattr(o, name)!r}; {nearest(getattr(o, name), known)}")
+        check_choices(o, write=WRITES, decay=DECAYS, feature=FEATURES, gate=GATES)
         heads = o.num_attention_heads
-        if heads < 1 or (None in (o.key_width, o.value_width) and d % heads):
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
+        self.heads, self.width = heads, head_width(d, heads, o.key_width)
+        self.value_width = head_width(d, heads, o.value_width)
         sizes = {"key_width": o.key_width, "value_width": o.value_width, "rank": o.rank}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; give at least 1.")
-        if o.convolution < 0:
-            raise ValueError(f"convolution is {o.convolution}; give the tokens that it is over, or 0.")
-        check_deviation(o.initializer_range)
-        self.heads, self.width = heads, o.key_width or d // heads
-        self.value_width = o.value_width or d // heads
         if o.rotary and self.width % 2:
             raise ValueError(f"A head's keys are {self.width} wide; rotary positions need an even width.")
         keys, values, bias = heads * self.width, heads * self.value_width, common.bias
@@ -217,10 +210,7 @@ class DeltaRuleMemory(Memory):
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike; decays as their papers say."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
-        if self.convolution is not None:
-            self.convolution.reset_parameters()
+        super().reset_parameters(layer_index)
         if self.options.read_norm:
             nn.init.ones_(self.read_scale)
         if self.options.decay == "low_rank":
@@ -228,14 +218,9 @@ class DeltaRuleMemory(Memory):
         elif self.options.decay in ("head", "channel"):
             reset_decay(self.decay_rate, self.decay_bias)
 
-    def reach(self) -> tuple[int, None]:
-        """What is written later wears out what was written before."""
-        return 1, None
-
     def flops(self, context_length: int) -> float:
         read = 2 + 2 + 2 * (self.options.write == "delta") + (self.options.decay != "none")
-        convolution = 0 if self.convolution is None else self.convolution.flops()
-        return linear_flops(self) + read * self._numbers() + convolution
+        return super().flops(context_length) + read * self.numbers(context_length)
 
     def activation_bytes(self, element_size: int) -> float:
         channels = self.heads * (2 * self.width + self.value_width)
@@ -243,12 +228,5 @@ class DeltaRuleMemory(Memory):
         pairs = self.heads * (16 * self.width if of_channels else 4 * 64)
         return super().activation_bytes(element_size) + 4 * (4 * channels + pairs)
 
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        channels = self.heads * (2 * self.width + self.value_width)
-        tail = (self.options.convolution - 1) * channels * element_size if self.options.convolution else 0
-        return max(4, element_size) * self._numbers() + tail
-
-    def _numbers(self) -> int:
+    def numbers(self, context_length: int) -> int:
         return self.heads * self.width * (self.value_width + self.options.normalised)

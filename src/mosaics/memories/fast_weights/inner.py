@@ -1,15 +1,17 @@
-"""What memories with an inner loop share: their state, and the weights that every document begins with."""
+"""What memories with an inner loop share: their state, the weights that every document begins with, the call."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.contract import State
-from mosaics.ops.inner_loop import InnerState
+from mosaics.memories.contract import Context, State
+from mosaics.memories.fast_weights.common import FastWeights
+from mosaics.ops.inner_loop import InnerState, inner_loop
 
 
 @dataclass
@@ -79,3 +81,57 @@ class Maps(nn.Module):
             if self.bias:
                 with torch.no_grad():
                     weight[:, -1].zero_()
+
+
+class Learning(FastWeights):
+    """A memory whose weights are the `maps` of a network, `inner`, and learn by gradient descent."""
+
+    def initial_state(self) -> LearningState:
+        return self.maps.initial_state()
+
+    def learnt(
+        self,
+        tensors: list[Tensor],
+        step: Tensor,
+        segments: Any,
+        state: LearningState | None,
+        tail: Tensor | None,
+        context: Context,
+        **options: Any,
+    ) -> Tensor:
+        """What the weights read, `(batch, heads, time, value width)`, while they learn; a state takes that over.
+
+        Args:
+            tensors: queries, keys and values.
+            step: the step sizes.
+            segments: the chunks of the call.
+            state: None when nothing follows.
+            tail: the last inputs of the convolution.
+            context: what belongs to the pass.
+            options: of `inner_loop`.
+        """
+        watched: dict[str, Tensor] | None = None if context.reads is None else {}
+        before = None if state is None else state.inner()
+        read, after = inner_loop(
+            list(self.maps.weights),
+            *tensors,
+            step,
+            segments,
+            network=self.inner,
+            state=before,
+            watched=watched,
+            **options,
+        )
+        if context.reads is not None:
+            rates = {"forgotten": options.get("decay"), "momentum": options.get("momentum")}
+            self.show(context, {"step": options.get("rate", step)} | rates | watched)
+        if state is not None:
+            state.keep(after, tail)
+        return read
+
+    def pair_flops(self, tokens: int) -> int:
+        """Operations for each token with inputs and errors of so many others, for all maps."""
+        return 4 * tokens * sum(w.shape[0] * sum(w.shape[1:]) for w in self.maps.weights)
+
+    def numbers(self, context_length: int) -> int:
+        return 3 * self.maps.numbers()

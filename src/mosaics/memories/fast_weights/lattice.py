@@ -8,19 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.contract import (
-    Common,
-    Context,
-    Layout,
-    Memory,
-    State,
-    check_deviation,
-    init_map,
-    linear_flops,
-    nearest,
-    register,
-)
-from mosaics.memories.fast_weights.common import ShortConvolution, rms_normed, unit
+from mosaics.memories.contract import Common, Context, Layout, State, check_choices, head_width, register
+from mosaics.memories.fast_weights.common import GatedHeads, unit
 from mosaics.ops.lattice import LOSSES, LatticeState, lattice
 
 
@@ -35,7 +24,7 @@ class SlotState(State):
 
 
 @register("lattice")
-class LatticeMemory(Memory):
+class LatticeMemory(GatedHeads):
     r"""\( s_i \leftarrow a_t s_i + g_t \frac{c_{t,i}}{\|s_i\|} (I - \phi_i \phi_i^\top) h_t \),
     \( y_t = \sum_i q_{t,i} \phi_i \) with \( \phi_i = s_i / \|s_i\| \) (Karami and Mirrokni, arXiv 2504.05646), whose
     code c and vector h come from the loss that is descended, the `form`; docs/memories/lattice.md.
@@ -44,7 +33,6 @@ class LatticeMemory(Memory):
         ValueError: the form is none of the choices, or sizes do not fit.
     """
 
-    adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {"num_attention_heads": 2, "chunk": 4},
         {"num_attention_heads": 4, "form": "encoding", "chunk": 1, "slots": 5, "convolution": 2},
@@ -77,24 +65,14 @@ class LatticeMemory(Memory):
         initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
-        super().__init__(options, common, layer_index)
-        o, d, heads = options, common.hidden_size, options.num_attention_heads
-        if o.form not in LOSSES:
-            raise ValueError(f"form is {o.form!r}; {nearest(o.form, LOSSES)}")
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        self.heads, self.width = heads, d // heads
-        self.num_slots = self.width if o.slots is None else o.slots
-        if min(self.num_slots, o.chunk) < 1 or o.convolution < 0:
-            raise ValueError("slots and chunk have to be at least 1, and convolution at least 0.")
-        check_deviation(o.initializer_range)
-        codes = heads * self.num_slots
-        self.q_proj, self.k_proj = (nn.Linear(d, codes, bias=common.bias) for _ in range(2))
-        self.v_proj, self.gate_proj, self.o_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(3))
-        self.convolution = ShortConvolution(2 * codes + d, o.convolution) if o.convolution else None
-        self.rates_proj = nn.Linear(d, (1 + o.decay) * heads, bias=True)
+        o, heads = options, options.num_attention_heads
+        check_choices(o, form=LOSSES)
+        slots = head_width(common.hidden_size, heads) if o.slots is None else o.slots
+        if min(slots, o.chunk) < 1:
+            raise ValueError("slots and chunk have to be at least 1.")
+        super().__init__(options, common, layer_index, key_width=slots)
+        self.num_slots = slots
+        self.rates_proj = nn.Linear(common.hidden_size, (1 + o.decay) * heads, bias=True)
         self.slots = nn.Parameter(torch.empty(heads, self.num_slots, self.width))
         self.read_scale = nn.Parameter(torch.empty(self.width))
 
@@ -104,15 +82,8 @@ class LatticeMemory(Memory):
     def forward(
         self, x: Tensor, layout: Layout, state: SlotState | None, context: Context
     ) -> tuple[Tensor, SlotState | None]:
-        o, wide, tail = self.options, torch.promote_types(x.dtype, torch.float32), None
-        mixed = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        if self.convolution is not None:
-            mixed, tail = self.convolution(mixed, layout, None if state is None else state.tail)
-        codes = self.heads * self.num_slots
-        queries, keys, values = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide)
-            for y in F.silu(mixed).split([codes, codes, x.shape[-1]], dim=-1)
-        )
+        o, wide = self.options, torch.promote_types(x.dtype, torch.float32)
+        (queries, keys, values), tail = self.projected(x, layout, state, after=F.silu)
         rates = self.rates_proj(x).to(wide).transpose(1, 2).split(self.heads, dim=1)
         before = None
         if state is not None and state.current is not None:
@@ -131,17 +102,15 @@ class LatticeMemory(Memory):
         )
         if context.reads is not None:
             self.show(context, {"step": rates[0].sigmoid(), "decay": rates[1].sigmoid() if o.decay else None})
-        read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
         if state is not None:
             state.anchor, state.current = (slots.contiguous() for slots in after)
             state.tail = tail
-        return self.o_proj(read * F.silu(self.gate_proj(x))), state
+        return self.answered(read, x, F.silu(self.gate_proj(x))), state
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike. Slots are random unit vectors, a
         step begins at 1/2, and little is forgotten, which the paper does not say."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
+        self.reset_maps(layer_index)
         with torch.no_grad():
             self.rates_proj.bias[self.heads :] = 3.0
             nn.init.normal_(self.slots)
@@ -154,25 +123,16 @@ class LatticeMemory(Memory):
         """Also the slots, of which directions alone are read."""
         return super().undecayed_parameters() | {"slots"}
 
-    def reach(self) -> tuple[int, None]:
-        """What it stores later wears out what it stored before."""
-        return 1, None
-
     def flops(self, context_length: int) -> float:
         """Six products with all slots, the share of the chunk's update, and what pairs of the chunk weigh."""
         chunk = min(self.options.chunk, context_length)
         pairs = 2 * chunk * self.heads * (5 * self.num_slots + 3 * self.width)
-        convolution = 0 if self.convolution is None else self.convolution.flops()
-        return linear_flops(self) + 14 * self.slots.numel() + pairs + convolution
+        return super().flops(context_length) + 14 * self.slots.numel() + pairs
 
     def activation_bytes(self, element_size: int) -> float:
         kept = 12 * self.common.hidden_size + 24 * self.heads * self.num_slots
         kept += 6 * self.slots.numel() / self.options.chunk + 6 * self.heads * self.options.chunk
         return super().activation_bytes(element_size) + 4 * kept
 
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        channels = 2 * self.heads * self.num_slots + self.common.hidden_size
-        tail = max(self.options.convolution - 1, 0) * channels * element_size
-        return 2 * self.slots.numel() * max(4, element_size) + tail
+    def numbers(self, context_length: int) -> int:
+        return 2 * self.slots.numel()

@@ -12,19 +12,21 @@ from mosaics.memories.contract import (
     Common,
     Context,
     Layout,
-    Memory,
-    check_deviation,
-    init_map,
-    linear_flops,
     register,
 )
-from mosaics.memories.fast_weights.common import ShortConvolution, reset_decay, rms_normed, without_padding
+from mosaics.memories.fast_weights.common import (
+    FastWeights,
+    ShortConvolution,
+    reset_decay,
+    rms_normed,
+    without_padding,
+)
 from mosaics.memories.fast_weights.delta_rule import FastWeightState
 from mosaics.ops.delta_rule import delta_rule
 
 
 @register("mamba2")
-class Mamba2Memory(Memory):
+class Mamba2Memory(FastWeights):
     r"""\( S_t = e^{-\Delta_t e^a} S_{t-1} + B_t (\Delta_t x_t)^\top,\ y_t = S_t^\top C_t + D x_t \), a matrix for each
     head (Dao and Gu, arXiv 2405.21060); x, B and C go through a short convolution, the answer through a gate and then a
     norm.
@@ -68,7 +70,6 @@ class Mamba2Memory(Memory):
             raise ValueError(f"twice the hidden_size {d} is not a multiple of num_attention_heads {heads}.")
         if min(o.convolution, o.state_width, 1 if o.head_width is None else o.head_width) < 1:
             raise ValueError("convolution, state_width and head_width have to be at least 1.")
-        check_deviation(o.initializer_range)
         self.inner = heads * (o.head_width or 2 * d // heads)
         self.keys = o.num_key_heads * o.state_width
         self.in_proj = nn.Linear(d, 2 * self.inner + 2 * self.keys + heads, bias=common.bias)
@@ -115,30 +116,18 @@ class Mamba2Memory(Memory):
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike; the rest as the paper's code."""
-        for linear in (self.in_proj, self.out_proj):
-            init_map(linear, layer_index, self.options.initializer_range)
-        self.convolution.reset_parameters()
+        super().reset_parameters(layer_index)
         reset_decay(self.decay_rate, self.step_bias)
         nn.init.ones_(self.skip)
         nn.init.ones_(self.read_scale)
 
-    def reach(self) -> tuple[int, None]:
-        """What it holds fades."""
-        return 1, None
-
     def flops(self, context_length: int) -> float:
-        return linear_flops(self) + 5 * self._numbers() + self.convolution.flops()
+        return super().flops(context_length) + 5 * self.numbers(context_length)
 
     def activation_bytes(self, element_size: int) -> float:
         heads, channels = self.options.num_attention_heads, self.inner + 2 * self.keys
         own = 6 * channels + 2 * heads * self.options.state_width + 3 * 64 * heads
         return super().activation_bytes(element_size) + 4 * own
 
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        tail = (self.options.convolution - 1) * (self.inner + 2 * self.keys) * element_size
-        return max(4, element_size) * self._numbers() + tail
-
-    def _numbers(self) -> int:
+    def numbers(self, context_length: int) -> int:
         return self.inner * self.options.state_width

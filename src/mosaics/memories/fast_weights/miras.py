@@ -9,25 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.contract import (
-    Common,
-    Context,
-    Layout,
-    Memory,
-    check_deviation,
-    init_map,
-    linear_flops,
-    register,
-)
-from mosaics.memories.fast_weights.common import ShortConvolution, rms_normed, unit
-from mosaics.memories.fast_weights.inner import LearningState, Maps
-from mosaics.ops.inner_loop import Loss, Network, Retention, inner_loop
+from mosaics.memories.contract import Common, Context, Layout, register
+from mosaics.memories.fast_weights.common import GatedHeads, unit
+from mosaics.memories.fast_weights.inner import Learning, LearningState, Maps
+from mosaics.ops.inner_loop import Loss, Network, Retention
 
 EXPANSION = 4  # the inner network is so many times as wide inside as a head
 
 
 @register("miras")
-class MirasMemory(Memory):
+class MirasMemory(GatedHeads, Learning):
     r"""\( A_t = \alpha_t A_{t-1} - \eta_t \nabla \ell(W'; k_t, v_t) \), \( W_t = R(A_t) \), \( y_t = f(q_t; W_t) \)
     with \( f(x) = x + LN(W_1\, gelu(W_2 x)) \) in each head, a loss and a retention R (Behrouz et al., arXiv
     2504.13173, section 5: Moneta, Yaad, Memora); docs/memories/miras.md.
@@ -36,7 +27,6 @@ class MirasMemory(Memory):
         ValueError: an option is none of the choices, or sizes do not fit.
     """
 
-    adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {"num_attention_heads": 2, "chunk": 4, "loss": "l_p", "retention": "l_q"},
         {"num_attention_heads": 4, "chunk": 1, "loss": "huber", "depth": 1, "rank": 3, "base_step": 0.05},
@@ -99,22 +89,13 @@ class MirasMemory(Memory):
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
-        o, d, heads = options, common.hidden_size, options.num_attention_heads
-        if heads < 1 or d % heads:
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        if min(o.depth, o.chunk, o.rank) < 1 or o.convolution < 0 or o.base_step <= 0:
+        o, d, heads, width = options, common.hidden_size, self.heads, self.width
+        if min(o.depth, o.chunk, o.rank) < 1 or o.base_step <= 0:
             raise ValueError("depth, chunk and rank have to be at least 1, base_step above 0.")
-        check_deviation(o.initializer_range)
         smooth = {"sharpness": o.sharpness, "smoothing": 1e-6}
         loss = Loss(o.loss, power=o.loss_power, **(smooth if o.loss in ("l_p", "huber") else {}))
         self.inner = Network(residual=o.residual, normed=o.residual, loss=loss, eps=common.norm_eps)
         self.retention = Retention(o.retention, o.retention_power, o.weight_scale, threshold=o.threshold)
-        self.heads, width = heads, d // heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(3))
-        self.gate_proj, self.o_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(2))
-        self.convolution = ShortConvolution(3 * d, o.convolution) if o.convolution else None
         rates = {"retain": o.channels, "step": o.channels}
         if loss.takes_delta:
             rates["delta"] = o.channels and not loss.of_the_norm
@@ -129,81 +110,53 @@ class MirasMemory(Memory):
             self.norm_scale, self.norm_shift = (nn.Parameter(torch.empty(heads, width)) for _ in range(2))
         self.read_scale = nn.Parameter(torch.empty(width))
 
-    def initial_state(self) -> LearningState:
-        return self.maps.initial_state()
-
     def forward(
         self, x: Tensor, layout: Layout, state: LearningState | None, context: Context
     ) -> tuple[Tensor, LearningState | None]:
-        o, wide, tail = self.options, torch.promote_types(x.dtype, torch.float32), None
-        mixed = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        if self.convolution is not None:
-            mixed, tail = self.convolution(mixed, layout, None if state is None else state.tail)
-        queries, keys, values = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide) for y in mixed.chunk(3, dim=-1)
-        )
+        o, wide = self.options, torch.promote_types(x.dtype, torch.float32)
+        (queries, keys, values), tail = self.projected(x, layout, state)
         rates = {
             name: proj(x).to(wide).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, proj in self.rates.items()
         }
         norm = None
         if o.residual:
             norm = self.norm_scale[:, None].to(wide), self.norm_shift[:, None].to(wide)
-        step, forgotten = o.base_step / values.shape[-1] * F.softplus(rates["step"]), torch.sigmoid(-rates["retain"])
-        watched: dict[str, Tensor] | None = None if context.reads is None else {}
-        read, after = inner_loop(
-            list(self.maps.weights),
-            unit(queries),
-            unit(keys),
-            values,
-            step,
+        read = self.learnt(
+            [unit(queries), unit(keys), values],
+            o.base_step / self.width * F.softplus(rates["step"]),
             layout.segments(o.chunk, x.device),
-            network=self.inner,
+            state,
+            tail,
+            context,
             retention=self.retention,
-            decay=forgotten,
+            decay=torch.sigmoid(-rates["retain"]),
             delta=F.softplus(rates["delta"]) if "delta" in rates else None,
             norm=norm,
-            state=None if state is None else state.inner(),
-            watched=watched,
         )
-        if watched is not None:
-            self.show(context, {"step": step, "forgotten": forgotten} | watched)
-        read = rms_normed(read, self.read_scale, self.common.norm_eps).to(x.dtype).transpose(1, 2).flatten(2)
-        if state is not None:
-            state.keep(after, tail)
-        return self.o_proj(read * self.gate_proj(x)), state
+        return self.answered(read, x, self.gate_proj(x)), state
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike. At first little is forgotten and
         deltas are near 1; the paper says nothing of either."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
+        super().reset_parameters(layer_index)
         first = {"retain": 6.0, "step": 0.0, "delta": math.log(math.e - 1)}
         for name, proj in self.rates.items():
             nn.init.constant_(proj[1].bias, first[name])
-        if self.convolution is not None:
-            self.convolution.reset_parameters()
         # Of shares and of weights between 0 and 1, what is learnt are logarithms.
         self.maps.reset_parameters(1.0 if self.options.retention in ("kl", "logit") else None)
         if self.options.residual:
             nn.init.ones_(self.norm_scale)
             nn.init.zeros_(self.norm_shift)
-        nn.init.ones_(self.read_scale)
 
     def undecayed_parameters(self) -> set[str]:
         return super().undecayed_parameters() | ({"norm_scale", "norm_shift"} if self.options.residual else set())
-
-    def reach(self) -> tuple[int, None]:
-        """What it learns later wears out what it learnt before."""
-        return 1, None
 
     def flops(self, context_length: int) -> float:
         """Answers to key and query, the errors' way back, and the share of the chunk's update; reads within a chunk.
         With a retention that is not linear, the weights of every token."""
         numbers, chunk = self.maps.numbers(), min(self.options.chunk, context_length)
-        pairs = 4 * chunk * sum(self.heads * sum(w.shape[1:]) for w in self.maps.weights)
         made = 0 if self.retention.linear else (2 * chunk + 10) * numbers
-        convolution = 0 if self.convolution is None else self.convolution.flops()
-        return linear_flops(self) + 10 * numbers + pairs + made + convolution
+        return super().flops(context_length) + 10 * numbers + self.pair_flops(chunk) + made
 
     def activation_bytes(self, element_size: int) -> float:
         o, d = self.options, self.common.hidden_size
@@ -211,9 +164,3 @@ class MirasMemory(Memory):
         kept = 24 * d + 8 * inner + 8 * self.maps.numbers() / o.chunk
         kept += o.chunk * (d * (5 if o.channels else 1) + 4 * self.heads)
         return super().activation_bytes(element_size) + 4 * kept
-
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        tail = max(self.options.convolution - 1, 0) * 3 * self.common.hidden_size * element_size
-        return 3 * self.maps.numbers() * max(4, element_size) + tail

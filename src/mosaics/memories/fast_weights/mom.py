@@ -12,16 +12,21 @@ from mosaics.memories.contract import (
     Common,
     Context,
     Layout,
-    Memory,
     Read,
     State,
-    check_deviation,
-    init_map,
+    check_choices,
+    head_width,
     linear_flops,
-    nearest,
     register,
 )
-from mosaics.memories.fast_weights.common import ShortConvolution, reset_decay, rms_normed, unit, without_padding
+from mosaics.memories.fast_weights.common import (
+    FastWeights,
+    ShortConvolution,
+    reset_decay,
+    rms_normed,
+    unit,
+    without_padding,
+)
 from mosaics.memories.fast_weights.delta_rule import FastWeightState
 from mosaics.ops.delta_rule import delta_rule
 
@@ -39,7 +44,7 @@ class MixtureState(State):
 
 
 @register("mom")
-class MixtureOfMemories(Memory):
+class MixtureOfMemories(FastWeights):
     r"""\( o_t = \sum_{m \in \mathrm{top}_k} g_t^m\, {S_t^m}^\top q_t^m + {S_t^0}^\top q_t^0 \) with \( g_t \) the k
     largest of \( \mathrm{softmax}(W x_t) \) over their sum: a token is written, by the gated delta rule, to the k
     memories that it is routed to and to a shared one (Du et al., arXiv 2502.13685); docs/memories/mom.md.
@@ -91,20 +96,15 @@ class MixtureOfMemories(Memory):
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         o, d, heads, bias = options, common.hidden_size, options.num_attention_heads, common.bias
-        if heads < 1 or (None in (o.key_width, o.value_width) and d % heads):
-            raise ValueError(
-                f"hidden_size {d} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-            )
-        self.heads, self.width, self.value_width = heads, o.key_width or d // heads, o.value_width or d // heads
-        if min(self.width, self.value_width, o.convolution) < 1 or 0 in (o.key_width, o.value_width):
+        self.heads, self.width = heads, head_width(d, heads, o.key_width)
+        self.value_width = head_width(d, heads, o.value_width)
+        if min(self.width, self.value_width, o.convolution) < 1:
             raise ValueError("key_width, value_width and convolution have to be at least 1.")
         if not 1 <= o.routed <= o.memories:
             raise ValueError(f"routed is {o.routed}; give from 1 to as many as there are memories, {o.memories}.")
-        if o.balance not in BALANCES:
-            raise ValueError(f"balance is {o.balance!r}; {nearest(o.balance, BALANCES)}")
+        check_choices(o, balance=BALANCES)
         if o.balance_scale < 0:
             raise ValueError(f"balance_scale is {o.balance_scale}; give 0 or more.")
-        check_deviation(o.initializer_range)
         keys, values = heads * self.width, heads * self.value_width
         self.widths = [keys, values, heads, heads]  # keys, values, strengths, decays
         sets = 1 if o.single_maps else o.memories + o.shared
@@ -219,15 +219,9 @@ class MixtureOfMemories(Memory):
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike; decays as Mamba-2's."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
-        self.convolution.reset_parameters()
+        super().reset_parameters(layer_index)
         reset_decay(self.decay_rate, self.decay_bias)
         nn.init.ones_(self.read_scale)
-
-    def reach(self) -> tuple[int, None]:
-        """What is written later wears out what was written before."""
-        return 1, None
 
     def flops(self, context_length: int) -> float:
         """Of what a token goes to; the rows of the routed memories are filled up to the longest besides."""

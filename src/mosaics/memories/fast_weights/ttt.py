@@ -8,20 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.contract import (
-    Common,
-    Context,
-    Layout,
-    Memory,
-    check_deviation,
-    init_map,
-    linear_flops,
-    nearest,
-    register,
-)
+from mosaics.memories.contract import Common, Context, Layout, check_choices, register
 from mosaics.memories.fast_weights.common import ShortConvolution
-from mosaics.memories.fast_weights.inner import LearningState, Maps
-from mosaics.ops.inner_loop import Loss, Network, inner_loop
+from mosaics.memories.fast_weights.inner import Learning, LearningState, Maps
+from mosaics.ops.inner_loop import Loss, Network
 from mosaics.ops.rotary import frequencies, rotated
 
 NETWORKS = ("linear", "mlp")
@@ -29,7 +19,7 @@ ROTARY_BASE = 10000.0  # positions are those in a chunk
 
 
 @register("ttt")
-class TTTMemory(Memory):
+class TTTMemory(Learning):
     r"""\( W_t = W' - \rho_t \sum_{s \le t} \theta_s \nabla \ell_s(W') \), \( y_t = q_t + LN(f(q_t; W_t)) \), where f is
     a linear map or an MLP and \( \ell = \frac12 \|LN(f(k)) - (v - k)\|^2 \) (Sun et al., arXiv 2407.04620, and the
     authors' code, which decides where both differ; docs/memories/ttt.md).
@@ -38,7 +28,6 @@ class TTTMemory(Memory):
         ValueError: an option is none of the choices, or sizes do not fit.
     """
 
-    adapted = ("q_proj", "v_proj")
     EXAMPLES = (
         {"num_attention_heads": 2, "chunk": 4},
         {
@@ -71,13 +60,11 @@ class TTTMemory(Memory):
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
         super().__init__(options, common, layer_index)
         o, d, heads = options, common.hidden_size, options.num_attention_heads
-        if o.network not in NETWORKS:
-            raise ValueError(f"network is {o.network!r}; {nearest(o.network, NETWORKS)}")
+        check_choices(o, network=NETWORKS)
         if heads < 1 or d % (2 * heads):
             raise ValueError(f"hidden_size {d} is not a multiple of twice num_attention_heads {heads}.")
-        if o.chunk < 1 or o.base_rate <= 0 or o.convolution < 0:
-            raise ValueError("chunk has to be at least 1, base_rate above 0, and convolution at least 0.")
-        check_deviation(o.initializer_range)
+        if o.chunk < 1 or o.base_rate <= 0:
+            raise ValueError("chunk has to be at least 1, and base_rate above 0.")
         self.heads, self.width = heads, d // heads
         self.q_proj, self.v_proj, self.o_proj = (nn.Linear(d, d, bias=common.bias) for _ in range(3))
         if o.convolution:
@@ -92,9 +79,6 @@ class TTTMemory(Memory):
         self.norm_scale, self.norm_shift = (nn.Parameter(torch.empty(heads, self.width)) for _ in range(2))
         self.read_scale, self.read_shift = (nn.Parameter(torch.empty(d)) for _ in range(2))
         self.inner = Network("gelu_tanh", bias=True, residual=True, normed=True, loss=Loss(half=True))
-
-    def initial_state(self) -> LearningState:
-        return self.maps.initial_state()
 
     def forward(
         self, x: Tensor, layout: Layout, state: LearningState | None, context: Context
@@ -118,38 +102,19 @@ class TTTMemory(Memory):
         places = torch.arange(1, o.chunk + 1, device=x.device, dtype=wide)
         scale = (1 / places + self.place_rates.to(wide)).clamp(min=0)
         norm = self.norm_scale[:, None].to(wide), self.norm_shift[:, None].to(wide)
-        before, watched = None if state is None else state.inner(), None if context.reads is None else {}
-        read, after = inner_loop(
-            list(self.maps.weights),
-            queries,
-            keys,
-            values,
-            step,
-            segments,
-            network=self.inner,
-            norm=norm,
-            scale=scale,
-            state=before,
-            watched=watched,
-        )
-        if watched is not None:
-            self.show(context, {"step": step} | watched)
+        read = self.learnt([queries, keys, values], step, segments, state, tail, context, norm=norm, scale=scale)
         read = read.transpose(1, 2).flatten(2)
         read = _layer_normed(read, self.read_scale.to(wide), self.read_shift.to(wide)).to(x.dtype)
         if self.gate_proj is not None:
             read = F.gelu(self.gate_proj(x), approximate="tanh") * read
-        if state is not None:
-            state.keep(after, tail)
         return self.o_proj(read), state
 
     def reset_parameters(self, layer_index: int) -> None:
         """Maps as those of Memory Mosaics v2 (Table 6), so that systems begin alike; what is inside as the authors."""
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            init_map(linear, layer_index, self.options.initializer_range)
+        self.reset_maps(layer_index)
         nn.init.normal_(self.rate_proj.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, ShortConvolution):
-                module.reset_parameters()
+        for convolution in self.convolutions():
+            convolution.reset_parameters()
         self.maps.reset_parameters(0.02)
         nn.init.zeros_(self.place_rates)
         for scale, shift in ((self.norm_scale, self.norm_shift), (self.read_scale, self.read_shift)):
@@ -165,22 +130,14 @@ class TTTMemory(Memory):
 
     def flops(self, context_length: int) -> float:
         """Answers to key and query, the errors' way back, and the share of the chunk's update; reads within a chunk."""
-        chunk = min(self.options.chunk, context_length)
         numbers = self.maps.numbers()
-        convolutions = 2 * 2 * self.options.convolution * self.common.hidden_size
-        pairs = 2 * 2 * chunk * (self.maps.numbers() // self.width)
-        return linear_flops(self) + 4 * 2 * numbers + pairs + convolutions
+        pairs = 4 * min(self.options.chunk, context_length) * (numbers // self.width)
+        return super().flops(context_length) + 8 * numbers + pairs
 
     def activation_bytes(self, element_size: int) -> float:
         d = self.common.hidden_size * (1 if self.options.network == "linear" else 6)
         kept = 24 * d + 5 * self.maps.numbers() / self.options.chunk + 4 * self.heads * self.options.chunk
         return super().activation_bytes(element_size) + 4 * kept
-
-    def state_bytes(self, context_length: int, element_size: int) -> int:
-        if not context_length:
-            return 0
-        tail = max(self.options.convolution - 1, 0) * self.common.hidden_size * element_size
-        return 3 * self.maps.numbers() * max(4, element_size) + tail
 
 
 def _turned(x: Tensor, position: Tensor, angles: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from mosaics.memories.contract import (
     State,
     Store,
     check_deviation,
+    head_width,
     init_map,
     linear_flops,
     mean_pairs,
@@ -98,19 +99,6 @@ def is_plain(linear: nn.Module) -> bool:
         and not any(hooks)
         and "forward" not in vars(linear)
     )
-
-
-def head_width(hidden_size: int, heads: int) -> int:
-    """The width of one of several equal heads.
-
-    Raises:
-        ValueError: the heads do not divide the width.
-    """
-    if heads < 1 or hidden_size % heads:
-        raise ValueError(
-            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}; choose heads that divide it."
-        )
-    return hidden_size // heads
 
 
 class ContextualMemory(Memory):

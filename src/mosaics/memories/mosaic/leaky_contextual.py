@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.contract import Common, Context, Layout, register
-from mosaics.memories.mosaic.common import ContextualMemory, ContextualState, KeyState, head_width, leaky_keys, widened
+from mosaics.memories.contract import Common, Context, Layout, head_width, register
+from mosaics.memories.mosaic.common import ContextualMemory, ContextualState, KeyState, leaky_keys, widened
 from mosaics.ops.kernel_regression import Bandwidth
 
 SPEED = 10.0  # v1 keeps its scalars divided by 10, so that they learn ten times as fast

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mosaics.memories.contract import Common, Context, Layout, Memory, Read, linear_flops, register
-from mosaics.memories.mosaic.common import KeyState, head_width, key_state_bytes, widened
+from mosaics.memories.contract import Common, Context, Layout, Memory, Read, head_width, linear_flops, register
+from mosaics.memories.mosaic.common import KeyState, key_state_bytes, widened
 from mosaics.memories.mosaic.leaky_contextual import SPEED, LeakyKeys, reset_map
 from mosaics.ops.kernel_regression import kernel_regression, weights_at
 
