@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from helpers import VOCABULARY, relative_error, tiny_config, tiny_model, tokens
 from mosaics import MosaicConfig, MosaicForCausalLM, draw
 from mosaics.memories import Context, Layout
-from mosaics.models import count_targets, modeling_mosaic
+from mosaics.models import count_targets, laid_out, modeling_mosaic
 
 BOUND = 1e-9
 VARIANTS = {
@@ -200,6 +200,11 @@ def test_forward_loss_counts_what_is_predicted_and_nothing_else():
     expected = -sum(log_probabilities[r, t, ids[r, u]] for r, t, u in pairs) / len(pairs)
     assert difference(output.loss, expected) < BOUND
     assert count_targets(labels, mask, documents) == len(pairs)
+    ready = laid_out(ids, labels, mask, documents)
+    assert torch.equal(model(**ready, use_cache=False).loss, output.loss)
+    for more in ({"attention_mask": mask}, {"document_ids": documents}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="with it"):
+            model(**ready, **{"use_cache": False} | more)
 
 
 def test_forward_loss_of_packed_documents_is_the_mean_over_separate_ones():

@@ -1,11 +1,16 @@
 """One optimisation step."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mosaics import MosaicConfig
 from mosaics.data import PackedDataset
+from mosaics.memories import Layout
+from mosaics.models import modeling_mosaic
 from mosaics.models.draws import draw_step
 from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.optimizer import make_optimizer
@@ -61,6 +66,37 @@ def test_optimisation_step_gives_every_micro_batch_the_draw_of_the_step(tiny, da
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["draw"]), with_kwargs=True)
     optimisation_step(model, make_optimizer(model, recipe.training), data, recipe, 5, torch.float32)
     assert seen == [draw_step(0, 5)] * 4
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host waits for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["memory-mosaics-v2-tiny", "titans-lmm-tiny"])
+def test_optimisation_step_makes_layout_and_targets_once_a_micro_batch(tiny, data, monkeypatch, preset):
+    recipe = tiny({"training.micro_batch_size": 1})
+    model = build_model(MosaicConfig.from_preset(preset, vocab_size=300, hidden_size=16, num_attention_heads=2)).train()
+    made = dict.fromkeys(["of", "_targets"], 0)
+    for owner, name in ((Layout, "of"), (modeling_mosaic, "_targets")):
+
+        def counted(*given, name=name, make, **more):
+            made[name] += 1
+            return make(*given, **more)
+
+        monkeypatch.setattr(owner, name, partial(counted, make=getattr(owner, name)))
+    # On a processor alone it is asked whether reads are sound.
+    monkeypatch.setattr("mosaics.ops.kernel_regression._is_sound", lambda read: True)
+    with Waits() as waits:
+        optimisation_step(model, make_optimizer(model, recipe.training), data, recipe, 1, torch.float32)
+    assert made == {"of": 4, "_targets": 4}
+    # Whether a row has several documents and, for chunks, how many there are; at the end the gradient's norm.
+    assert waits.count == 4 * (1 if preset.startswith("memory") else 2) + 1
 
 
 def test_optimisation_step_drops_out_other_units_in_every_micro_batch(tiny, data):

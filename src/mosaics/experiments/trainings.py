@@ -380,7 +380,7 @@ def _held_out_loss(
 ) -> float:
     import torch
 
-    from mosaics.models import count_targets
+    from mosaics.models import laid_out
     from mosaics.training.setup import autocast
 
     total = count = 0.0
@@ -388,8 +388,8 @@ def _held_out_loss(
     inputs = ("input_ids", "document_ids", "attention_mask", "labels")
     for first in range(0, count_rows, batch_size):
         rows = data.batch(first, min(batch_size, count_rows - first))
-        rows = {key: rows[key].to(model.device) for key in inputs if rows[key] is not None}
-        targets = int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"]))
+        rows = laid_out(**{key: rows[key].to(model.device) for key in inputs if rows[key] is not None})
+        targets = int((rows["shift_labels"] != -100).sum())
         with torch.no_grad(), autocast(model.device, dtype):
             total += float(model(**rows, use_cache=False).loss) * targets
         count += targets

@@ -149,6 +149,7 @@ class MosaicModel(MosaicPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         context: Context | None = None,
+        layout: tuple[Layout, Tensor | None] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """The hidden states; the arguments are those of `MosaicForCausalLM.forward`, and the pass's `context`."""
@@ -205,8 +206,11 @@ class MosaicModel(MosaicPreTrainedModel):
                 open_document=None if rows is None else rows.document,
                 cached=stored > 0,
             )
-        layout, order, rows = Layout.of(batch, time, attention_mask, document_ids, rows, stored)
-
+        if layout is None:
+            *layout, rows = Layout.of(batch, time, attention_mask, document_ids, rows, stored)
+        elif any(x is not None for x in (past_key_values, attention_mask, document_ids)):
+            raise ValueError("A layout says what each position is; give no cache, mask or document_ids with it.")
+        layout, order = layout
         if context is None:
             context = Context()
         context.layout, context.order = layout, order
@@ -298,6 +302,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         draw: float | None = None,
         loss_only: bool = False,
         context: Context | None = None,
+        layout: tuple[Layout, Tensor | None] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits for the token after each position, and the loss.
@@ -328,6 +333,8 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             loss_only: whether to leave the logits out. The loss then need not hold those of all positions at once,
                 which takes less memory and time.
             context: a sink for what the pass leaves beside its output; made when not given.
+            layout: what each position is, and the compact order, as `laid_out` gives them with the `shift_labels`; in
+                the place of `attention_mask` and `document_ids`, without a cache.
             kwargs: what transformers' loops pass to models. `num_items_in_batch`: what the sum of the loss is divided
                 by, in the place of the number of counted targets, so that accumulated gradients weigh all targets
                 alike; auxiliary losses are weighed by the counted share of it. `cu_seq_lens_q`, `cu_seq_lens_k` (of
@@ -364,6 +371,7 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             context=context,
+            layout=layout,
             **kwargs,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -535,8 +543,11 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         }
 
 
-def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
-    """The label that each position predicts, `(batch, time)`; -100 where none is counted.
+def laid_out(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """The arguments of `MosaicForCausalLM.forward` for a batch whose layout and targets are made once: for who has to
+    know what is counted before the pass. `shift_labels` are -100 where nothing is.
 
     A position predicts the label of the next real token of its document; padding between the two changes nothing.
 
@@ -547,11 +558,11 @@ def shifted_targets(labels: Tensor, attention_mask: Tensor | None = None, docume
         if x is not None and x.shape != labels.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)} and labels {tuple(labels.shape)}; give the same.")
     layout, order, _ = Layout.of(*labels.shape, attention_mask, document_ids)
-    return _targets(labels, layout, order)
+    return {"input_ids": input_ids, "layout": (layout, order), "shift_labels": _targets(labels, layout, order)}
 
 
 def _targets(labels: Tensor, layout: Layout, order: Tensor | None) -> Tensor:
-    """As `shifted_targets`, of rows whose layout and compact order are known."""
+    """The label that each position of rows predicts, whose layout and compact order are known."""
     if order is not None:
         labels = labels.gather(1, order)
     if (padding := layout.is_padding) is not None:
@@ -564,7 +575,7 @@ def _targets(labels: Tensor, layout: Layout, order: Tensor | None) -> Tensor:
 
 def count_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """How many targets the loss counts for a batch; the arguments are those of `MosaicForCausalLM.forward`."""
-    return (shifted_targets(labels, attention_mask, document_ids) != -100).sum()
+    return (laid_out(labels, labels, attention_mask, document_ids)["shift_labels"] != -100).sum()
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -51,7 +51,7 @@ def optimisation_step(
         NonFinite: the loss or the gradient is not finite; the parameters are untouched.
         ValueError: there is no target.
     """
-    from mosaics.models import count_targets
+    from mosaics.models import laid_out
     from mosaics.models.draws import draw_step
 
     group = group or Group()
@@ -61,29 +61,27 @@ def optimisation_step(
     batch = data.batch(first + row, share)
     inputs = ("input_ids", "document_ids", "attention_mask", "labels")
     batch = {key: batch[key].to(model.device) for key in inputs if batch[key] is not None}
-    micro_batches = [
-        (row + start, {key: rows[start : start + size] for key, rows in batch.items()})
-        for start in range(0, share, size)
-    ]
-    counts = [
-        int(count_targets(rows["labels"], rows.get("attention_mask"), rows["document_ids"]))
-        for _, rows in micro_batches
-    ]
+    starts = range(0, share, size)
+    micro_batches = [laid_out(**{key: rows[n : n + size] for key, rows in batch.items()}) for n in starts]
+    counts = torch.stack([(rows["shift_labels"] != -100).sum() for rows in micro_batches]).tolist()
     [targets] = group.sum(sum(counts))
     where = f"of step {step} (sequences {first} to {first + training.batch_size - 1} of the stream)"
     if not targets:
         raise ValueError(f"no token {where} can be predicted; the documents are too short")
     draw = draw_step(recipe.seed, step)
-    loss = 0.0
-    for (begin, rows), count in zip(micro_batches, counts, strict=True):
+    parts = []
+    for start, rows, count in zip(starts, micro_batches, counts, strict=True):
         if not count and group.size == 1:  # several processes have to go through the model together
             continue
-        seed_step(recipe.seed, step, begin)
+        seed_step(recipe.seed, step, row + start)
         with autocast(model.device, dtype):
             output = model(**rows, use_cache=False, draw=draw, loss_only=True)
         part = output.loss * (count / targets)
         part.backward()
-        loss += float(part.detach())
+        parts.append(part.detach())
+    loss = 0.0
+    for part in torch.stack(parts).tolist():  # the host waits once
+        loss += part
     [loss] = group.sum(loss)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Layout:
     start: Tensor | None = None
     length: Tensor | None = None
     stored: int = 0
+    made: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # `Segments` by size
 
     @classmethod
     def of(
@@ -112,8 +113,12 @@ class Layout:
         )
 
     def segments(self, size: int, device: torch.device) -> Segments:
-        """The positions of the call in segments of `size` tokens of their document."""
-        return Segments.of(self, size, device)
+        """The positions of the call in segments of `size` tokens of their document, made once for all layers."""
+        if torch.compiler.is_compiling():
+            return Segments.of(self, size, device)
+        if size not in self.made:
+            self.made[size] = Segments.of(self, size, device)
+        return self.made[size]
 
     def calls(self, size: int, device: torch.device) -> Iterator[tuple[Layout, Tensor]]:
         """The call as calls of one segment of `size` tokens each, in order, for memories that have to store a segment
