@@ -1,14 +1,15 @@
-"""What the inner loop carries, and how a call is cut into its chunks."""
+"""What the inner loop carries, and what tokens bring to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mosaics.ops.chunks import ChunkSteps, filled_positions
 from mosaics.ops.inner_loop.retention import Retention
 
 
@@ -54,26 +55,25 @@ class InnerState(NamedTuple):
         return InnerState(anchor, current, momentum, *older)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What tokens bring, `(batch, heads, time, ...)`; of a chunk `time` are its places, and `begins`, `opens` are set.
-    What has channels is repeated for the units of a map, see `spread`.
+@dataclass(frozen=True, kw_only=True)
+class Steps(ChunkSteps):
+    """What tokens bring; what has channels is repeated for the units of a map, see `spread`.
 
     Attributes:
-        queries, keys, values: `(batch, heads, time, width)`.
+        queries, values: `(batch, heads, time, width)`.
         step: the step size theta, `(batch, heads, time, channels)`; 0 where there is no token.
         momentum: eta, or None.
         window: gamma, `(batch, heads, time, tokens)`, or None.
         rate: of the write, `(batch, heads, time)`, or None.
         decay: alpha, `(batch, heads, time, channels)`, or None.
         delta: of the loss, `(batch, heads, time, channels)`, or None.
-        scale: `(batch or 1, 1, time)`, or None.
+        scale: `(batch, 1, time)`, or None.
         filled: `(batch, 1, time)`, where there are tokens.
-        segments: of the call.
     """
 
+    PARTS = ("queries", "keys", "values", "step", "momentum", "window", "rate", "decay", "delta", "scale", "filled")
+
     queries: Tensor
-    keys: Tensor
     values: Tensor
     step: Tensor
     momentum: Tensor | None
@@ -83,46 +83,16 @@ class Steps:
     delta: Tensor | None
     scale: Tensor | None
     filled: Tensor
-    segments: Any
-    begins: Tensor | None = None
-    opens: Tensor | None = None
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor | None], scale: Tensor | None, segments: Any) -> Steps:
         """The steps of a call, with those of padding without effect."""
-        filled = segments.filled
-        real = segments.scatter(filled.long()[..., None])[..., 0].bool()[:, None]
-        place = segments.position[:, None]
-        scales = None if scale is None else scale[place]
+        filled = filled_positions(segments)
+        scales = None if scale is None else scale[segments.position[:, None]]
         for name in ("step", "decay", "delta"):
             x = tensors[name]
             tensors[name] = x[..., None] if x is not None and x.dim() == 3 else x
-        return cls(**tensors, scale=scales, filled=real, segments=segments)
-
-    def chunks(self) -> Iterator[Steps]:
-        """The chunks of the call in the order of their rows."""
-        s = self.segments
-        if self.keys.shape[2] == 1:
-            yield replace(self, begins=s.begins[:, 0], opens=s.opens[:, 0])
-            return
-        names = ("queries", "keys", "values", "step", "momentum", "window", "rate", "decay", "delta")
-        parts = {name: getattr(self, name) for name in names}
-        parts = {n: None if x is None else s.gather(x.transpose(1, 2)).transpose(2, 3) for n, x in parts.items()}
-        for number in range(s.count):
-            own = {name: None if x is None else x[:, number] for name, x in parts.items()}
-            scale = None
-            if self.scale is not None:
-                scale = s.gather(self.scale.expand(s.position.shape[0], 1, -1)[:, 0])[:, number][:, None]
-            filled = s.filled[:, number][:, None]
-            yield replace(
-                self, **own, scale=scale, filled=filled, begins=s.begins[:, number], opens=s.opens[:, number]
-            )  # fmt: skip
-
-    def joined(self, reads: list[Tensor]) -> Tensor:
-        """The reads of all chunks `(batch, heads, places, width)` as `(batch, heads, time, width)`."""
-        if self.keys.shape[2] == 1:
-            return reads[0]
-        return self.segments.scatter(torch.stack(reads, dim=1).transpose(2, 3)).transpose(1, 2)
+        return cls(**tensors, scale=scales, filled=filled, segments=segments)
 
 
 def newest(rows: Tensor, filled: Tensor) -> Tensor:
