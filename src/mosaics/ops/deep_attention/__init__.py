@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mosaics.ops import FLOATS, INTEGERS, cast, check, run
 from mosaics.ops.deep_attention import chunked, naive
-from mosaics.ops.deep_attention.state import DeepState
+from mosaics.ops.deep_attention.state import DeepState, Given
 from mosaics.ops.inner_loop.network import Network
 
 FORMS = {"naive": naive.deep_attention, "chunked": chunked.deep_attention}
@@ -101,8 +101,8 @@ def deep_attention(
     log_decay = torch.zeros_like(step) if log_decay is None else log_decay
     scale = step.new_full((keys.shape[1],), 1 / math.sqrt(keys.shape[3])) if scale is None else scale
     shift = torch.zeros_like(scale) if shift is None else shift
-    tensors = [cast(x, wide) for x in (keys, queries, values, step, window, rate, log_decay, scale, shift)]
+    tensors = (queries, values, step, window, rate, log_decay, scale, shift)
     initial = None if initial is None else cast(initial, wide)
-    rest = (initial, segments, network, start, state)
-    read, state = run(FORMS, form or "chunked", "deep_attention", *tensors, *rest)
+    rest = (Given(*(cast(x, wide) for x in tensors)), initial, segments, network, start, state)
+    read, state = run(FORMS, form or "chunked", "deep_attention", cast(keys, wide), *rest)
     return cast(read, values.dtype), state

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mosaics.ops.deep_attention.state import DeepState
+from mosaics.ops.deep_attention.state import DeepState, Given
 from mosaics.ops.inner_loop.network import Network
 from mosaics.ops.inner_loop.state import newest
 
@@ -24,14 +24,7 @@ FAR = 2**40  # a position that is none
 
 def deep_attention(
     keys: Tensor,
-    queries: Tensor,
-    values: Tensor,
-    step: Tensor,
-    window: Tensor,
-    rate: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    given: Given,
     initial: Tensor | None,
     segments: Any,
     network: Network,
@@ -39,6 +32,7 @@ def deep_attention(
     state: DeepState | None,
 ) -> tuple[Tensor, DeepState]:
     """See `mosaics.ops.deep_attention.deep_attention`."""
+    queries, values, step, window, rate, log_decay, scale, shift = given
     batch, heads, time, _ = keys.shape
     stored, size = 0 if state is None else state.keys.shape[2], window.shape[-1]
     filled = segments.filled
@@ -57,7 +51,7 @@ def deep_attention(
         whole = torch.cat([state.shares[:, :, : stored - kept], shares[:, :, :kept]], dim=2)
         pairs.append(_Pairs(state.keys, state.errors, whole, place))
     # A row of zeros at the end, for places without a token.
-    given = [F.pad(x, (0, 0, 0, 1)) for x in (queries, keys, values, step[..., None], shares[:, :, kept:])]
+    padded = [F.pad(x, (0, 0, 0, 1)) for x in (queries, keys, values, step[..., None], shares[:, :, kept:])]
     at = F.pad(table[:, :, 2:], (0, 0, 0, 1))
     second = None if initial is None else _Second.first(initial, batch, size, state)
     number = torch.arange(segments.count, device=keys.device)
@@ -69,7 +63,7 @@ def deep_attention(
         real = place < count[:, i, None]
         place = torch.where(real, first[:, i, None] + place, time)
         places.append(place)
-        q, k, v, s, share, row = (_taken(x, place) for x in (*given, at))
+        q, k, v, s, share, row = (_taken(x, place) for x in (*padded, at))
         begins, opens = segments.begins[:, i], segments.opens[:, i]
         if second is not None:
             second = second.opened(initial, begins, opens)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaics.ops.deep_attention.state import DeepState
+from mosaics.ops.deep_attention.state import DeepState, Given
 from mosaics.ops.inner_loop import inner_loop
 from mosaics.ops.inner_loop.network import Network
 from mosaics.ops.polynomial import polynomial
@@ -19,14 +19,7 @@ DEGREE = 8
 
 def deep_attention(
     keys: Tensor,
-    queries: Tensor,
-    values: Tensor,
-    step: Tensor,
-    window: Tensor,
-    rate: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    given: Given,
     initial: Tensor | None,
     segments: Any,
     network: Network,
@@ -41,21 +34,21 @@ def deep_attention(
     if state is not None:
         raise ValueError("The naive form of deep_attention begins with the document; leave out the form.")
     roots = keys.new_tensor([1 / math.sqrt(math.factorial(n)) for n in range(DEGREE + 1)])
-    size, along = (x[:, None, None] for x in ((-0.5 * shift).exp(), scale.sqrt()))
-    queries, keys = (size * polynomial(along * x, roots) for x in (queries, keys))
-    units = values.shape[-1] if initial is None else initial.shape[1]
+    size, along = (x[:, None, None] for x in ((-0.5 * given.shift).exp(), given.scale.sqrt()))
+    queries, keys = (size * polynomial(along * x, roots) for x in (given.queries, keys))
+    units = given.values.shape[-1] if initial is None else initial.shape[1]
     first = keys.new_zeros(keys.shape[1], keys.shape[3], units)
     read, _ = inner_loop(
         [first] if initial is None else [first, initial],
         queries,
         keys,
-        values,
-        step,
+        given.values,
+        given.step,
         segments,
         network=network,
-        decay=-torch.expm1(log_decay),
-        window=window,
-        rate=rate,
+        decay=-torch.expm1(given.log_decay),
+        window=given.window,
+        rate=given.rate,
         form="naive",
     )
     return read, None

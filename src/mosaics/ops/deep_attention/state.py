@@ -1,10 +1,23 @@
-"""What deep attention carries from call to call."""
+"""What deep attention is given, and what it carries from call to call."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Given(NamedTuple):
+    """The arguments of `deep_attention` by these names in one dtype, float32 or wider; none is left out."""
+
+    queries: Tensor
+    values: Tensor
+    step: Tensor
+    window: Tensor
+    rate: Tensor
+    log_decay: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
 class DeepState(NamedTuple):
