@@ -17,6 +17,7 @@ import tempfile
 import time
 from ctypes import c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,48 @@ from torch import Tensor
 from mosaics.ops import has_numbers
 
 logger = logging.getLogger(__name__)
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
-LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
+ABOUT = Path(__file__).with_name("about.cpp")  # is compiled with every source
 SCRATCH = "making-"  # begins the name of a folder in which something is compiled
 ABANDONED = 3600  # seconds after which nobody compiles in it any more
+INTEL = ("x86_64", "amd64", "i386", "i686")  # whose compilers take -march=native, others -mcpu=native
 _told: list[str] = []
+_about: dict[Path, str] = {}
+
+
+class Way(NamedTuple):
+    """How a library may be made.
+
+    Attributes:
+        options: before the source.
+        libraries: after it.
+        without: what it goes without.
+    """
+
+    options: tuple[str, ...]
+    libraries: tuple[str, ...]
+    without: str
+
+
+def ways(system: str, machine: str) -> list[Way]:
+    """Ways to make a library on a machine, as `platform` names both, the fastest first.
+
+    OpenMP is not linked: the one that torch has loaded is used, so that both share their threads. Where that can't be
+    (LLVM's compiler wants another OpenMP than GNU's, and Apple's brings none), loading fails and the next way is taken.
+    """
+    native = "-march=native" if machine.lower() in INTEL else "-mcpu=native"
+    plain, one = ("-O3", "-std=c++17", "-fPIC"), ("-fopenmp-simd",)
+    if system == "Darwin":
+        shared: tuple[str, ...] = ("-dynamiclib", "-undefined", "dynamic_lookup")
+        threads, libraries = ("-Xpreprocessor", "-fopenmp"), ()
+    else:
+        shared, threads = ("-shared",), ("-fopenmp",)
+        libraries = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
+    found = [
+        Way((*plain, *tuned, *openmp, *shared), libraries, " and ".join(filter(None, (lost, untuned))))
+        for tuned, untuned in (((native,), ""), ((), native))
+        for openmp, lost in ((threads, ""), (one, "OpenMP"))
+    ]
+    return [*found, Way((*plain, *shared), (), f"OpenMP and {native}")]
 
 
 @functools.cache
@@ -36,39 +74,62 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The shared library of a C++ file; None where it can't be made: the first time a warning says why.
 
     The compiler is `$CXX`, which may have options, or else `c++`; `MOSAICS_CXXFLAGS` adds options after our own, and
-    `MOSAICS_COMPILE=0` forbids it all. Libraries are kept in `$MOSAICS_CACHE`, or else in `mosaics` under the user's
-    cache folder, a file for each source, compiler and processor. Others must not be able to write there. The file's
-    name ends with the SHA-256 of what is in it: what does not fit it, or can't be loaded, is made again. OpenMP is not
-    linked: the one that torch has loaded is used, so that both share their threads.
+    `MOSAICS_COMPILE=0` forbids it all. What a compiler refuses of our options (OpenMP, code for just this processor) is
+    left out, and a warning says so. Libraries are kept in `$MOSAICS_CACHE`, or else in `mosaics` under the user's cache
+    folder, a file for each source, compiler and processor. Others must not be able to write there. The file's name ends
+    with the SHA-256 of what is in it: what does not fit it, or can't be loaded, is made again.
     """
     if os.environ.get("MOSAICS_COMPILE") == "0":
+        _about[source] = "MOSAICS_COMPILE=0 forbids to compile; unset it for the faster forms"
         return None
     try:
         compiler = _compiler()
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-        options = [*FLAGS, *shlex.split(os.environ.get("MOSAICS_CXXFLAGS", ""))]
-        about = [source.read_bytes(), version, shlex.join([*compiler, *options, *LIBRARIES]).encode(), _processor()]
+        more = shlex.split(os.environ.get("MOSAICS_CXXFLAGS", ""))
+        possible = ways(platform.system(), platform.machine())
+        commands = [[*compiler, *way.options, *more, str(source), str(ABOUT), *way.libraries] for way in possible]
+        words = [shlex.join([*compiler, *way.options, *more, *way.libraries]) for way in possible]
+        about = [source.read_bytes(), ABOUT.read_bytes(), version, "\n".join(words).encode(), _processor()]
         name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}"
         folder = _folder()
         for path in folder.glob(f"{name}-*.so"):
             with contextlib.suppress(OSError):
                 if _is_ours(path.lstat()) and path.stem == f"{name}-{_digest(path)}":
-                    return ctypes.CDLL(str(path))
+                    return _introduced(ctypes.CDLL(str(path)), source)
             logger.info("%s is damaged, or not ours, and is made again", path)
             path.unlink(missing_ok=True)
         logger.info("compiling %s for this processor, once", source.name)
-        return _made([*compiler, *options, str(source), *LIBRARIES], folder, name)
+        return _introduced(_made(source, commands, possible, folder, name), source)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         # RuntimeError: there is no home; ValueError: half a quotation in `$CXX`.
-        reason = _line(error)
-        logger.log(
-            logging.INFO if _told else logging.WARNING,
-            "%s is not compiled, so slower forms are used (MOSAICS_COMPILE=0 accepts that): %s",
-            "/".join(source.parts[-2:]),
-            reason,
+        reason = _about[source] = _line(error)
+        _tell(
+            f"{_short(source)} is not compiled, so slower forms are used (MOSAICS_COMPILE=0 accepts that): {reason}",
         )
-        _told.append(reason)
         return None
+
+
+def about(source: Path) -> str:
+    """What the library of a C++ file was compiled for, as `AVX2, OpenMP, GCC 12.2.0`; or why there is none."""
+    library(source)
+    return _about[source]
+
+
+def _introduced(made: ctypes.CDLL, source: Path) -> ctypes.CDLL:
+    """A library that was loaded, after what it says of itself was written down."""
+    made.mosaics_about.restype = ctypes.c_char_p
+    _about[source] = made.mosaics_about().decode()
+    return made
+
+
+def _short(source: Path) -> str:
+    return "/".join(source.parts[-2:])
+
+
+def _tell(line: str) -> None:
+    """A warning the first time, as the other sources have the same to say."""
+    logger.log(logging.INFO if _told else logging.WARNING, "%s", line)
+    _told.append(line)
 
 
 def _compiler() -> list[str]:
@@ -98,16 +159,31 @@ def _is_ours(about: os.stat_result) -> bool:
     return kind and about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _made(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
-    """Compile and load a library; it has its name only when it can be loaded and all of it is on the disk."""
+def _made(source: Path, commands: list[list[str]], possible: list[Way], folder: Path, name: str) -> ctypes.CDLL:
+    """Compile and load a library, by the first of the commands that does; it has its name only when it can be loaded
+    and all of it is on the disk."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:  # another process may do the same
-        path = Path(scratch) / f"{name}.so"
-        subprocess.run([*command, "-o", str(path)], capture_output=True, check=True)
-        path.chmod(0o700)
-        made = ctypes.CDLL(str(path))
+        first: OSError | subprocess.CalledProcessError | None = None
+        for number, (command, way) in enumerate(zip(commands, possible, strict=True)):
+            path = Path(scratch) / f"{name}-{number}.so"  # a file that can't be loaded may be remembered by its name
+            try:
+                subprocess.run([*command, "-o", str(path)], capture_output=True, check=True)
+                path.chmod(0o700)
+                made = ctypes.CDLL(str(path))
+                break
+            except (OSError, subprocess.CalledProcessError) as error:
+                first = first or error
+        else:
+            raise first
         _sync(path)
-        os.replace(path, folder / f"{name}-{_digest(path)}.so")
+        kept = folder / f"{name}-{_digest(path)}.so"
+        os.replace(path, kept)
     _sync(folder)
+    if first:
+        _tell(
+            f"{_short(source)} is compiled without {way.without}, which is slower (remove {kept} to try again): "
+            f"{_line(first)}"
+        )
     return made
 
 
