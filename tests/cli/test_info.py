@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from mosaics.ops import compiling
+from mosaics.ops.leaky_average.compiled import SOURCE
+
 
 @pytest.mark.parametrize(
     ("words", "parameters", "gflops"),
@@ -79,3 +82,41 @@ def test_info_refuses_in_one_sentence(refused, tmp_path):
     assert "long_term" in refused("info", "memory-mosaics-v2-tiny", "--without", "longterm")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     refused("info", tmp_path)
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """Libraries are looked for as in a new process."""
+    compiling.library.cache_clear()
+    monkeypatch.setattr(compiling, "_told", [])
+    for name in ("CXX", "MOSAICS_COMPILE"):
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    compiling.library.cache_clear()
+
+
+def test_info_of_the_system_says_which_forms_run_and_why(mosaics, anew, refused):
+    code, output, _ = mosaics("info", "--system", "--json")
+    found = json.loads(output)
+    assert code == 0 and set(found["devices"]) == {"cpu", "cuda", "mps"} and found["versions"]["torch"]
+    compiled = "compiled" if compiling.library(SOURCE) else "chunked"
+    assert found["forms"]["cpu"]["leaky_average"]["training"] == compiled
+    assert compiling.about(SOURCE) in found["why"]["leaky_average"]["compiled"]
+    assert "leave out the model" in refused("info", "memory-mosaics-v2-tiny", "--system")
+    assert "--system" in refused("info")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MOSAICS_COMPILE", "0", "MOSAICS_COMPILE=0 forbids to compile; unset it"),
+        ("CXX", "no-such-compiler", "there is no C++ compiler 'no-such-compiler'; install one"),
+    ],
+)
+def test_info_of_the_system_says_what_to_do_without_a_compiler(mosaics, anew, name, value, said):
+    anew.setenv(name, value)
+    code, output, _ = mosaics("info", "--system")
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert code == 0 and f"{name} {value}" in lines
+    assert {"kernel_regression, training, delay shifted", "unit_values, one token in_place"} <= set(lines)
+    assert any(line.startswith("kernel_regression, single not compiled") and said in line for line in lines)

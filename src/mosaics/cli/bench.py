@@ -24,7 +24,7 @@ def bench(
     ] = None,
     batch_sizes: Annotated[str, Option(help="Sequences that are decoded at once.")] = "1,8",
     rounds: Annotated[int, Option(help="Samples of each model, in turn.")] = 5,
-    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, Option(help="auto (what training takes here), float32 or bfloat16.")] = "auto",
     peers: Annotated[
         str, Option(help="Llamas, of which the fastest counts: llama, llama-eager, llama-static (its cache).")

@@ -35,7 +35,7 @@ def evaluate(
         Option(metavar="MEMORY", help="Also evaluate without it, side by side, as long_term (repeatable)."),
     ] = None,
     batch_size: Annotated[int, Option(help="Rows in a pass at most; changes no score.")] = 16,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one.")] = "auto",
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     state_dtype: Annotated[
         str | None, Option(help="How a mosaic keeps the pairs of the context: bfloat16 or int8; else as --dtype.")

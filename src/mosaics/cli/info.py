@@ -1,4 +1,4 @@
-"""`mosaics info`: parameters, work and decoding state of a model."""
+"""`mosaics info`: parameters, work and decoding state of a model, or what this machine has."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ EXAMPLE = "mosaics info memory-mosaics-v2-large --context 256 --without long_ter
 
 
 def info(
-    source: Annotated[str, Argument(metavar="PRESET|CHECKPOINT|RUN|RECIPE", help="What to look at.")],
+    source: Annotated[str | None, Argument(metavar="[PRESET|CHECKPOINT|RUN|RECIPE]", help="What to look at.")] = None,
     context: Annotated[int | None, Option(help="Context in tokens; the training context if not given.")] = None,
     without: Annotated[list[str] | None, Option(metavar="MEMORY", help="Leave out, as long_term.")] = None,
     state_dtype: Annotated[
@@ -18,8 +18,18 @@ def info(
     ] = None,
     tensors: Annotated[bool, Option("--tensors", help="List every tensor and its shape.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+    system: Annotated[
+        bool, Option("--system", help="Print versions, devices and which forms of the ops run here and why.")
+    ] = False,
 ) -> None:
     """Print parameters by kind of memory, FLOPs per token and bytes of decoding state at a context length."""
+    if system:
+        if source is not None or context is not None or without or state_dtype or tensors:
+            raise ValueError("--system is about this machine; leave out the model and what is asked of it")
+        _show_system(as_json)
+        return
+    if source is None:
+        raise ValueError("name a preset, checkpoint, run or recipe, or give --system for this machine")
     from mosaics.training.setup import build_model
 
     config = find_config(source)
@@ -50,6 +60,38 @@ def info(
     )
     if tensors:
         show_table("tensors", [(name, "x".join(map(str, shape))) for name, shape in described["tensors"].items()])
+
+
+def _show_system(as_json: bool) -> None:
+    from mosaics.cli.tables import show_table
+    from mosaics.system import describe
+
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    machine, compiler = found["machine"], found["compiler"]
+    show_table("versions", [(name, version or "not installed") for name, version in found["versions"].items()], "<")
+    rows = [
+        ("platform", machine["platform"]),
+        ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"),
+        ("vectors", f"torch uses {machine['vectors']}"),
+    ]
+    for name, about in found["devices"].items():
+        taken = " (taken by default)" if name == found["default_device"] else ""
+        rows.append((name, about["about"] + taken if about["there"] else f"no: {about['about']}"))
+    show_table("machine", rows, "<")
+    rows = [("command", compiler["command"] or "none"), ("version", compiler["version"] or "")]
+    rows += [("options", " ".join(compiler["options"])), ("kept in", compiler["cache"] or "nowhere")]
+    rows += [(name, compiler[name]) for name in compiler if name.isupper() and compiler[name] is not None]
+    if compiler["trouble"]:
+        rows.append(("trouble", compiler["trouble"]))
+    show_table("C++ compiler", [(name, value) for name, value in rows if value], "<")
+    for device, ops in found["forms"].items():
+        rows = [(f"{op}, {use}", form) for op, uses in ops.items() for use, form in uses.items()]
+        show_table(f"forms on {device}", rows, "<")
+    rows = [(f"{op}, {form}", why) for op, forms in found["why"].items() for form, why in forms.items()]
+    show_table("forms that not every machine has", rows, "<")
 
 
 def find_config(source: str):

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 
-def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print two columns, the second aligned to the right."""
+def show_table(title: str, rows: Iterable[tuple[str, str]], align: str = ">") -> None:
+    """Print two columns, the second aligned to the right, or with `<` to the left."""
     rows = list(rows)
     left = max(len(name) for name, _ in rows)
     right = max(len(value) for _, value in rows)
     print(title)
     for name, value in rows:
-        print(f"  {name:<{left}}  {value:>{right}}")
+        print(f"  {name:<{left}}  {value:{align}{right}}".rstrip())
 
 
 def amount(number: float) -> str:

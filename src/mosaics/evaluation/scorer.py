@@ -19,6 +19,7 @@ from torch import Tensor
 from mosaics.data.tokenizer import encode_pieces
 from mosaics.evaluation.example import Example
 from mosaics.models.digest import digest_of
+from mosaics.system import default_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -465,7 +466,7 @@ def place(model, device: str, dtype: str, without: Sequence[str] = ()):
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     check_memories(model, without)
     for kind in without:
         model.remove_memories(kind)

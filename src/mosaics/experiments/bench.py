@@ -10,7 +10,6 @@ import difflib
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -41,7 +40,7 @@ PEERS = {
 }
 TOKENS = 16  # decoded for one sample
 SHORTEST = 0.1  # seconds of one sample in training and prefill: what is shorter is repeated
-LIMITS = {"cpu": (2048, 2**28), "cuda": (8192, 2**30)}  # width of the matrices, bytes of the copy
+LIMITS = {"cpu": (2048, 2**28), "mps": (4096, 2**29), "cuda": (8192, 2**30)}  # width of the matrices, bytes of the copy
 LOUD = 0.1  # cores that others may use
 
 
@@ -55,7 +54,7 @@ class Bench:
         contexts: in tokens, for all parts; empty: `CONTEXTS`.
         batch_sizes: of decoding; training and prefill take one sequence.
         rounds: samples of each contestant.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `mps`.
         dtype: `auto`, `float32` or `bfloat16`: of matrix products in training, of the weights elsewhere. `auto` is what
             training takes.
         peers: some of `PEERS`; the fastest of them is compared with.
@@ -81,7 +80,7 @@ class Bench:
         for what, given, known in (
             ("parts", self.parts, PARTS),
             ("peers", self.peers, PEERS),
-            ("device", (self.device,), ("auto", "cpu", "cuda")),
+            ("device", (self.device,), ("auto", "cpu", "cuda", "mps")),
             ("dtype", (self.dtype,), ("auto", "float32", "bfloat16")),
         ):
             if not given:
@@ -107,14 +106,10 @@ class Bench:
     @cached_property
     def torch_device(self) -> torch.device:
         """Where it is measured."""
-        import torch
-
         from mosaics.training.recipe import TrainingSection
         from mosaics.training.setup import pick_device
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no CUDA device; use auto or cpu")
-        return pick_device(TrainingSection(device=self.device))
+        return pick_device(TrainingSection(device=self.device), key="device")
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
@@ -189,13 +184,15 @@ def bench(settings: Bench, results: dict[str, Any] | None = None) -> dict[str, A
     import torch
     import transformers
 
+    from mosaics.system import processor
+
     results = {} if results is None else results
     device, dtype = settings.torch_device, settings.torch_dtype
     figures = {"mosaic": settings.config, "llama": settings.peer}
     figures = {name: _Figures(config, dtype) for name, config in figures.items()}
     results |= {
         "machine": machine()
-        | {"transformers": transformers.__version__, "processor": _processor(), "threads": torch.get_num_threads()},
+        | {"transformers": transformers.__version__, "processor": processor(), "threads": torch.get_num_threads()},
         "commit": _commit(),
         "settings": {
             "device": device.type,
@@ -295,13 +292,12 @@ def paired(
 def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = getattr(torch, device.type).synchronize
+    wait()
     began = time.perf_counter()
     for _ in range(calls):
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - began) / calls
 
 
@@ -549,15 +545,6 @@ def _warn_if_loud() -> None:
     cores = (_others() - before) / 0.5
     if cores > LOUD:
         say(f"warning: other processes use {cores:.1f} cores; times will be off, and ratios less so")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

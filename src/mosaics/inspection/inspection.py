@@ -378,7 +378,7 @@ class Digest:
             for repeated, share in zip(masks, shares, strict=True):
                 chance = (there & repeated).sum(-1).expand_as(count) / count.clamp(min=1)
                 columns += [(chance > 0).to(weights), (chance > 0) * share, chance]
-        return torch.stack([x.sum(-1) for x in columns], dim=-1).double().cpu()
+        return torch.stack([x.sum(-1) for x in columns], dim=-1).cpu().double()
 
 
 def _kept(x: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ class Shares(list):
         if not read.from_store:
             return
         place = (read.layer_index, read.memory)
-        weights = read.weights[0].mean(0).double().cpu()
+        weights = read.weights[0].mean(0).cpu().double()
         found = weights.new_zeros(weights.shape[0], self._count).index_add_(1, self._group, weights)
         if not self._memories or place == self._first:
             self._first = place

@@ -83,12 +83,12 @@ def library(source: Path) -> ctypes.CDLL | None:
         _about[source] = "MOSAICS_COMPILE=0 forbids to compile; unset it for the faster forms"
         return None
     try:
-        compiler = _compiler()
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+        command = compiler()
+        version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
         more = shlex.split(os.environ.get("MOSAICS_CXXFLAGS", ""))
         possible = ways(platform.system(), platform.machine())
-        commands = [[*compiler, *way.options, *more, str(source), str(ABOUT), *way.libraries] for way in possible]
-        words = [shlex.join([*compiler, *way.options, *more, *way.libraries]) for way in possible]
+        commands = [[*command, *way.options, *more, str(source), str(ABOUT), *way.libraries] for way in possible]
+        words = [shlex.join([*command, *way.options, *more, *way.libraries]) for way in possible]
         about = [source.read_bytes(), ABOUT.read_bytes(), version, "\n".join(words).encode(), _processor()]
         name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}"
         folder = _folder()
@@ -132,16 +132,31 @@ def _tell(line: str) -> None:
     _told.append(line)
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The C++ compiler's command: `$CXX`, which may have options, or else `c++`.
+
+    Raises:
+        OSError: there is none.
+        ValueError: there is half a quotation in it.
+    """
     words = shlex.split(os.environ.get("CXX") or "c++")
     if not words or shutil.which(words[0]) is None:
         raise OSError(f"there is no C++ compiler {' '.join(words)!r}; install one, or name it in CXX")
     return words
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where libraries are kept; it need not be there yet.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("MOSAICS_CACHE") or Path(cache) / "mosaics")
+    return Path(os.environ.get("MOSAICS_CACHE") or Path(cache) / "mosaics")
+
+
+def _folder() -> Path:
+    folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder.stat()):
         raise PermissionError(
@@ -164,7 +179,7 @@ def _made(source: Path, commands: list[list[str]], possible: list[Way], folder: 
     and all of it is on the disk."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:  # another process may do the same
         first: OSError | subprocess.CalledProcessError | None = None
-        for number, (command, way) in enumerate(zip(commands, possible, strict=True)):
+        for number, command in enumerate(commands):
             path = Path(scratch) / f"{name}-{number}.so"  # a file that can't be loaded may be remembered by its name
             try:
                 subprocess.run([*command, "-o", str(path)], capture_output=True, check=True)
@@ -181,8 +196,8 @@ def _made(source: Path, commands: list[list[str]], possible: list[Way], folder: 
     _sync(folder)
     if first:
         _tell(
-            f"{_short(source)} is compiled without {way.without}, which is slower (remove {kept} to try again): "
-            f"{_line(first)}"
+            f"{_short(source)} is compiled without {possible[number].without}, which is slower "
+            f"(remove {kept} to try again): {_line(first)}"
         )
     return made
 

@@ -85,7 +85,7 @@ class TrainingSection(_Section):
     if_not_finite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     activation_checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     init_from: str | None = Field(None, description="a model's folder, a run or a checkpoint to begin with")
     extensions: tuple[Extension, ...] = Field(
         (), description="what `mosaics train --run FOLDER --extend STEPS` appends"

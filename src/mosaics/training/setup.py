@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mosaics.system import default_device
 from mosaics.training.distribution import Group, shard, spread
 from mosaics.training.draws import seed_step
 from mosaics.training.recipe import Recipe, TrainingSection
@@ -254,19 +255,21 @@ def prepare_data(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBa
     print(report, flush=True)
 
 
-def pick_device(training: TrainingSection) -> torch.device:
+def pick_device(training: TrainingSection, key: str = "training.device") -> torch.device:
     """The device of a run.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: CUDA or MPS is asked for and not there; `key` is what asked.
     """
-    if training.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device is cuda, but torch sees no CUDA device; use auto or cpu")
-    if training.device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    else:
-        name = training.device
+    name = training.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{key} is cuda, but torch sees no CUDA device; use auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{key} is mps, but torch sees no GPU of a Mac; use auto or cpu")
     here = os.environ.get("LOCAL_RANK")  # torchrun gives every process of a machine a GPU of its own
+    if name == "auto":
+        name = default_device()
+        name = "cpu" if name == "mps" and here is not None else name  # its processes can't talk to each other
     return torch.device(name, int(here)) if name == "cuda" and here is not None else torch.device(name)
 
 
@@ -276,6 +279,8 @@ def pick_precision(training: TrainingSection, device: torch.device) -> torch.dty
         return getattr(torch, training.precision)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        native = False
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32

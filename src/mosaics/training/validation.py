@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mosaics.ops import widest
 from mosaics.training.distribution import Group
 from mosaics.training.draws import seed_step
 from mosaics.training.setup import autocast
@@ -62,7 +63,8 @@ def evaluate(
             if left_over:
                 continue
             targets, is_text, is_end = (batch[k][:, 1:] for k in ("input_ids", "text_targets", "end_targets"))
-            nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none").double()
+            nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+            nats = nats.to(widest(nats))
             text_nats += float(nats[is_text].sum())
             end_nats += float(nats[is_end].sum())
             text_tokens += int(is_text.sum())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import cast, has_numbers
+from mosaics.ops import cast, has_numbers, widest
 
 CHUNK, CHUNK_OF_CHANNELS = 64, 16  # decays of their own for every channel take CHUNK times the memory, unless mild
 LEAST = -200.0  # exp of it is 0 beside anything
@@ -58,7 +58,7 @@ def delta_rule(
         since = keys.new_ones(1, 1, 1, 1, 1)
         until, closing = since, since[..., 0]
     else:
-        sums = cut(log_decay.double().clamp(min=LEAST)).cumsum(3)
+        sums = cut(log_decay.to(widest(log_decay)).clamp(min=LEAST)).cumsum(3)
         if mild:
             # Counted from the chunk's start, so that nothing of a later position enters, not even a rounding.
             left, right = sums.exp().to(dtype), keys * (-sums).exp().to(dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops import may_be
+from mosaics.ops import may_be, widest
 from mosaics.ops.leaky_average.state import LeakyAverageState, at_least_float32, floor_of, shortened
 
 CHUNK = 32
@@ -22,7 +22,8 @@ def leaky_average(
     inputs = at_least_float32(inputs)
     if state is None:
         state = LeakyAverageState.empty(inputs)
-    directions, log_scales = _averages(inputs, log_gate.double(), log_decay.double(), *state)
+    wide = widest(inputs)
+    directions, log_scales = _averages(inputs, log_gate.to(wide), log_decay.to(wide), *state)
     log_scales = log_scales.to(inputs.dtype)
     keys = shortened(directions, log_scales, eps).to(dtype)
     return keys, LeakyAverageState(directions[..., -1, :], log_scales[..., -1])
@@ -34,7 +35,8 @@ def _averages(
     """Directions `(batch, heads, time, width)` and log scales `(batch, heads, time)` of all averages.
 
     The start of every chunk is again a leaky average, of the chunks before it: hence the recursion, which is as
-    deep as the logarithm of the length. Logarithms are float64, so that differences of their sums keep their digits.
+    deep as the logarithm of the length. Logarithms are float64 where there is such, so that differences of their
+    sums keep their digits.
     """
     time = inputs.shape[2]
     # A graph that is exported serves every length, so it can't have the depth of one: it is quadratic, as its reads.
@@ -53,7 +55,7 @@ def _averages(
     since = log_decay.masked_fill(forgotten, 0.0).cumsum(-1)
     logs = log_gate - since
 
-    first, first_scale = first[:, :, None], first_scale[:, :, None].double()
+    first, first_scale = first[:, :, None], first_scale[:, :, None].to(log_gate.dtype)
     if chunks > 1:
         # What each chunk but the last adds, seen from its end.
         ends, decays = logs[:, :, :-1], since[:, :, :-1, -1]
@@ -73,7 +75,7 @@ def _averages(
         part = F.pad(part, (1, 0))
     most = _running_maximum(logs.detach(), part)
     directions, norms = _WeightedDirections.apply(torch.cat([first[..., None, :], inputs], dim=-2), logs, most, part)
-    log_scales = since + most + norms.double().log()
+    log_scales = since + most + norms.to(most.dtype).log()
     return directions.flatten(2, 3)[:, :, :time], log_scales.flatten(2, 3)[:, :, :time]
 
 
@@ -121,5 +123,5 @@ class _WeightedDirections(torch.autograd.Function):
         if grad_norms is not None:
             along += grad_norms
         grad_average = (directions * along[..., None]).addcmul_(grad, inverse[..., None])
-        grad_logs = (grad_average @ vectors.mT).mul_(weights).sum(-2, dtype=torch.float64)
+        grad_logs = (grad_average @ vectors.mT).mul_(weights).sum(-2, dtype=widest(vectors))
         return weights.mT @ grad_average, grad_logs, None, None
