@@ -76,6 +76,80 @@ def test_library_compiles_once_and_again_after_a_change(tmp_path, cache, monkeyp
     assert len(list(cache.iterdir())) == 4
 
 
+REFUSED = {  # words that a compiler does not take, and what is then left out
+    ("-fopenmp",): "OpenMP",
+    ("-march=native", "-mcpu=native"): "-m[a-z]*=native",
+    ("-fopenmp", "-march=native", "-mcpu=native"): "OpenMP and -m[a-z]*=native",
+    ("-fopenmp", "-fopenmp-simd", "-nodefaultlibs"): "OpenMP and -m[a-z]*=native",
+}
+
+
+def picky(path: Path, words: tuple[str, ...], system: str = "") -> str:
+    """A compiler that refuses some words, and takes those of Apple's linker if it is one of a Mac."""
+    text = 'keep=; for word; do shift; case "$word" in '
+    text += f'{"|".join(words)}) echo "error: what is $word?" >&2; exit 1;; ' if words else ""
+    text += '-Xpreprocessor|-undefined|dynamic_lookup) ;; -dynamiclib) set -- "$@" -shared;; ' if system else ""
+    return script(path, f'{text}*) set -- "$@" "$word";; esac; done\nexec {shlex.join(COMPILER)} "$@"')
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", REFUSED)
+def test_library_goes_without_what_the_compiler_refuses_and_says_so_once(tmp_path, cache, words, monkeypatch, caplog):
+    path = write(tmp_path, 42)
+    monkeypatch.setenv("CXX", picky(tmp_path / "cc", words))
+    assert compiling.library(path).answer() == 42 and again(path).answer() == 42
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    (made,) = cache.iterdir()
+    assert re.fullmatch(
+        rf"\S*answer.cpp is compiled without {REFUSED[words]}, which is slower \(remove {made} to try again\): .*"
+        r"what is -\S*native\?"
+        if "-fopenmp" not in words
+        else rf"\S*answer.cpp is compiled without {REFUSED[words]}.*",
+        line,
+    )
+    assert ("no OpenMP" in compiling.about(path)) == ("-fopenmp" in words)
+
+
+@needs_compiler
+def test_library_is_made_with_the_words_of_a_mac(tmp_path, cache, monkeypatch, caplog):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setenv("CXX", picky(tmp_path / "cc", ("-nodefaultlibs", "-shared"), "Darwin"))
+    path = write(tmp_path, 42)
+    assert compiling.library(path).answer() == 42 and ", OpenMP, " in compiling.about(path) and not caplog.messages
+
+
+def test_ways_name_the_options_of_each_machine():
+    mac, arm, intel, other = (
+        compiling.ways(*x)
+        for x in (("Darwin", "arm64"), ("Linux", "aarch64"), ("Linux", "x86_64"), ("Linux", "riscv64"))
+    )
+    assert "-mcpu=native -Xpreprocessor -fopenmp -dynamiclib -undefined dynamic_lookup" in " ".join(mac[0].options)
+    assert mac[0].libraries == () and "-fopenmp" not in mac[1].options and "-mcpu=native" not in mac[2].options
+    assert [("-march=native" in x[0].options, "-mcpu=native" in x[0].options) for x in (intel, arm, other)] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    for found in (mac, arm, intel, other):
+        assert found[0].without == "" and len({way.options for way in found}) == len(found) == 5
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_library_that_is_damaged_is_made_again_by_a_new_process(tmp_path, cache):
+    path = write(tmp_path, 42)
+    assert compiling.library(path).answer() == 42
+    (made,) = cache.iterdir()
+    whole = made.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :]):
+        made.unlink()  # this process still has it
+        made.write_bytes(damaged)
+        made.chmod(0o700)
+        assert subprocess.run([sys.executable, "-c", ASK, str(path)]).returncode == 42
+        assert [x.read_bytes() for x in cache.iterdir()] == [whole]
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_library_is_compiled_by_several_processes_at_once(tmp_path, cache):

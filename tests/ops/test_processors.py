@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import walk
 
 import mosaics.ops
-import walk
 from mosaics.ops import compiling
-from mosaics.ops.kernel_regression import bounded, compiled, single
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, bounded, compiled, naive, single, widened
+from mosaics.ops.kernel_regression.sketch import Sketched, sketch_of
 from mosaics.ops.leaky_average import compiled as leaky
 from mosaics.ops.unit_values import compiled as unit
 
@@ -38,10 +39,24 @@ def walked(monkeypatch):
     def call(draws: int) -> None:
         monkeypatch.setattr(sys, "argv", ["walk", "0", str(draws)])
         walk.main()
+        walk_bounded()
 
     yield call
     torch.set_num_threads(threads)
     compiling.library.cache_clear()
+
+
+def walk_bounded() -> None:
+    """Reads by a sketch are as near to the twin as they say."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8):
+        wide = dtype if dtype.itemsize > 2 else torch.float32
+        whole = [torch.nn.functional.normalize(torch.randn(2, 3, 300, 35, dtype=wide), dim=-1) for _ in range(2)]
+        keys, values = whole if dtype == wide else [Narrow.of(x, dtype) for x in whole]
+        parts = (*keys[:2], None) if dtype == torch.int8 else sketch_of(keys if dtype == wide else keys.data)
+        given = whole[0][:, :, -1:], Bandwidth(torch.full((3,), 30.0, dtype=wide))
+        found = bounded.kernel_regression(given[0], Sketched(keys, *parts, 0.01), values, given[1], delay=1)
+        exact = naive.kernel_regression(given[0], *(widened(x) for x in (keys, values)), given[1], delay=1)
+        assert (found - exact).norm(dim=-1).max() <= 0.01 * 1.01, dtype
 
 
 class Emulated:
