@@ -60,7 +60,7 @@ def ways(system: str, machine: str) -> list[Way]:
         threads, libraries = ("-Xpreprocessor", "-fopenmp"), ()
     else:
         shared, threads = ("-shared",), ("-fopenmp",)
-        libraries = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc")
+        libraries = ("-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc")
     found = [
         Way((*plain, *tuned, *openmp, *shared), libraries, " and ".join(filter(None, (lost, untuned))))
         for tuned, untuned in (((native,), ""), ((), native))

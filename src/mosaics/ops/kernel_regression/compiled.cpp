@@ -6,9 +6,11 @@
 // in vector registers and scalars of A broadcast.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 #ifdef __SSE__
 #include <immintrin.h>
@@ -276,8 +278,10 @@ void scaled(const Array<T>& queries, int64_t b, int64_t h, const T* beta, int64_
 template <typename T>
 void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
              const int64_t* first, const int64_t* end, Array<T> out, T* totals, bool only_largest) {
-    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width), span = TOGETHER * QUERIES;
-    const int64_t parts = (s.time + span - 1) / span;
+    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width), lines = s.batch * s.heads;
+    int64_t together = TOGETHER;  // fewer, where threads would have nothing to do
+    while (together > 1 && lines * ((s.time + together * QUERIES - 1) / (together * QUERIES)) < s.threads) together /= 2;
+    const int64_t span = together * QUERIES, parts = (s.time + span - 1) / span;
     constexpr int64_t w = Vector<T>::width;
     using V = typename Vector<T>::type;
 #pragma omp parallel num_threads(s.threads)
@@ -286,9 +290,9 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
         std::vector<T> asked(span * wide), answer(span * value_wide), sums(span * w), packed_keys(SLOTS * s.width),
             packed_values(SLOTS * value_wide), tile(QUERIES * SLOTS);
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < s.batch * s.heads * parts; unit++) {
+        for (int64_t unit = 0; unit < lines * parts; unit++) {
             // The last queries have the most to read: they come first.
-            const int64_t line = unit % (s.batch * s.heads), begin = (parts - 1 - unit / (s.batch * s.heads)) * span;
+            const int64_t line = unit % lines, begin = (parts - 1 - unit / lines) * span;
             const int64_t b = line / s.heads, h = line % s.heads, count = std::min(span, s.time - begin);
             const int64_t* from = first + (s.lines > 1 ? b : 0) * s.time + begin;
             const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time + begin;
@@ -296,7 +300,8 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
             scaled(queries, b, h, beta + line * s.time, begin, count, s.width, asked.data());
             std::fill(answer.begin(), answer.end(), T(0));
             std::fill(sums.begin(), sums.end(), only_largest ? T(-INFINITY) : T(0));
-            for (int64_t left = std::max(from[0], int64_t(0)); left < to[count - 1]; left += SLOTS) {
+            // Spans begin where they do for any blocks, so that no rounding depends on the number of threads.
+            for (int64_t left = std::max(from[0], int64_t(0)) / SLOTS * SLOTS; left < to[count - 1]; left += SLOTS) {
                 const int64_t filled = std::min(SLOTS, s.slots - left);
                 columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, packed_keys.data());
                 if (!only_largest)
@@ -339,82 +344,131 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
     }
 }
 
+// What the backward pass holds of a line: queries times beta, gradients of answers over their sums, what follows from
+// these for each query, and the gradients of queries (times beta) so far.
+template <typename T>
+struct OfLine {
+    std::vector<T> asked, answer_grad, along, of_sum, asked_grad;
+    std::vector<OfBeta> of_beta;
+
+    OfLine(int64_t time, int64_t wide, int64_t value_wide)
+        : asked(time * wide), answer_grad(time * value_wide), along(time), of_sum(time), asked_grad(time * wide),
+          of_beta(time) {}
+};
+
 template <typename T>
 void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
               const int64_t* first, const int64_t* end, Array<T> out, const T* totals, Array<T> grad,
               const T* grad_logs, Array<T> grad_queries, Array<T> grad_keys, Array<T> grad_values, T* grad_beta) {
     constexpr int64_t p = PANEL * Vector<T>::width;
-    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width);
+    const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width), lines = s.batch * s.heads;
+    const int64_t spans = (s.slots + SLOTS - 1) / SLOTS, blocks = (s.time + QUERIES - 1) / QUERIES;
+    // With fewer lines than threads, several share a line: each has a span of slots, and comes to a block of queries after
+    // the thread with the span before, so that gradients of queries are added in the order of one thread.
+    const bool shared = lines < s.threads;
+    std::vector<OfLine<T>> all(shared ? lines : 0, OfLine<T>(shared ? s.time : 0, wide, value_wide));
+    std::vector<std::atomic<int64_t>> turn(shared ? lines * blocks : 0);  // the span that a block meets next
+    for (auto& x : turn) x = 0;
+    std::atomic<int64_t> next{0};
+
+    const auto begin = [&](OfLine<T>& of, int64_t line, int64_t i, int64_t stop) {
+        const int64_t b = line / s.heads, h = line % s.heads;
+        scaled(queries, b, h, beta + line * s.time, i, stop - i, s.width, &of.asked[i * wide]);
+        std::fill(&of.asked_grad[i * wide], of.asked_grad.data() + stop * wide, T(0));
+        std::fill(&of.of_beta[i], of.of_beta.data() + stop, OfBeta{});
+        // The weights below are not divided by their sum; this is.
+        rows_of<T>(grad.at(b, h), grad.stride[2], i, stop - i, stop - i, s.value_width, &of.answer_grad[i * value_wide]);
+        for (; i < stop; i++) {
+            const T inverse = 1 / totals[line * s.time + i];
+            T* row = &of.answer_grad[i * value_wide];
+            for (int64_t d = 0; d < s.value_width; d++) row[d] *= inverse;
+            of.along[i] = dot<T>(row, out.at(b, h) + i * out.stride[2], s.value_width);
+            of.of_sum[i] = grad_logs ? grad_logs[line * s.time + i] * inverse : T(0);
+        }
+    };
+    const auto finish = [&](const OfLine<T>& of, int64_t line, int64_t i, int64_t stop) {
+        const int64_t b = line / s.heads, h = line % s.heads;
+        for (; i < stop; i++) {
+            const T* query = queries.at(b, h) + i * queries.stride[2];
+            T* row = grad_queries.at(b, h) + i * grad_queries.stride[2];
+            const T sharpness = beta[line * s.time + i];
+            // Near 0 the logarithms of the weights say nothing of the logits.
+            const T sum = totals[line * s.time + i], log_sum = shift[line * s.time + i] + std::log(sum);
+            grad_beta[line * s.time + i] = std::abs(sharpness) < T(0.1)
+                                               ? dot<T>(&of.asked_grad[i * wide], query, s.width)
+                                               : T(of.of_beta[i].value(sharpness, log_sum, of.of_sum[i] * sum));
+            for (int64_t d = 0; d < s.width; d++) row[d] = of.asked_grad[i * wide + d] * sharpness;
+        }
+    };
 #pragma omp parallel num_threads(s.threads)
     {
         FlushDenormals flush;
-        std::vector<T> asked(s.time * wide), asked_grad(s.time * wide), answer_grad(s.time * value_wide);
-        std::vector<T> along(s.time), of_sum(s.time);
         std::vector<T> key_columns(SLOTS * s.width), key_rows(SLOTS * wide), value_columns(SLOTS * s.value_width);
         std::vector<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
         std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS), logs(QUERIES * SLOTS);
-        std::vector<OfBeta> of_beta(s.time);
-#pragma omp for schedule(dynamic)
-        for (int64_t line = 0; line < s.batch * s.heads; line++) {
-            const int64_t b = line / s.heads, h = line % s.heads;
+
+        const auto read = [&](OfLine<T>& of, int64_t line, int64_t span) {
+            const int64_t b = line / s.heads, h = line % s.heads, left = span * SLOTS;
             const int64_t* from = first + (s.lines > 1 ? b : 0) * s.time;
             const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time;
-            scaled(queries, b, h, beta + line * s.time, 0, s.time, s.width, asked.data());
-            std::fill(asked_grad.begin(), asked_grad.end(), T(0));
-            std::fill(of_beta.begin(), of_beta.end(), OfBeta{});
-            // The weights below are not divided by their sum; this is.
-            rows_of<T>(grad.at(b, h), grad.stride[2], 0, s.time, s.time, s.value_width, answer_grad.data());
-            for (int64_t i = 0; i < s.time; i++) {
-                const T inverse = 1 / totals[line * s.time + i];
-                T* row = &answer_grad[i * value_wide];
-                for (int64_t d = 0; d < s.value_width; d++) row[d] *= inverse;
-                along[i] = dot<T>(row, out.at(b, h) + i * out.stride[2], s.value_width);
-                of_sum[i] = grad_logs ? grad_logs[line * s.time + i] * inverse : T(0);
+            const int64_t filled = std::min(SLOTS, s.slots - left);
+            columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, key_columns.data());
+            rows_of<T>(keys.at(b, h), keys.stride[2], left, filled, SLOTS, s.width, key_rows.data());
+            columns_of<T>(values.at(b, h), values.stride[2], left, filled, s.value_width, value_columns.data());
+            std::fill(key_grad.begin(), key_grad.end(), T(0));
+            std::fill(value_grad.begin(), value_grad.end(), T(0));
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t i = block * QUERIES, rows = std::min(QUERIES, s.time - i);
+                const Tile<T> t(rows, left, from + i, to + i);
+                if (t.empty()) continue;
+                const int64_t count = t.to - t.from;
+                const T* query = &of.asked[i * wide];
+                const T* answer = &of.answer_grad[i * value_wide];
+                t.weights(s.width, query, key_columns.data(), shift + line * s.time + i, logs.data(), tile.data());
+                product<T>(count, 0, value_wide, rows, tile.data() + t.from, 1, SLOTS, answer, value_wide, p,
+                           value_grad.data() + t.from * value_wide, value_wide, true);
+                product<T>(rows, t.from, t.to, s.value_width, answer, value_wide, 1, value_columns.data(), p,
+                           p * s.value_width, tile_grad.data(), SLOTS, false);
+                if (shared && !Tile<T>(rows, left - SLOTS, from + i, to + i).empty())
+                    while (turn[line * blocks + block].load(std::memory_order_acquire) != span) std::this_thread::yield();
+                for (int64_t r = 0; r < rows; r++)
+                    t.softmax_backward(r, tile.data(), logs.data(), of.along[i + r], of.of_sum[i + r],
+                                       totals[line * s.time + i + r], tile_grad.data(), of.of_beta[i + r]);
+                product<T>(rows, 0, wide, count, tile_grad.data() + t.from, SLOTS, 1, key_rows.data() + t.from * wide,
+                           wide, p, &of.asked_grad[i * wide], wide, true);
+                if (shared) turn[line * blocks + block].store(span + 1, std::memory_order_release);
+                product<T>(count, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
+                           key_grad.data() + t.from * wide, wide, true);
             }
-            for (int64_t left = 0; left < s.slots; left += SLOTS) {
-                const int64_t filled = std::min(SLOTS, s.slots - left);
-                columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, key_columns.data());
-                rows_of<T>(keys.at(b, h), keys.stride[2], left, filled, SLOTS, s.width, key_rows.data());
-                columns_of<T>(values.at(b, h), values.stride[2], left, filled, s.value_width, value_columns.data());
-                std::fill(key_grad.begin(), key_grad.end(), T(0));
-                std::fill(value_grad.begin(), value_grad.end(), T(0));
-                for (int64_t i = 0; i < s.time; i += QUERIES) {
-                    const int64_t rows = std::min(QUERIES, s.time - i);
-                    const Tile<T> t(rows, left, from + i, to + i);
-                    if (t.empty()) continue;
-                    const int64_t read = t.to - t.from;
-                    const T* query = asked.data() + i * wide;
-                    const T* answer = answer_grad.data() + i * value_wide;
-                    t.weights(s.width, query, key_columns.data(), shift + line * s.time + i, logs.data(), tile.data());
-                    product<T>(read, 0, value_wide, rows, tile.data() + t.from, 1, SLOTS, answer, value_wide, p,
-                               value_grad.data() + t.from * value_wide, value_wide, true);
-                    product<T>(rows, t.from, t.to, s.value_width, answer, value_wide, 1, value_columns.data(), p,
-                               p * s.value_width, tile_grad.data(), SLOTS, false);
-                    for (int64_t r = 0; r < rows; r++)
-                        t.softmax_backward(r, tile.data(), logs.data(), along[i + r], of_sum[i + r],
-                                           totals[line * s.time + i + r], tile_grad.data(), of_beta[i + r]);
-                    product<T>(rows, 0, wide, read, tile_grad.data() + t.from, SLOTS, 1,
-                               key_rows.data() + t.from * wide, wide, p, asked_grad.data() + i * wide, wide, true);
-                    product<T>(read, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
-                               key_grad.data() + t.from * wide, wide, true);
-                }
-                for (int64_t i = 0; i < filled; i++) {
-                    std::memcpy(grad_keys.at(b, h) + (left + i) * grad_keys.stride[2], &key_grad[i * wide],
-                                s.width * sizeof(T));
-                    std::memcpy(grad_values.at(b, h) + (left + i) * grad_values.stride[2], &value_grad[i * value_wide],
-                                s.value_width * sizeof(T));
-                }
+            for (int64_t i = 0; i < filled; i++) {
+                std::memcpy(grad_keys.at(b, h) + (left + i) * grad_keys.stride[2], &key_grad[i * wide],
+                            s.width * sizeof(T));
+                std::memcpy(grad_values.at(b, h) + (left + i) * grad_values.stride[2], &value_grad[i * value_wide],
+                            s.value_width * sizeof(T));
             }
-            for (int64_t i = 0; i < s.time; i++) {
-                const T* query = queries.at(b, h) + i * queries.stride[2];
-                T* row = grad_queries.at(b, h) + i * grad_queries.stride[2];
-                const T sharpness = beta[line * s.time + i];
-                // Near 0 the logarithms of the weights say nothing of the logits.
-                const T sum = totals[line * s.time + i], log_sum = shift[line * s.time + i] + std::log(sum);
-                grad_beta[line * s.time + i] = std::abs(sharpness) < T(0.1)
-                                                   ? dot<T>(&asked_grad[i * wide], query, s.width)
-                                                   : T(of_beta[i].value(sharpness, log_sum, of_sum[i] * sum));
-                for (int64_t d = 0; d < s.width; d++) row[d] = asked_grad[i * wide + d] * sharpness;
+        };
+
+        if (shared) {
+#pragma omp for
+            for (int64_t unit = 0; unit < lines * blocks; unit++) {
+                const int64_t line = unit / blocks, i = unit % blocks * QUERIES;
+                begin(all[line], line, i, std::min(i + QUERIES, s.time));
+            }
+            // A span is taken after the one that it waits for.
+            for (int64_t unit; (unit = next++) < lines * spans;) read(all[unit % lines], unit % lines, unit / lines);
+#pragma omp barrier
+#pragma omp for
+            for (int64_t unit = 0; unit < lines * blocks; unit++) {
+                const int64_t line = unit / blocks, i = unit % blocks * QUERIES;
+                finish(all[line], line, i, std::min(i + QUERIES, s.time));
+            }
+        } else {
+            OfLine<T> own(s.time, wide, value_wide);
+#pragma omp for schedule(dynamic)
+            for (int64_t line = 0; line < lines; line++) {
+                begin(own, line, 0, s.time);
+                for (int64_t span = 0; span < spans; span++) read(own, line, span);
+                finish(own, line, 0, s.time);
             }
         }
     }
