@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -72,10 +74,9 @@ def used_forms(device: str, place: Callable[[Tensor], Tensor] | None = None) -> 
     Returns:
         For each op what is asked and the form; or why there is none.
     """
-    from mosaics.ops import Chosen, only_choose
-    from mosaics.ops.kernel_regression import Bandwidth, kernel_regression
-    from mosaics.ops.leaky_average import leaky_average
-    from mosaics.ops.unit_values import unit_values
+    from mosaics.ops import kernel_regression, leaky_average, unit_values
+
+    packages = {"kernel_regression": kernel_regression, "leaky_average": leaky_average, "unit_values": unit_values}
 
     place = place or (lambda x: x.to(device))
 
@@ -84,15 +85,16 @@ def used_forms(device: str, place: Callable[[Tensor], Tensor] | None = None) -> 
 
     def read(asked: Tensor, stored: Tensor, **access: int) -> Tensor:
         one = place(torch.ones(2))
-        return kernel_regression(asked, stored, stored, Bandwidth(one), **access)
+        bandwidth = kernel_regression.Bandwidth(one)
+        return kernel_regression.kernel_regression(asked, stored, stored, bandwidth, **access)
 
     def average(x: Tensor) -> Any:
         gates = place(torch.zeros(x.shape[:3]))
-        return leaky_average(x, gates, gates)
+        return leaky_average.leaky_average(x, gates, gates)
 
     def values(x: Tensor) -> Tensor:
         share = place(torch.full((2,), 0.5))
-        return unit_values(x, share, share)
+        return unit_values.unit_values(x, share, share)
 
     def training(op: Callable[..., Any], **access: int) -> Callable[[], Any]:
         def ask() -> Any:
@@ -114,15 +116,33 @@ def used_forms(device: str, place: Callable[[Tensor], Tensor] | None = None) -> 
     for op, uses in asked.items():
         for use, call in uses.items():
             try:
-                with torch.set_grad_enabled(use.startswith("training")), only_choose():
+                with torch.set_grad_enabled(use.startswith("training")), _only_choosing(packages[op]):
                     call()
                 form = "?"
-            except Chosen as chosen:
+            except _Chosen as chosen:
                 form = str(chosen)
             except Exception as error:  # for whoever reads the report, whatever it is
                 form = f"none: {next(iter(str(error).splitlines()), type(error).__name__)}"
             found.setdefault(op, {})[use] = form
     return found
+
+
+class _Chosen(Exception):
+    """The form that an op would have computed in."""
+
+
+@contextmanager
+def _only_choosing(package: ModuleType) -> Iterator[None]:
+    """Let the op of a package raise `_Chosen` instead of computing: a form may take a minute to compile."""
+
+    def choose(forms: dict[str, Callable], form: str, *rest: Any, **options: Any) -> None:
+        raise _Chosen(form)
+
+    run, package.run = package.run, choose
+    try:
+        yield
+    finally:
+        package.run = run
 
 
 def _versions() -> dict[str, str | None]:

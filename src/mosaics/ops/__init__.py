@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 logger = logging.getLogger(__name__)
 _reported: set[tuple[str, str]] = set()
-_only_choose: ContextVar[bool] = ContextVar("_only_choose", default=False)
 FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Given = tuple[str, Tensor | None, tuple[int | str, ...], tuple[torch.dtype, ...]]
@@ -53,20 +50,6 @@ class Faster:
         return form in self._modules and self._modules[form].pays(*given)
 
 
-class Chosen(Exception):
-    """The form that an op would have computed in, within `only_choose`."""
-
-
-@contextlib.contextmanager
-def only_choose() -> Iterator[None]:
-    """Let ops in here raise `Chosen` with the name of a form instead of computing."""
-    token = _only_choose.set(True)
-    try:
-        yield
-    finally:
-        _only_choose.reset(token)
-
-
 def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: Any, **options: Any) -> Any:
     """Call the function of `forms` named `form`; the first use of each is logged once.
 
@@ -79,8 +62,6 @@ def run(forms: dict[str, Callable], form: str, op: str, first: Tensor, *rest: An
         near = difflib.get_close_matches(form, forms, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(forms)}."
         raise ValueError(f"{op} has no form {form!r}; {hint}")
-    if not torch.compiler.is_compiling() and _only_choose.get():
-        raise Chosen(form)
     if not torch.compiler.is_compiling() and (op, form) not in _reported:
         _reported.add((op, form))
         logger.info("%s uses its %s form", op, form)

@@ -22,8 +22,7 @@ def leaky_average(
     inputs = at_least_float32(inputs)
     if state is None:
         state = LeakyAverageState.empty(inputs)
-    wide = widest(inputs)
-    directions, log_scales = _averages(inputs, log_gate.to(wide), log_decay.to(wide), *state)
+    directions, log_scales = _averages(inputs, *(x.to(widest(x)) for x in (log_gate, log_decay)), *state)
     log_scales = log_scales.to(inputs.dtype)
     keys = shortened(directions, log_scales, eps).to(dtype)
     return keys, LeakyAverageState(directions[..., -1, :], log_scales[..., -1])
@@ -35,8 +34,7 @@ def _averages(
     """Directions `(batch, heads, time, width)` and log scales `(batch, heads, time)` of all averages.
 
     The start of every chunk is again a leaky average, of the chunks before it: hence the recursion, which is as
-    deep as the logarithm of the length. Logarithms are float64 where there is such, so that differences of their
-    sums keep their digits.
+    deep as the logarithm of the length. Logarithms are as wide as can be: differences of their sums keep their digits.
     """
     time = inputs.shape[2]
     # A graph that is exported serves every length, so it can't have the depth of one: it is quadratic, as its reads.
