@@ -48,6 +48,14 @@ def test_league_page_has_all_numbers_and_what_was_not_run(kept, tmp_path):
     assert "| gla |" not in without.split("## recall")[1].split("## new-knowledge")[0]
 
 
+def test_league_report_shows_what_every_system_answered(kept):
+    record = json.loads((kept / "out" / "results.json").read_text(encoding="utf-8"))
+    assert {e["evaluation"] for e in record["examples"]} == {"recall", "new-knowledge", "needle"}
+    assert all(set(e["said"]) == {"memory-mosaics-v2", "gla"} for e in record["examples"])
+    report = (kept / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Examples</h2>" in report and record["examples"][0]["question"] in report
+
+
 def test_league_takes_from_the_cache_what_is_there(kept, monkeypatch):
     study = league(systems(["memory-mosaics-v2", "gla"]), ["recall", "new-knowledge"], None, seeds=(0,), samples=4)
     monkeypatch.setattr("mosaics.experiments.trainings.train", lambda *_: pytest.fail("trains again"))

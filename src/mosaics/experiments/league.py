@@ -13,7 +13,7 @@ from typing import Any
 from mosaics.experiments.claims import ENOUGH
 from mosaics.experiments.claims_v1 import regbench_setting
 from mosaics.experiments.compare import arrangements, text_setting, world_evaluation, world_setting
-from mosaics.experiments.studies import Plan, run_study
+from mosaics.experiments.studies import Plan, run_study, some_examples
 from mosaics.experiments.study import Arrangement, Probe, Setting, Study
 
 NAME = "league"
@@ -171,6 +171,7 @@ def run_league(
             results["machine"] = part["machine"]
             if kept is not None:
                 kept(results)
+    results["examples"] = some_examples(Plan(study, cache), cache)
     return results
 
 
