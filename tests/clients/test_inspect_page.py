@@ -102,6 +102,8 @@ def test_page_marks_what_was_read_for_the_word_under_the_pointer(opened, found):
         p = float(found.forecasts.of_next[token - 1].exp())
         text = view.inner_text("#said")
         assert ("< 0.05 %" if p < 5e-4 else f"{100 * p:.{0 if p >= 0.1 else 1 if p >= 0.01 else 2}f} %") in text
+    shown = view.evaluate("[-0.3, -0.004, 0, 0.004, 0.3].map(percent)")  # weights of lla may be negative
+    assert shown == ["\N{MINUS SIGN}30 %", "\N{MINUS SIGN}0.40 %", "< 0.05 %", "0.40 %", "30 %"]
     view.select_option("#memory", "long_term")
     view.select_option("#head", "1")
     rows = view.eval_on_selector_all("#found tr td:nth-child(2)", "xs => xs.map(x => x.textContent)")
