@@ -53,8 +53,8 @@ test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accele
 soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
 	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)
 
-screenshots: $(VENV)/.installed  ## pictures of pages for the docs (needs Chromium, Playwright and the quickstart's run)
-	$(BIN)/python docs/screenshots.py
+screenshots: $(VENV)/.installed-clients  ## pictures of pages for the docs (needs Chromium and the quickstart's run)
+	PYTHONPATH=$(CURDIR)/$(VENV)/clients $(BIN)/python docs/screenshots.py
 
 lint: $(VENV)/.installed-dev  ## the linter alone
 	$(BIN)/ruff check src tests benchmarks
