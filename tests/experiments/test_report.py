@@ -166,6 +166,19 @@ def test_write_report_says_who_is_better_if_that_can_be_said(share, says, kind, 
     assert low - 1.5 < int(said[1]) <= low + 0.5 and high - 0.5 <= int(said[2]) < high + 1.5  # at least Wilson's
 
 
+def test_write_report_gives_no_interval_where_nothing_can_be_drawn_anew(tmp_path):
+    results = planted([100, 62])
+    results["study"]["settings"][0]["evaluations"][0]["suite"] = "perplexity"
+    for row in results["rows"]:  # stretches of one document, one training
+        row |= {"y": 1.5 + (row["arrangement"] == "b"), "scores": [1.25, 1.75], "groups": [2]}
+    page = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert "interval" not in page.split("</ul>")[0] and "One training and one document do not say" in page
+    assert numbers(results, results["rows"])["a"][64].low is None
+    for row in results["rows"]:
+        row["groups"] = [1, 1]
+    assert numbers(results, results["rows"])["a"][64].low == 1.25
+
+
 def test_table_marks_the_best_alone(tmp_path):
     results = planted([100, 62])
     setting = results["study"]["settings"][0]

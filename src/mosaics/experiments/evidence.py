@@ -45,6 +45,12 @@ class Answers:
         return bool(self.scores) and all(np.isin(s, (0, 1)).all() for s in self.scores)
 
     @property
+    def can_be_drawn_anew(self) -> bool:
+        """Whether something says how far the numbers may be off: several seeds or groups, or shares."""
+        groups = min((int(group[-1]) + 1 for group in self.groups), default=1)
+        return len(self.seeds) > 1 or groups > 1 or self.are_shares
+
+    @property
     def unit(self) -> float:
         """What scores are multiplied by to be values: shares are given in percent."""
         return 100.0 if self.are_shares else 1.0
@@ -119,12 +125,14 @@ def difference(check: Check, rows: list[dict[str, Any]], seed: int = 0) -> dict[
 def intervals(answers: Answers, seed: int = 0) -> list[tuple[float, float] | None]:
     """The 95 % interval of the mean over seeds at each point: seeds and groups of examples drawn anew, for shares at
     least Wilson's; None where neither seeds nor examples say how far it goes."""
+    if not answers.can_be_drawn_anew:
+        return [None] * len(answers.xs)
     found: list[tuple[float, float] | None] = []
     for place, values in enumerate(answers.values.T):
         generator, count = np.random.default_rng([seed, 17, place]), len(values)
         seeds = generator.multinomial(count, [1 / count] * count, RESAMPLES) / count
         if not answers.scores:
-            ends = np.quantile(seeds @ values, [0.025, 0.975]) if count > 1 and np.isfinite(values).all() else None
+            ends = np.quantile(seeds @ values, [0.025, 0.975]) if np.isfinite(values).all() else None
             found.append(None if ends is None else (float(ends[0]), float(ends[1])))
             continue
         scores, group = answers.scores[place], answers.groups[place]

@@ -192,6 +192,8 @@ def _lead(
     for label in others:
         apart = _apart(rows, first, label, last, less)
         if apart is None:
+            kinds.append("open")
+            text += f" One training and one document do not say how far {first} and {label} are apart by chance."
             continue
         unit = {"perplexity": " nats per token", "world": " points"}.get(evaluation["suite"], "")
         estimate, low, high = (_rounded(results, rows, apart[key]) for key in ("estimate", "low", "high"))
@@ -222,7 +224,8 @@ def _apart(rows: Sequence[dict[str, Any]], first: str, label: str, x: float, les
         if x not in mine:
             return None
         terms.append(Term(arrangement=name, setting=setting, evaluation=evaluation, at=mine.index(x)))
-    if not any("scores" in row for row in rows) and len({row["seed"] for row in rows}) < 2:
+    sides = [[row for row in rows if row["arrangement"] == name] for name in (first, label)]
+    if not all(Answers(side).can_be_drawn_anew for side in sides):
         return None
     check = Check(says="", left=terms[0], relation="<=" if less else ">=", right=terms[1])
     return difference(check, list(rows))
@@ -274,7 +277,7 @@ def _dimension(
     many = f"{'–'.join(str(n) for n in sorted({min(counts), max(counts)}))} {what} at each point, " if counts else ""
     note = f"{_unit(evaluation)}; {'less' if less else 'more'} is better. " if judged else f"{_unit(evaluation)}. "
     note = note[:1].upper() + note[1:]
-    note += f"{many}{seeds} training{'s' if seeds > 1 else ''} each; mean and 95 % interval."
+    note += f"{many}{seeds} training{'s' if seeds > 1 else ''} each; mean{' and 95 % interval' if bands else ''}."
     columns = ["", *(_column(setting, evaluation, x) for x in xs)]
     about = _ABOUT.get(evaluation["options"].get("task", evaluation["suite"]), _ABOUT.get(evaluation["suite"], ""))
     terms = [(word, _explained(word)) for word in simple if _explained(word) and word not in named]
