@@ -11,7 +11,7 @@ from mosaics.data import PackedDataset
 from mosaics.models.loading import load_exported
 from mosaics.training.insight import memory_statistics, pairs_read
 from mosaics.training.metrics import read_metrics
-from mosaics.training.run_page import write_run_page
+from mosaics.training.run_page import _minutes, _minutes_at, write_run_page
 
 
 def text_of(page) -> str:
@@ -41,6 +41,11 @@ def test_run_page_warns_of_a_held_out_loss_that_rises_and_of_skipped_steps(run, 
     text = text_of(write_run_page(run, tmp_path / "run.html"))
     assert "99.500 bits per byte" in text and "has risen since" in text
     assert "1 steps had a loss or gradient that was not finite: the loss is nan" in text
+
+
+def test_run_page_has_the_time_of_validations_between_logged_steps():
+    steps = [{"step": n, "tokens": 60 * n, "tokens_per_second": 1.0} for n in (10, 20)]
+    assert _minutes(steps) == [10.0, 20.0] and _minutes_at([0, 15, 20], steps, [10.0, 20.0]) == [0.0, 15.0, 20.0]
 
 
 def test_run_page_refuses_what_is_no_run(run, tmp_path):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy import interp
+
 from mosaics.reporting import COLOURS, Lead, Number, Section, Table, draw, embedded, shown, write_page
 from mosaics.reporting.page import slug
 from mosaics.training.metrics import is_number, read_metrics
@@ -71,6 +73,11 @@ def _minutes(steps: Sequence[dict[str, Any]]) -> list[float]:
         before = line["tokens"]
         found.append(seconds / 60)
     return found
+
+
+def _minutes_at(wanted: Sequence[int], steps: Sequence[dict[str, Any]], minutes: Sequence[float]) -> list[float]:
+    """Minutes of training up to some steps, which need not have been logged."""
+    return interp(wanted, [0, *(line["step"] for line in steps)], [0.0, *minutes]).tolist()
 
 
 def _leads(
@@ -143,11 +150,10 @@ def _losses(
             "top": _top([line["loss"] for line in steps]),
         }
         figures.append(draw(plot, output.parent / "loss-tokens.png"))
-        known = {line["step"]: at for line, at in zip(steps, minutes, strict=True)}
         curves = [("training", 0, minutes, [line["loss"] for line in steps])]
-        timed = [line for line in validated if line["step"] in known]
-        if timed:
-            curves.append(("held-out text", 0, [known[v["step"]] for v in timed], [line[_NATS] for line in timed]))
+        if validated:
+            timed = _minutes_at([line["step"] for line in validated], steps, minutes)
+            curves.append(("held-out text", 0, timed, [line[_NATS] for line in validated]))
         plot |= {"title": "Loss by time", "x": "minutes of training", "curves": curves}
         figures.append(draw(plot, output.parent / "loss-time.png"))
     rows = [
