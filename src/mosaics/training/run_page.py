@@ -19,7 +19,7 @@ _BITS, _NATS = "validation_bits_per_byte", "validation_nats_per_token"
 _NUMBERS = {
     "pairs read": "how many pairs a read spreads over (the exponential of the entropy of its weights)",
     "bandwidth": "how sharply keys are told apart: the weight of a pair is exp(bandwidth × key · query)",
-    "log gate": "logarithm of the share with which a token enters the keys",
+    "log gate": "logarithm of the weight with which a token enters the keys",
     "decay": "what is left of the keys' average after a token; near 1 they reach far back",
     "pairs": "pairs that may be read",
 }
@@ -209,7 +209,7 @@ def _memories(validated: Sequence[dict[str, Any]], recipe: Recipe, output: Path)
     for (memory, number), layers in found.items():
         curves, bands = [], {}
         for layer, points in sorted(layers.items()):
-            label = f"layer {layer + 1}"
+            label = f"layer {layer}"
             curves.append((label, 0, [step for step, _ in points], [one["mean"] for _, one in points]))
             bands[label] = [(step, one["mean"], one["mean"]) for step, one in points]
             first, last = points[0][1], points[-1][1]
