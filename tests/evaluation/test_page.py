@@ -40,6 +40,16 @@ def test_page_leads_with_the_share_and_its_interval(tmp_path):
     assert table[1].split(",")[:2] == ["64", "70.0"] and table[1].endswith(",10")
 
 
+def test_page_counts_the_questions_of_examples_that_have_several(tmp_path):
+    found, examples = result([0.5, 0.25])
+    found["summary"]["tables"]["by length"] = [
+        {"length": n, "accuracy": a, "queries": 4} for n, a in ((8, 50), (16, 25))
+    ]
+    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
+    low, high = (round(100 * end) for end in wilson(3 / 8, 8))
+    assert f"m answers 3 of 8 questions right (37.5 %, 95 % interval {low}–{high} %)." in text
+
+
 def test_page_shows_what_was_seen_asked_and_answered(tmp_path):
     found, examples = result([0])
     text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))

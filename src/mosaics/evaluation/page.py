@@ -92,11 +92,18 @@ def _lead(variant: str, result: dict[str, Any], several: bool) -> Lead:
     who = f"{result['model'] or 'The model'}{f', {variant},' if several else ''}"
     if not scores:
         return Lead(f"{who} was asked nothing.")
+    table = next(iter(result["summary"]["tables"].values()), [])
+    asked = None
     if set(scores) <= {0, 1}:
-        low, high = wilson(mean(scores), len(scores))
-        text = f"{who} answers {int(sum(scores))} of {len(scores)} questions right"
-        return Lead(f"{text} ({shown(100 * mean(scores))} %, 95 % interval {100 * low:.0f}–{100 * high:.0f} %).")
-    table = next(iter(result["summary"]["tables"].values()))
+        asked = int(sum(scores)), len(scores)
+    elif table and {"accuracy", "queries"} <= set(table[0]):  # several questions to an example
+        right = round(sum(row["accuracy"] * row["queries"] for row in table) / 100)
+        asked = right, sum(row["queries"] for row in table)
+    if asked:
+        share = asked[0] / asked[1]
+        low, high = wilson(share, asked[1])
+        text = f"{who} answers {asked[0]} of {asked[1]} questions right"
+        return Lead(f"{text} ({shown(100 * share)} %, 95 % interval {100 * low:.0f}–{100 * high:.0f} %).")
     if table and "nats per token" in table[0]:
         first, last = table[0], table[-1]
         text = f"{who} needs {first['nats per token']:.3f} nats per token with windows of {first['context']} tokens"
@@ -198,10 +205,17 @@ def _short(value: Any) -> str:
 
 
 def _machine() -> dict[str, str]:
+    import os
     import platform
 
     import torch
 
     import mosaics
 
-    return {"mosaics": mosaics.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "machine": machine,
+        "mosaics": mosaics.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
