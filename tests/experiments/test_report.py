@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mosaics.evaluation.results import wilson
-from mosaics.experiments.report import _dimension, numbers, write_report
+from mosaics.experiments.report import _dimension, _title, draw, numbers, write_report
 from mosaics.reporting import Lead, Section
 
 
@@ -177,6 +177,20 @@ def test_write_report_gives_no_interval_where_nothing_can_be_drawn_anew(tmp_path
     for row in results["rows"]:
         row["groups"] = [1, 1]
     assert numbers(results, results["rows"])["a"][64].low == 1.25
+
+
+def test_titles_tell_apart_what_is_asked_again_with_something_changed():
+    setting = planted([1, 2])["study"]["settings"][0]
+    plain = setting["evaluations"][0] | {"name": "s again"}
+    titles = [_title(setting, plain | more) for more in ({}, {"changes": {"long_term.delay": 4}}, {"stretch": "yarn"})]
+    assert titles == ["Questions", "Questions, delay 4", "Questions, positions stretched (yarn)"]
+
+
+def test_draw_breaks_long_names(tmp_path):
+    name = "learning rate 0.008, initializer range 0.02, warmup steps 50, final learning rate ratio 0.01 (taken)"
+    plot = {"title": "t", "x": "x", "y": "y", "log_x": False, "curves": [(name, 0, [1, 2], [1, 2])]}
+    said = re.findall(r"<text [^>]*>([^<]*)</text>", draw(plot, tmp_path / "a.png"))
+    assert max(map(len, said)) <= 64 and name in " ".join(said)
 
 
 def test_table_marks_the_best_alone(tmp_path):

@@ -103,9 +103,12 @@ def _asked(results: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str, 
 
 def _title(setting: dict[str, Any], evaluation: dict[str, Any]) -> str:
     title = evaluation["title"] or evaluation["name"]
+    title += "".join(f", {key.rpartition('.')[2].replace('_', ' ')} {x}" for key, x in evaluation["changes"].items())
+    if evaluation["stretch"]:
+        title += f", positions stretched ({evaluation['stretch']})"
     if evaluation["without"]:
         title += f", without {' and '.join(evaluation['without'])}"
-    elif setting["name"] not in (evaluation["name"], "text"):
+    elif setting["name"] != "text" and not evaluation["name"].startswith(setting["name"]):
         title += f" ({setting['series'] or setting['name']})"
     return title
 

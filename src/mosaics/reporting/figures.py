@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 COLOURS = ("#3b82d0", "#d9692a", "#2a9d78", "#b56bb5", "#b08a1e", "#7a7f87")
 MARKERS = "os^Dv*"
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)), (0, (8, 3)))
+_LONGEST = 64  # characters of a line of a legend
 _GREY = "#888888"
 _INK = "#010203"  # replaced by the page's own colour
 
@@ -73,8 +75,13 @@ def draw(plot: dict[str, Any], png: Path) -> str:
     axes.set_ylabel(plot["y"], fontsize=11)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower left", ncols=2, fontsize=10.5, frameon=False)
+    handles, named = axes.get_legend_handles_labels()
+    if named:
+        named = [textwrap.fill(label, _LONGEST) for label in named]
+        columns = 1 if max(map(len, named)) > _LONGEST // 2 else 2
+        lines = sum(label.count("\n") + 1 for label in named) if columns == 1 else 0
+        figure.set_figheight(figure.get_figheight() + 0.18 * max(0, lines - 3))
+        figure.legend(handles, named, loc="outside lower left", ncols=columns, fontsize=10.5, frameon=False)
     return embedded(figure, plot["title"], png)
 
 
