@@ -1,16 +1,16 @@
 """Documents that are left out of a read change it by no more than was allowed, whatever the keys are."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import relative_error
 from mosaics.library.choosing import BoundedStore, sketch_of_store
 from mosaics.memories import Context
 from mosaics.memories.contract import Store
 from mosaics.ops.kernel_regression import Bandwidth, Narrow
 from mosaics.ops.kernel_regression.choosing import needed_documents
-from mosaics.ops.kernel_regression.united import united_regression
 
 HEADS, WIDTH = 2, 8
 ACCESS = dict(delay=1, start=None, stored=None)
@@ -43,6 +43,15 @@ def keys_of(kind: str, sizes: list[int], queries: torch.Tensor, make: torch.Gene
     return documents
 
 
+def bounded_store(stores, computed, tolerance, fetched):
+    def fetch(i):
+        fetched.append(i)
+        return stores[i]
+
+    sketches = [sketch_of_store(store, computed) for store in stores]
+    return BoundedStore.united([BoundedStore.of(s, tolerance, partial(fetch, i)) for i, s in enumerate(sketches)])
+
+
 @pytest.mark.parametrize("kind", ["random", "topics", "borders", "one near each"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
 def test_a_read_of_chosen_documents_is_within_the_tolerance(kind, dtype):
@@ -69,12 +78,7 @@ def test_a_read_of_chosen_documents_is_within_the_tolerance(kind, dtype):
         noise = 1e-9 if computed == torch.float64 else 1e-6 * (1 + abs(beta) / 20)
         for tolerance in (0.3, 1e-2, 1e-4):
             fetched = []
-            bounded = BoundedStore.united(
-                [
-                    BoundedStore.of(sketch_of_store(s, computed), tolerance, lambda i=i: fetched.append(i) or stores[i])
-                    for i, s in enumerate(stores)
-                ]
-            )
+            bounded = bounded_store(stores, computed, tolerance, fetched)
             context = Context(reads=[])
             read = bounded.read_beside(*own[:1], *own, bandwidth, context, ("m", 0), **ACCESS)
             assert (read - exact).norm(dim=-1).amax() <= tolerance * longest + noise, (beta, tolerance)
