@@ -84,7 +84,7 @@ def test_ask_within_a_tolerance_cites_what_was_read(made, monkeypatch):
     library, how = made(), Sampling(3, temperature=0.0)
     first, out, last = library.documents
     assert ask(library, QUESTION, within=0.0, sampling=how) == ask(library, QUESTION, sampling=how)
-    monkeypatch.setattr("mosaics.library.choosing.needed_documents", lambda *given, **more: [0, len(given[6]) - 1])
+    monkeypatch.setattr("mosaics.library.choosing.needed", lambda shares, _: [0, shares.shape[1] - 1])
     found = ask(library, QUESTION, within=0.1, sampling=how, without=3, passages=99)
     assert found.read == [first, last] and found.documents[-1].document == out
     assert found.documents[-1].share == 0 < found.documents[-2].share

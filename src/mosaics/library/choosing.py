@@ -13,7 +13,7 @@ from mosaics.memories import Context, State
 from mosaics.memories.contract import Store
 from mosaics.memories.contract.store import show_beside
 from mosaics.ops.kernel_regression import Bandwidth, Narrow
-from mosaics.ops.kernel_regression.choosing import needed_documents
+from mosaics.ops.kernel_regression.choosing import largest_shares, needed
 from mosaics.ops.kernel_regression.sketch import sketch_of
 from mosaics.ops.kernel_regression.united import united_regression, united_weights
 
@@ -32,7 +32,7 @@ def sketch_of_store(store: Store, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @dataclass
 class BoundedStore(State):
-    """Documents in the place of their `Store`. Each read fetches the pairs of those that `needed_documents` names.
+    """Documents in the place of their `Store`. Each read fetches the pairs of those that `needed` names.
 
     Attributes:
         data: `(1, heads, slots, width)`, int8, of all keys of all documents.
@@ -76,7 +76,7 @@ class BoundedStore(State):
     ) -> Tensor:
         """As that of a `Store`; the weight of a document that was left out is 0."""
         bounds = self.data, self.scale, self.radius, self.sizes
-        chosen = needed_documents(queries, keys, values, *bounds, bandwidth, self.tolerance, **access)
+        chosen = needed(largest_shares(queries, keys, values, *bounds, bandwidth, **access), self.tolerance)
         store_keys, store_values = self._pairs(tuple(chosen), queries, values)
         slots = access["total"] = self.data.shape[2]
         if context.reads is not None:

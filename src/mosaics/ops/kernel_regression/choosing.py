@@ -14,7 +14,7 @@ _ROUNDED = 1e-4  # at most, of a logit and of a sum, besides what grows with the
 _SMALLEST = 1e-34  # at least the weight that is left of what underflows, as a share of the largest
 
 
-def needed_documents(
+def largest_shares(
     queries: Tensor,
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
@@ -23,19 +23,13 @@ def needed_documents(
     radius: Tensor,
     sizes: Tensor,
     bandwidth: Bandwidth,
-    tolerance: float,
     *,
     delay: int | Tensor,
     start: Tensor | None = None,
     stored: Tensor | None = None,
-) -> list[int]:
-    r"""The documents without which what a memory answers beside a store would be off by more than was allowed.
-
-    Every weight has a least and a largest value (`sketch.Sketched`). Documents are left out in the order of the largest
-    share of the weight that any of them may have at any position, as many as have together at most half the tolerance
-    at every position. With \( R \) and \( S \) the sums of the weights left out and of all, pairs of the context among
-    them, the error of an answer is \( R / S \) times the difference of two averages of values: at most `tolerance`
-    times the length of the longest.
+) -> Tensor:
+    """The largest share of the weight that each document of a store may have, by a sketch of its keys: a weight has a
+    least and a largest value (`sketch.Sketched`).
 
     Args:
         queries: `(batch, heads, time, width)`.
@@ -45,14 +39,13 @@ def needed_documents(
         scale: `(1, heads, store slots, 1)`, what they are multiples of.
         radius: `(1, heads, documents, 1)`, how far a key of the document is from that at most.
         sizes: `(documents,)`, integers, the pairs of each.
-        bandwidth: as there; all pairs of the store count, whatever is left out.
-        tolerance: from 0 (nothing is left out) to below 1.
+        bandwidth: as there.
         delay: of the context, as there.
         start: of the context, as there.
         stored: of the context, as there.
 
     Returns:
-        Their numbers, in order.
+        `(positions, documents)`, float64, every head of every position of every row; not a number where a key is none.
 
     Raises:
         ValueError: as `united_regression`.
@@ -61,11 +54,9 @@ def needed_documents(
     given = [("keys of the store", data, (1, heads, slots, width), (torch.int8,))]
     given.append(("scale", scale, (1, heads, slots, 1), FLOATS))
     given.append(("radius", radius, (1, heads, len(sizes), 1), FLOATS))
-    check("needed_documents", queries.device, given)
-    if not 0 <= tolerance < 1 or int(sizes.sum()) != slots:
-        raise ValueError(f"The tolerance is {tolerance}, the sizes make {int(sizes.sum())} of {slots} pairs.")
-    if not slots:
-        return []
+    check("largest_shares", queries.device, given)
+    if not slots or int(sizes.sum()) != slots:
+        raise ValueError(f"The sizes of the documents make {int(sizes.sum())} of {slots} pairs; give at least 1.")
     access = dict(delay=delay, start=start, stored=stored)
     keys = getattr(keys, "exact", keys)
     beta = bandwidth_at(queries, keys, slots, bandwidth, **access)
@@ -87,8 +78,24 @@ def needed_documents(
         least = (own_part - top).double().exp() * (1 - _ROUNDED) + (sums * (-slack.double()).exp()).sum(-1)
         largest = (sums + sizes * _SMALLEST) * slack.double().exp()
         shares.append(largest / least[..., None])
-    share = torch.cat(shares, dim=1).flatten(0, 1)
-    score = share.amax(0)  # not a number where a key is none: last in the order, and needed
-    order = score.argsort(stable=True)
-    out = (share[:, order].cumsum(-1) <= tolerance / 2 * (1 - _ROUNDED)).all(0).sum()
+    return torch.cat(shares, dim=1).flatten(0, 1)
+
+
+def needed(shares: Tensor, tolerance: float) -> list[int]:
+    r"""The documents without which an answer would be off by more than was allowed.
+
+    They are left out in the order of the largest share that any of them may have anywhere, as many as have together at
+    most half the tolerance at every position. With \( R \) and \( S \) the sums of the weights left out and of all,
+    the error of an answer is \( R / S \) times the difference of two averages of values: at most `tolerance` times the
+    length of the longest.
+
+    Args:
+        shares: `(positions, documents)`, as `largest_shares` gives them.
+        tolerance: from 0 (nothing is left out) to below 1.
+
+    Returns:
+        Their numbers, in order.
+    """
+    order = shares.amax(0).argsort(stable=True)  # what is no number is the last, and needed
+    out = (shares[:, order].cumsum(-1) <= tolerance / 2 * (1 - _ROUNDED)).all(0).sum()
     return sorted(order[int(out) :].tolist())
