@@ -1,6 +1,7 @@
 """How well documents that were read apart answer together: facts of a world spread over 1 to 256 documents.
 
 python benchmarks/united.py [demo] [--questions 40] [--words 2048] [--results results/united.json]   # demo: comes along
+python benchmarks/united.py --why [--questions 16] [--results results/uniting.json]     # what makes it fail, see `why`
 python benchmarks/united.py --show results/united.json                                              # the tables again
 
 A text of made-up facts, with sentences about nothing between them, is cut at its full stops into so many documents,
@@ -29,6 +30,7 @@ from mosaics.evaluation.results import wilson
 from mosaics.experiments.records import FORMAT, commit, packed, processor, read_record, unpacked, write_lines
 from mosaics.library import Library
 from mosaics.models.kept import read_context
+from mosaics.models.united import read_stores, united_cache
 from mosaics.ops.kernel_regression import united
 from mosaics.training.sources import open_source
 
@@ -44,6 +46,7 @@ SHOWN = {  # columns of the table
     "conflict, the first": "two say different things: the first's answer",
     "conflict, the other": "the other's",
 }
+FACT = re.compile(r"[Tt]he (?P<a>\w+) of (?P<n>\w+ \w+) is|[Ff]or (?P<m>\w+ \w+) the (?P<b>\w+) is")
 FACTORS = (0, 1 / 16, 1 / 4, 4, 16)
 
 
@@ -151,6 +154,45 @@ class Study:
         ask("removed", None)
         list(library.add({name: parts[name] for name in own}))
 
+    def why(self, kind: str, text: str, asked: list[tuple[str, str, str]]) -> None:
+        """Ask of a text in very many documents, of the right one and only some kinds of the others beside it: those
+        that state no fact, facts about others, the same attribute of others, other facts of the same person; of all
+        with a broader and a sharper kernel."""
+        count = max(self.counts)
+        parts = documents_of(text, count)
+        end = torch.tensor([[self.tokenizer.eos_token_id]])
+        stores = [read_stores(self.model, torch.cat([self.ids(part), end], dim=1)) for part in parts]
+        facts = [FACT.search(part) for part in parts]
+        for question, answer, _ in asked:
+            about = FACT.search(question.removeprefix("So ") + " x")
+            attribute, person = about["a"] or about["b"], about["n"] or about["m"]
+            own = [holds(part, question, answer) for part in parts]
+            same = [fact is not None and (fact["a"] or fact["b"]) == attribute for fact in facts]
+            theirs = [fact is not None and (fact["n"] or fact["m"]) == person for fact in facts]
+            ways = {
+                "the right one": [False] * count,
+                "and what states no fact": [fact is None for fact in facts],
+                "and other attributes of others": [
+                    f and not s and not t for f, s, t in zip(facts, same, theirs, strict=True)
+                ],
+                "and the same attribute of others": [s and not t for s, t in zip(same, theirs, strict=True)],
+                "and other attributes of the same": [t and not s for s, t in zip(same, theirs, strict=True)],
+                "all": [True] * count,
+            }
+            for name, others in ways.items():
+                chosen = [store for store, *is_in in zip(stores, own, others, strict=True) if any(is_in)]
+                cache = united_cache(self.model, chosen)
+                self.scores[kind, count, name].append(self.answers(cache, self.ids(question), answer))
+                self.numbers[kind, count, name].append(len(chosen))
+            for factor in (0.5, 1.5, 2, 4):
+                at = united.bandwidth_at
+                with patch.object(
+                    united, "bandwidth_at", lambda *x, at=at, factor=factor, **more: factor * at(*x, **more)
+                ):
+                    cache = united_cache(self.model, stores)
+                    right = self.answers(cache, self.ids(question), answer)
+                self.scores[kind, count, f"all, β times {factor:g}"].append(right)
+
     @staticmethod
     def best(parts: dict[str, str], question: str) -> list[str]:
         """The documents that BM25 finds, the best first."""
@@ -164,7 +206,7 @@ class Study:
         for (kind, count, name), scores in self.scores.items():
             seconds = self.numbers[kind, count, name]
             about = {"words": kind, "documents": count, "how": name, "scores": packed([float(s) for s in scores])}
-            yield about | ({"seconds": round(float(np.mean(seconds)), 4)} if seconds else {})
+            yield about | ({"mean": round(float(np.mean(seconds)), 4)} if seconds else {})
         for (kind, count, name), values in self.numbers.items():
             if name in ("read", "bytes"):
                 yield {"words": kind, "documents": count, "how": name, "mean": round(float(np.mean(values)), 4)}
@@ -178,6 +220,18 @@ def share(scores: list[float]) -> str:
 
 def tables(record: dict) -> str:
     """The record's tables in Markdown."""
+    if record["name"] == "uniting":
+        kinds = list(dict.fromkeys(row["words"] for row in record["rows"]))
+        lines = [
+            "| read | documents | " + " | ".join(f"words {kind}" for kind in kinds) + " |",
+            "|---|---|" + "---|" * len(kinds),
+        ]
+        rows = {(row["how"], row["words"]): row for row in record["rows"]}
+        for name in dict.fromkeys(row["how"] for row in record["rows"]):
+            found = [rows[name, kind] for kind in kinds]
+            number = f"{found[0]['mean']:.0f}" if "mean" in found[0] else ""
+            lines.append("| " + " | ".join([name, number, *(share(row["scores"]) for row in found)]) + " |")
+        return "\n".join(lines)
     rows = {(row["words"], row["documents"], row["how"]): row for row in record["rows"]}
     counts = sorted({count for _, count, _ in rows if count})
     parts = []
@@ -189,7 +243,7 @@ def tables(record: dict) -> str:
             found = [rows.get((kind, count, name)) for name in SHOWN]
             cells = ["" if row is None else share(row["scores"]) for row in found]
             cells.append(f"{rows[kind, count, 'read']['mean']:.2f}")
-            cells.append(f"{rows[kind, count, 'united']['seconds']:.2f}")
+            cells.append(f"{rows[kind, count, 'united']['mean']:.2f}")
             cells.append(f"{rows[kind, count, 'bytes']['mean'] / 1e6:.1f}")
             lines.append("| " + " | ".join([str(count), *cells]) + " |")
         parts.append("\n".join(lines) + "\n")
@@ -210,6 +264,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=2048, help="of a text")
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--results", type=Path, help="a file to keep all in")
+    parser.add_argument("--why", action="store_true", help="ask of parts of the documents, to see what makes it fail")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
     given = parser.parse_args()
     if given.show is not None:
@@ -218,18 +273,24 @@ def main() -> None:
     torch.set_num_threads(1)
     study, began = Study(given.model, given.documents), time.process_time()
     machine = {"torch": torch.__version__, "threads": 1, "processor": processor()}
-    command = f"python benchmarks/united.py {given.model} --questions {given.questions} --words {given.words}"
-    record = {"format": FORMAT, "name": "united", "command": command, "commit": commit(), "machine": machine}
+    command = f"python benchmarks/united.py {given.model}{' --why' if given.why else ''} --questions {given.questions} --words {given.words}"
+    record = {
+        "format": FORMAT,
+        "name": "uniting" if given.why else "united",
+        "command": command,
+        "commit": commit(),
+        "machine": machine,
+    }
     kinds = {"of the world": False, "of no list": True}
     texts = zip(*(examples(given.questions, given.words, is_invented) for is_invented in kinds.values()), strict=False)
     with torch.inference_mode():
         for pair in texts:
             for kind, (text, asked) in zip(kinds, pair, strict=True):
-                study.text(kind, text, asked)
+                (study.why if given.why else study.text)(kind, text, asked)
             record |= {"seconds": round(time.process_time() - began), "rows": list(study.rows())}
             if given.results is not None:
                 write_lines(given.results, record)
-            print(f"{len(study.scores[kind, 0, 'together'])} questions in {record['seconds']} s", flush=True)
+            print(f"{len(next(iter(study.scores.values())))} questions in {record['seconds']} s", flush=True)
     for row in record["rows"]:
         if "scores" in row:
             row["scores"] = unpacked(row["scores"])
