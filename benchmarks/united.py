@@ -273,7 +273,8 @@ def main() -> None:
     torch.set_num_threads(1)
     study, began = Study(given.model, given.documents), time.process_time()
     machine = {"torch": torch.__version__, "threads": 1, "processor": processor()}
-    command = f"python benchmarks/united.py {given.model}{' --why' if given.why else ''} --questions {given.questions} --words {given.words}"
+    what = f"{given.model} --why" if given.why else given.model
+    command = f"python benchmarks/united.py {what} --questions {given.questions} --words {given.words}"
     record = {
         "format": FORMAT,
         "name": "uniting" if given.why else "united",
