@@ -61,6 +61,8 @@ def test_chat_refuses_impossible_options(refused, small_run, option, value):
 def test_chat_refuses_what_is_no_model_or_no_memory(refused, small_run, tmp_path):
     assert "there is no model" in refused("chat", tmp_path / "nothing")
     assert "none.memory" in refused("chat", small_run, "--memory", tmp_path / "none.memory")
+    assert "there is no library" in refused("chat", small_run, "--library", tmp_path / "none")
+    assert "leave one out" in refused("chat", small_run, "--library", tmp_path, "--memory", tmp_path)
 
 
 @pytest.mark.clients

@@ -98,5 +98,6 @@ def test_generate_refuses_impossible_memories(refused, small_run, tmp_path):
     memory.write_bytes(b"x" * 100)
     assert "damaged" in refused(*words, "--memory", memory, "--prompt", "x")
     assert "--context-file again" in refused(*words, "--memory", memory, "--state-dtype", "int8", "--prompt", "x")
+    assert "read_tolerance is 1.0" in refused(*words, "--read-tolerance", "1", "--prompt", "x")
     assert "choose bfloat16 or int8" in refused(*words, "--state-dtype", "int4", "--prompt", "x")
     refused(*words, "--context-file", tmp_path / "nothing.txt", "--prompt", "x")

@@ -63,6 +63,7 @@ def test_ask_prints_the_answer_and_what_it_was_read_from(mosaics, asked, small_r
     assert code == 0 and sorted(found["read"]) == ["bisect.txt", "heapq.txt"] and found["question"] == "import "
     assert 0 < sum(document["share"] for document in found["documents"]) <= 1 + 1e-6
     assert len(json.loads(mosaics(*words, "--json", "--top", 1)[1])["read"]) == 1
+    assert "asked 3 of 3 documents" in mosaics(*words, "--within", 1e-3, "--no-cite")[2]
     assert mosaics(*words, "--model", small_run / "export", "--no-cite")[0] == 0
 
 
@@ -111,6 +112,8 @@ def test_library_keeps_its_state_dtype(mosaics, refused, small_run, text_folder,
         (["ask", "LIBRARY", "x" * 200, "--max-question", "9"], "may have 9"),
         (["ask", "LIBRARY", "x", "--documents", "a,b"], "there is no document 'a'"),
         (["ask", "LIBRARY", "x", "--top", "0"], "--top is 0"),
+        (["ask", "LIBRARY", "x", "--within", "1"], "--within is 1.0"),
+        (["ask", "LIBRARY", "x", "--within", "0.1", "--top", "1"], "leave one out"),
         (["ask", "LIBRARY", "x", "--without", "-1"], "--without is -1"),
         (["ask", "LIBRARY", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["ask", "LIBRARY", "x", "--model", "FOLDER/no"], "there is no model"),

@@ -21,6 +21,7 @@ import pytest
         ("--memory", "doc", "NAME=FILE"),
         ("--memory", "a/b=file", "NAME=FILE"),
         ("--memory", "doc=", "NAME=FILE"),
+        ("--library", "doc", "NAME=FOLDER"),
     ],
 )
 def test_serve_refuses_impossible_options(refused, small_run, option, value, said):
@@ -32,6 +33,8 @@ def test_serve_refuses_what_can_not_be_served(refused, small_run, tmp_path):
     assert "there is no model" in refused("serve", tmp_path / "nothing", "--port", 0)
     assert "given twice" in refused("serve", small_run, "--memory", "a=x", "--memory", "a=y")
     (tmp_path / "bad.memory").write_bytes(b"no memory")
+    assert "both name a" in refused("serve", small_run, "--memory", "a=x", "--library", "a=y")
+    assert "there is no library" in refused("serve", small_run, "--port", 0, "--library", f"a={tmp_path / 'no'}")
     for file in ("none.memory", "bad.memory"):
         assert file in refused("serve", small_run, "--port", 0, "--memory", f"a={tmp_path / file}")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -80,6 +80,18 @@ def test_ask_reads_only_the_chosen_documents(made):
     assert found.tokens == ask(library, QUESTION, found.read, sampling=Sampling(3, temperature=0.0)).tokens
 
 
+def test_ask_within_a_tolerance_cites_what_was_read(made, monkeypatch):
+    library, how = made(), Sampling(3, temperature=0.0)
+    first, out, last = library.documents
+    assert ask(library, QUESTION, within=0.0, sampling=how) == ask(library, QUESTION, sampling=how)
+    monkeypatch.setattr("mosaics.library.choosing.needed", lambda shares, _: [0, shares.shape[1] - 1])
+    found = ask(library, QUESTION, within=0.1, sampling=how, without=3, passages=99)
+    assert found.read == [first, last] and found.documents[-1].document == out
+    assert found.documents[-1].share == 0 < found.documents[-2].share
+    assert len(found.passages) == sum(len(library.passages(name)) for name in TEXTS)
+    assert all((p.share > 0) == (p.document != out) for p in found.passages)
+
+
 def test_ask_draws_by_its_seed_and_tells_pieces(made):
     library, pieces = made(), []
     found = [

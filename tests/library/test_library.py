@@ -283,7 +283,7 @@ def test_library_refuses_what_does_not_belong_to_it(made, reader, narrow, tmp_pa
     with pytest.raises(ValueError, match="not empty"):
         Library.at(tmp_path / "full", model, tokenizer)
     path = library.folder.path / MANIFEST
-    path.write_text(path.read_text().replace("mosaics-library-1", "mosaics-library-9"))
+    path.write_text(path.read_text().replace(folder.FORMAT, "mosaics-library-9"))
     with pytest.raises(ValueError, match="another version"):
         Library(library.folder.path)
 
@@ -374,3 +374,22 @@ def test_library_takes_no_file_of_another_folder(made):
     folder._write_manifest(library.folder.path, manifest)
     with pytest.raises(ValueError, match="damaged"):
         LibraryFolder(library.folder.path)
+
+
+def test_library_memory_within_a_tolerance_fetches_what_can_matter(made, asked, reader):
+    small = {"x.txt": "x", "y.txt": "76", "z.txt": "4."}
+    library, other = made("one"), made("two", [C, A])
+    for one in (library, other):
+        list(one.add(small if one is library else {name: small[name] for name in ("x.txt", "z.txt")}))
+    whole, fetched = asked(library), []
+    assert torch.equal(asked(library, within=0.0), whole)
+    near = asked(Library(library.folder.path, *reader), within=0.9, fetched=fetched.append)
+    layers = 2
+    assert 0 < len(fetched) < layers * 6 and 0 < relative_error(near, whole) < 0.2
+    library.remove(B, "y.txt")
+    for _ in range(2):  # without a trace, with documents left out
+        assert torch.equal(asked(library, within=0.9), asked(other, within=0.9))
+        assert not torch.equal(asked(library, within=0.9), asked(library))
+        library.compact()
+    with pytest.raises(ValueError, match="give a number from 0"):
+        library.memory(within=1.0)

@@ -39,6 +39,10 @@ def test_load_model_takes_a_state_dtype_of_mosaics_alone(folder, tmp_path):
     assert load_model(folder).config.state_dtype is None
     model = load_model(folder, "int8")
     assert {memory.common.state_dtype for memory in model.model.stack.memories()} == {"int8"}
+    model = load_model(folder, read_tolerance=0.01)
+    assert {memory.common.read_tolerance for memory in model.model.stack.memories()} == {0.01}
+    with pytest.raises(ValueError, match="read_tolerance is 2.0; give a number above 0"):
+        load_model(folder, read_tolerance=2.0)
     with pytest.raises(ValueError, match="state_dtype is 'int4'; choose bfloat16 or int8"):
         load_model(folder, "int4")
     LlamaForCausalLM(

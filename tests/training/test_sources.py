@@ -49,6 +49,7 @@ def test_open_source_of_a_run_is_the_same_model_to_an_evaluation_as_its_export(r
 
 def test_open_source_takes_a_state_dtype(run):
     assert open_source(run, "int8")[0].config.state_dtype == "int8"
+    assert open_source(run, read_tolerance=0.01)[0].config.read_tolerance == 0.01
     with pytest.raises(ValueError, match="choose bfloat16 or int8"):
         open_source(run, "int4")
 

@@ -19,6 +19,10 @@ def ask(
         str | None, Option(metavar="NAME,NAME", help="Which documents to ask; all if not given.")
     ] = None,
     top: Annotated[int | None, Option(help="Read only so many of them, those that seem to matter most.")] = None,
+    within: Annotated[
+        float | None,
+        Option(metavar="EPSILON", help="Read no document that can be proved to change what is read by less than this."),
+    ] = None,
     model: Annotated[str | None, Option(help="The model that read them, if it lies elsewhere now.")] = None,
     max_new_tokens: Annotated[int, Option(help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -41,6 +45,10 @@ def ask(
     for option, value, least in (("--max-question", max_question, 1), ("--passages", passages, 0), ("--top", top, 1)):
         if value is not None and value < least:
             raise ValueError(f"{option} is {value}; it must be at least {least}")
+    if within is not None and not 0 <= within < 1:
+        raise ValueError(f"--within is {within}; it must be from 0 to below 1")
+    if top is not None and within is not None:
+        raise ValueError("--top and --within both choose documents; leave one out")
     if without < 0:
         raise ValueError(f"--without is {without}; it must be 0 or more")
     from mosaics.library import Library
@@ -70,6 +78,7 @@ def ask(
         question,
         names,
         top,
+        within,
         Sampling(max_new_tokens, temperature, top_p, seed),
         cite=cite,
         passages=passages,
@@ -83,7 +92,8 @@ def ask(
     print()
     if cite:
         _cite(found)
-    print(f"asked {len(found.read)} documents in {time.monotonic() - begin:.2f} s", file=sys.stderr)
+    asked = f"{len(found.read)} of {len(known.names(names))}" if within else len(found.read)
+    print(f"asked {asked} documents in {time.monotonic() - begin:.2f} s", file=sys.stderr)
 
 
 def _cite(found) -> None:

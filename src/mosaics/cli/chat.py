@@ -23,6 +23,9 @@ def chat(
     memory: Annotated[
         Path | None, Option(metavar="FILE", help="What comes first: a memory kept by /save or generate --save-memory.")
     ] = None,
+    library: Annotated[
+        Path | None, Option(metavar="FOLDER", help="A library of the model: all is asked of its documents.")
+    ] = None,
     state_dtype: Annotated[
         str | None,
         Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),
@@ -34,14 +37,21 @@ def chat(
     stops an answer. The tokenizer's chat template is used if there is one. Lines may come through a pipe.
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
+    if memory is not None and library is not None:
+        raise ValueError("--memory and --library both give what comes before the conversation; leave one out")
     from mosaics.serving.answer import Sampling
     from mosaics.serving.conversation import Conversation
     from mosaics.training.sources import open_source
 
     loaded, tokenizer = open_source(model, state_dtype)
-    if memory is not None:
+    begin = None
+    if memory is not None or library is not None:
         check_mosaic(loaded)
-    conversation, terminal = Conversation(loaded, tokenizer, memory), _Terminal()
+    if library is not None:
+        from mosaics.library import Library
+
+        begin = Library(library, loaded, tokenizer).memory
+    conversation, terminal = Conversation(loaded, tokenizer, memory, begin), _Terminal()
     if not tokenizer.chat_template:
         _say("the model has no chat template: what you write is text that it goes on from")
     if sys.stdin.isatty():

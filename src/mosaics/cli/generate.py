@@ -31,6 +31,10 @@ def generate(
         str | None,
         Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),
     ] = None,
+    read_tolerance: Annotated[
+        float | None,
+        Option(help="How far what is read of many pairs may be off, as a share of the longest value; else not at all."),
+    ] = None,
 ) -> None:
     """Continue a prompt and stream the text to standard output.
 
@@ -52,7 +56,7 @@ def generate(
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
     from mosaics.training.sources import open_source
 
-    loaded, tokenizer = open_source(model, state_dtype)
+    loaded, tokenizer = open_source(model, state_dtype, read_tolerance)
     before = None
     if context_file is not None:
         before = _read(loaded, tokenizer, context_file, save_memory)

@@ -21,7 +21,15 @@ def serve(
         list[str] | None,
         Option(metavar="NAME=FILE", help="A memory kept by generate --save-memory, under a name (repeatable)."),
     ] = None,
+<<<<<<< HEAD
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one.")] = "auto",
+=======
+    library: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=FOLDER", help="A library of the model, as a memory under a name (repeatable)."),
+    ] = None,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
+>>>>>>> choose
     state_dtype: Annotated[
         str | None,
         Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),
@@ -51,9 +59,11 @@ def serve(
             raise ValueError(f"{option} is {value}; it must be a number from 0 up")
     if not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}; it must be from 0 to 65535")
-    files = _files(memory or [])
+    files, libraries = _files("--memory", memory or []), _files("--library", library or [])
+    if both := files.keys() & libraries.keys():
+        raise ValueError(f"--memory and --library both name {min(both)}; choose another name")
     try:
-        from mosaics.serving.server import bound, run, take_up
+        from mosaics.serving.server import bound, run, take_up, take_up_libraries
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
     from mosaics.evaluation.scorer import place
@@ -63,13 +73,14 @@ def serve(
 
     with bound(host, port) as listening:
         loaded, tokenizer = open_source(model, state_dtype)
-        if files and not isinstance(loaded, MosaicForCausalLM):
+        if (files or libraries) and not isinstance(loaded, MosaicForCausalLM):
             kind = loaded.config.model_type
-            raise ValueError(f"only a mosaic keeps a memory, and {model} is a {kind}; leave out --memory")
+            raise ValueError(f"only a mosaic keeps a memory, and {model} is a {kind}; leave out --memory and --library")
         loaded = place(loaded, device, str(loaded.dtype).removeprefix("torch."))
         limits = Limits(parallel, queue, max_context, max_tokens, max_body, timeout, memories, memory_bytes)
         desk = Desk(name or Path(model).resolve().name, loaded, tokenizer, limits)
         take_up(desk, files)
+        take_up_libraries(desk, libraries)
         address, number = listening.getsockname()[:2]
         address = f"[{address}]" if ":" in address else address
         print(f"{desk.name} answers at http://{address}:{number}/v1; Ctrl-C ends it", flush=True)
@@ -78,13 +89,14 @@ def serve(
         run(desk, listening, grace)
 
 
-def _files(words: list[str]) -> dict[str, Path]:
+def _files(option: str, words: list[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
+    what = "NAME=FILE" if option == "--memory" else "NAME=FOLDER"
     for word in words:
         name, _, file = word.partition("=")
         if not re.fullmatch(r"[\w.-]{1,64}", name) or not file:
-            raise ValueError(f"--memory {word} names no memory; write NAME=FILE, NAME of letters, digits, . _ and -")
+            raise ValueError(f"{option} {word} names no memory; write {what}, NAME of letters, digits, . _ and -")
         if name in files:
-            raise ValueError(f"--memory {name} is given twice; choose another name")
+            raise ValueError(f"{option} {name} is given twice; choose another name")
         files[name] = Path(file)
     return files

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from mosaics.library.library import Library, Shares
 from mosaics.memories import Context
@@ -76,7 +78,7 @@ class Answered:
     Attributes:
         question: as it was asked.
         text: the answer.
-        read: the names of the documents that were read, in their order.
+        read: the names of the documents that were read for the answer, in their order.
         documents: those with a share, the largest first.
         passages: the ones with the largest shares, the largest first.
         tokens: of the answer.
@@ -95,6 +97,7 @@ def ask(
     question: str,
     documents: Iterable[str] | None = None,
     top: int | None = None,
+    within: float | None = None,
     sampling: Sampling | None = None,
     cite: bool = True,
     passages: int = 5,
@@ -109,6 +112,7 @@ def ask(
         question: a text that the answer goes on from.
         documents: names; None: all.
         top: only so many of them are read, those that `Library.choose` finds; None: all.
+        within: how far what is read may be off, see `Library.memory`: documents that can't matter more are not read.
         sampling: how the answer is drawn; None: 128 of the likeliest tokens.
         cite: whether to say what the answer was read from, which takes another pass over it.
         passages: how many are cited at most.
@@ -136,10 +140,11 @@ def ask(
     ending = model.generation_config.eos_token_id
     end = frozenset(ending if isinstance(ending, list) else [] if ending is None else [ending])
     end |= {tokenizer.eos_token_id}
+    read, memory = set(), partial(library.memory, within=within)
     answer = Answer(tokenizer, end, sampling or Sampling(128, temperature=0.0))
     text = ""
     with torch.inference_mode():
-        cache, unread = library.memory(names), ids
+        cache, unread = memory(names, fetched=read.add), ids
         while not answer.finished:
             *before, last = unread.split(PIECE * 128, dim=1)
             for piece in before:
@@ -154,17 +159,25 @@ def ask(
         del cache
         said = ids.new_tensor([answer.tokens[:-1] if answer.tokens[-1] in end else answer.tokens])
         if not cite or not said.shape[1]:
-            return Answered(question, text, names, [], [], [])
-        return _cited(library, question, text, names, ids, said, passages, without)
+            found = [], [], []
+        else:
+            found = _cited(library, memory, names, ids, said, passages, without)
+    return Answered(question, text, [name for name in names if name in read] if within else names, *found)
 
 
 def _cited(
-    library: Library, question: str, text: str, names: list[str], ids: Tensor, said: Tensor, most: int, without: int
-) -> Answered:
+    library: Library,
+    memory: Callable[[list[str]], Cache],
+    names: list[str],
+    ids: Tensor,
+    said: Tensor,
+    most: int,
+    without: int,
+) -> tuple[list[CitedDocument], list[CitedPassage], list[CitedToken]]:
     known = {name: library.passages(name) for name in names}
     listed = [(name, passage) for name, found in known.items() for passage in found]
     shares = Shares([end - first for first, end in (passage.tokens for _, passage in listed)])
-    forecast = _forecast(library, names, ids, said, shares)
+    forecast = _forecast(library, memory(names), ids, said, shares)
     by_token = shares.mean()  # (tokens of the answer, passages)
     owner = torch.tensor([names.index(name) for name, _ in listed])
     of_documents = by_token.new_zeros(len(by_token), len(names)).index_add_(1, owner, by_token)
@@ -173,7 +186,7 @@ def _cited(
     losses = {}
     for i in order[:without]:
         left = [name for name in names if name != names[i]]
-        losses[i] = (forecast.sum() - _forecast(library, left, ids, said).sum()).item()
+        losses[i] = (forecast.sum() - _forecast(library, memory(left), ids, said).sum()).item()
     tokens = []
     for row, (token, log) in enumerate(zip(said[0].tolist(), forecast.tolist(), strict=True)):
         top, largest = int(by_token[row].argmax()), of_documents[row].argsort(descending=True, stable=True).tolist()
@@ -182,20 +195,17 @@ def _cited(
             CitedToken(library.tokenizer.decode([token]), log, shared, best.index(top) if top in best else None)
         )
     mean, each = of_documents.mean(0).tolist(), by_token.mean(0).tolist()
-    return Answered(
-        question,
-        text,
-        names,
+    return (
         [CitedDocument(names[i], mean[i], losses.get(i)) for i in order],
         [CitedPassage(listed[i][0], listed[i][1].begin, listed[i][1].end, listed[i][1].text, each[i]) for i in best],
         tokens,
     )
 
 
-def _forecast(library: Library, names: list[str], ids: Tensor, said: Tensor, reads: Shares | None = None) -> Tensor:
-    """Log-probabilities `(tokens,)` of an answer `said` `(1, tokens)` after a question, read from documents; `reads`
-    takes what was read where each of its tokens was forecast."""
-    cache, found = library.memory(names), []
+def _forecast(library: Library, cache: Cache, ids: Tensor, said: Tensor, reads: Shares | None = None) -> Tensor:
+    """Log-probabilities `(tokens,)` of an answer `said` `(1, tokens)` after a question, from a memory that was asked
+    nothing yet; `reads` takes what was read where each of its tokens was forecast."""
+    found = []
     if ids.shape[1] > 1:
         read_context(library.model, ids[:, :-1], cache=cache)
     before = torch.cat([ids[:, -1:], said[:, :-1]], dim=1)

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from mosaics.models.digest import digest_of
 
-FORMAT = "mosaics-library-1"
+FORMAT = "mosaics-library-2"  # 1 had no sketches
 MANIFEST, LOCK = "manifest.json", ".lock"
-PARTS = ("text", "pairs", "summary")  # what is read, and verified, apart
+PARTS = ("text", "pairs", "summary", "sketch")  # what is read, and verified, apart
 FILE_BYTES = 1 << 30
 _NEW = ".new-"
 _NAME = re.compile(r"[^/\\,\x00-\x1f\x7f]{1,200}")

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from mosaics.library.choosing import BoundedStore
 from mosaics.library.folder import Entry, LibraryFolder, Written, check_name, write_documents
-from mosaics.library.reading import read_document, sha256_of, stores_of
+from mosaics.library.reading import by_place, read_document, sha256_of
 from mosaics.memories import Context, Read
 from mosaics.memories.contract import Store
 from mosaics.models import MosaicForCausalLM
@@ -69,7 +71,7 @@ class Library:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.folder, self._model, self._tokenizer = LibraryFolder(folder), model, tokenizer
-        self._stores: dict[tuple[str, str], dict[str, Store]] = {}  # by the digests of their tensors, and parts
+        self._stores: dict[tuple[str, str], dict[str, Any]] = {}  # by the digests of their tensors, and parts
         if model is not None:
             check_united(model)
             about = _about(model, tokenizer)
@@ -206,7 +208,13 @@ class Library:
         self.folder.names([name])
         return self.folder.entries[name].tokens
 
-    def memory(self, names: Iterable[str] | None = None, cache: Cache | None = None) -> Cache:
+    def memory(
+        self,
+        names: Iterable[str] | None = None,
+        cache: Cache | None = None,
+        within: float | None = None,
+        fetched: Callable[[str], None] | None = None,
+    ) -> Cache:
         """Documents as one memory, from which a question goes on.
 
         All their pairs can be read at once by every token; nothing depends on the order of the names.
@@ -214,14 +222,23 @@ class Library:
         Args:
             names: of the documents; None: all.
             cache: an empty one to fill, dynamic or static; None: a new dynamic one.
+            within: how far what a memory reads at a position may be off, as a share of the length of its longest value:
+                each read takes those documents alone that sketches of their keys can't rule out, and only these are
+                fetched from the folder, when they are first wanted. All count in the bandwidth. None, 0: not at all.
+            fetched: called with the name of a document whenever it is read by a memory that could have left it out.
 
         Returns:
             A cache that has seen no token: give it to `model.generate` with the question alone.
 
         Raises:
-            ValueError: a document is not there, or damaged.
+            ValueError: a document is not there, or damaged; `within` is no number from 0 to below 1.
         """
-        return self._united(names, "pairs", cache)
+        if not within:
+            return self._united(names, "pairs", cache)
+        if not 0 < within < 1:
+            raise ValueError(f"within is {within}; give a number from 0 to below 1")
+        documents = [self._bounded(name, within, fetched) for name in self.folder.names(names)]
+        return united_cache(self.model, documents, cache)
 
     def choose(self, input_ids: Tensor, top: int, names: Iterable[str] | None = None) -> list[str]:
         """The documents that a question reads most, as far as their summaries tell: groups of pairs as one pair each,
@@ -253,18 +270,31 @@ class Library:
     def _united(self, names: Iterable[str] | None, part: str, cache: Cache | None = None) -> Cache:
         return united_cache(self.model, [self._of(name, part) for name in self.folder.names(names)], cache)
 
-    def _of(self, name: str, part: str) -> dict[str, Store]:
+    def _bounded(self, name: str, within: float, fetched: Callable[[str], None] | None) -> dict[str, BoundedStore]:
+        def fetch(place: str) -> Store:
+            if fetched is not None:
+                fetched(name)
+            return self._of(name, "pairs")[place]
+
+        sketches = self._of(name, "sketch")
+        return {place: BoundedStore.of(sketch, within, partial(fetch, place)) for place, sketch in sketches.items()}
+
+    def _of(self, name: str, part: str) -> dict[str, Any]:
+        """What was kept of a document, by place: the stores of its pairs, or of groups of them, or its sketches."""
         self.folder.names([name])
         key = (self.folder.entries[name].digests[part], part)
         if key not in self._stores:
             found = self.folder.read(name, part)
             with _sound(name):
-                stores = stores_of(found, self.model.device)
-                for store in stores.values():
-                    slots = self.folder.entries[name].tokens if store.sizes is None else len(store.sizes)
-                    own = [x for name, x in vars(store).items() if x is not None and name != "sizes"]
-                    if any(x.dim() != 4 or x.shape[2] != slots for x in own):
+                places = by_place(found, self.model.device)
+                for tensors in places.values():
+                    slots = len(tensors["sizes"]) if "sizes" in tensors else self.folder.entries[name].tokens
+                    own = {n: 1 if n == "radius" else slots for n in tensors.keys() - {"sizes"}}
+                    if part == "sketch" and tensors.keys() != {"data", "scale", "radius"}:
+                        raise ValueError("sketch")
+                    if any(tensors[n].dim() != 4 or tensors[n].shape[2] != count for n, count in own.items()):
                         raise ValueError("slots")
+                stores = places if part == "sketch" else {at: Store(**tensors) for at, tensors in places.items()}
                 self._stores[key] = stores
         return self._stores[key]
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mosaics.library.choosing import sketch_of_store
 from mosaics.memories.contract import Store
 from mosaics.models import MosaicForCausalLM
 from mosaics.models.united import read_stores
@@ -45,7 +46,8 @@ def read_document(
     Returns:
         What is known of the document (`sha256`, `text_bytes`, `tokens`), and its tensors by part: `text` (the text's
         bytes, `input_ids`, the `offsets` `(tokens, 2)` of each token in characters, and `passages`, the tokens with
-        which passages begin), `pairs` (of every memory, by its place), `summary` (the same of groups of pairs).
+        which passages begin), `pairs` (of every memory, by its place), `summary` (the same of groups of pairs),
+        `sketch` (of the keys, as a `BoundedStore` has it).
 
     Raises:
         ValueError: the text has no token, or characters that are no text; the tokenizer has no end-of-text or knows no
@@ -66,21 +68,22 @@ def read_document(
         "offsets": offsets,
         "passages": torch.tensor(_passages(text, offsets[:, 0].tolist()), dtype=torch.int32),
     }
-    pairs, summary = {}, {}
+    pairs, summary, sketch = {}, {}, {}
     for place, store in stores.items():
-        for part, of in ((pairs, store), (summary, _summary(store, model.dtype))):
-            part |= {f"{place}.{name}": x for name, x in vars(of).items() if x is not None}
+        sketched = sketch_of_store(store, model.dtype)
+        for part, of in ((pairs, vars(store)), (summary, vars(_summary(store, model.dtype))), (sketch, sketched)):
+            part |= {f"{place}.{name}": x for name, x in of.items() if x is not None}
     known = {"sha256": sha256_of(text), "text_bytes": len(text.encode()), "tokens": ids.shape[1] - 1}
-    return known, {"text": found, "pairs": pairs, "summary": summary}
+    return known, {"text": found, "pairs": pairs, "summary": summary, "sketch": sketch}
 
 
-def stores_of(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Store]:
-    """The stores, by their places, whose tensors `read_document` gave as a part."""
-    stores: dict[str, dict[str, Tensor]] = {}
+def by_place(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each memory, by its place, that `read_document` gave as a part."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, x in tensors.items():
         place, _, field = name.rpartition(".")
-        stores.setdefault(place, {})[field] = x.to(device)
-    return {place: Store(**fields) for place, fields in stores.items()}
+        found.setdefault(place, {})[field] = x.to(device)
+    return found
 
 
 def _passages(text: str, begins: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from mosaics.data.hub import where_to_look
-from mosaics.memories.contract import check_state_dtype
+from mosaics.memories.contract import check_state_dtype, check_tolerance
 from mosaics.models.configuration_mosaic import MosaicConfig
 
 MANIFEST, FORMAT = "manifest.json", "mosaics-exported-model"
@@ -86,8 +86,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: str | Path, state_dtype: str | None = None) -> PreTrainedModel:
-    """A causal language model, at evaluation, from a folder or the hub; arguments and errors as `load_exported`.
+def load_model(
+    source: str | Path, state_dtype: str | None = None, read_tolerance: float | None = None
+) -> PreTrainedModel:
+    """A causal language model, at evaluation, from a folder or the hub; arguments and errors as `load_exported`, and
+    `read_tolerance` in the place of that of a mosaic's config.
 
     Raises:
         ValueError: it is damaged: a file has changed since it was exported, tensors are missing, of another shape,
@@ -96,11 +99,14 @@ def load_model(source: str | Path, state_dtype: str | None = None) -> PreTrained
     """
     check_state_dtype(state_dtype)
     options: dict[str, Any] = {} if Path(source).is_dir() else {"adapter_kwargs": where_to_look()}
-    if state_dtype is not None:
+    check_tolerance(read_tolerance)
+    for name, value in (("state_dtype", state_dtype), ("read_tolerance", read_tolerance)):
+        if value is None:
+            continue
         config = load_config(source)
         if not isinstance(config, MosaicConfig):
-            raise ValueError(f"{source} is a {config.model_type}; only a mosaic has a state_dtype, so leave it out")
-        options["state_dtype"] = state_dtype
+            raise ValueError(f"{source} is a {config.model_type}; only a mosaic has a {name}, so leave it out")
+        options[name] = value
     for path in Path(source).glob("*.json") if Path(source).is_dir() else ():
         if path.name == "adapter_config.json":
             raise ValueError(f"{source} holds an adapter; merge it into its model first and save that")

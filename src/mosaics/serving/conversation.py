@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -27,14 +28,22 @@ class Conversation:
         model: at evaluation.
         tokenizer: of the model.
         memory: a file that `save_memory` wrote, which comes before everything.
+        begin: gives what comes before everything in its place: a cache that has seen no token, as of a library.
 
     Raises:
         ValueError: the memory is damaged, or another model's.
         OSError: there is no memory.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, memory: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        memory: Path | None = None,
+        begin: Callable[[], DynamicCache] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
+        self._first = begin or partial(DynamicCache, config=model.config)
         end = model.generation_config.eos_token_id
         self._end = frozenset(end if isinstance(end, list) else [] if end is None else [end])
         self.reset()
@@ -42,7 +51,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said, but not the memory."""
         if self.memory is None:
-            self._cache, self._read = DynamicCache(config=self.model.config), []
+            self._cache, self._read = self._first(), []
         else:
             self._cache, ids = load_memory(self.memory, self.model)
             self._read = ids[0].tolist()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mosaics.memories.contract import check_state_dtype
+from mosaics.memories.contract import check_state_dtype, check_tolerance
 from mosaics.models import MosaicConfig, MosaicForCausalLM
 from mosaics.models.loading import check_tokenizer, load_config, load_model, load_tokenizer, named_folder
 from mosaics.models.presets import PRESETS
@@ -51,18 +51,22 @@ class Source:
         """Its tokenizer, or None; raises as `load_config` if it is damaged."""
         return None if self.tokenizer_place is None else load_tokenizer(self.tokenizer_place)
 
-    def model(self, state_dtype: str | None = None) -> PreTrainedModel:
+    def model(self, state_dtype: str | None = None, read_tolerance: float | None = None) -> PreTrainedModel:
         """The model, at evaluation; arguments and errors as `mosaics.models.loading.load_model`."""
         if not self.is_checkpoint:
-            return load_model(self.place, state_dtype)
+            return load_model(self.place, state_dtype, read_tolerance)
         check_state_dtype(state_dtype)
-        return checkpoint_model(Path(self.place), state_dtype)
+        check_tolerance(read_tolerance)
+        return checkpoint_model(Path(self.place), state_dtype, read_tolerance)
 
 
-def checkpoint_model(folder: Path, state_dtype: str | None = None) -> MosaicForCausalLM:
+def checkpoint_model(
+    folder: Path, state_dtype: str | None = None, read_tolerance: float | None = None
+) -> MosaicForCausalLM:
     """The model of a verified checkpoint, however many processes wrote it, at evaluation."""
     config = MosaicConfig.from_pretrained(folder)
     config.state_dtype = state_dtype or config.state_dtype
+    config.read_tolerance = read_tolerance or config.read_tolerance
     with torch.device("meta"):
         model = MosaicForCausalLM(config)
     model.to_empty(device="cpu").tie_weights()
@@ -128,12 +132,15 @@ def _tokenizer_of_run(run: Path) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def open_source(name: str | Path, state_dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_source(
+    name: str | Path, state_dtype: str | None = None, read_tolerance: float | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, also of a run that is being trained.
 
     Args:
         name: as for `find_source`.
         state_dtype: in the place of that of a mosaic's config.
+        read_tolerance: in the place of that of a mosaic's config.
 
     Raises:
         ValueError: as `find_source` and `mosaics.models.loading.load_exported`.
@@ -144,7 +151,7 @@ def open_source(name: str | Path, state_dtype: str | None = None) -> tuple[PreTr
         if source.tokenizer_place is None and Path(source.place, "config.json").is_file():
             raise ValueError(f"{name} has no tokenizer; export the run that it came from")
         try:
-            model = source.model(state_dtype)
+            model = source.model(state_dtype, read_tolerance)
             break
         except (OSError, DamagedCheckpoint):
             if not source.is_checkpoint or Path(source.place).is_dir():

@@ -3,7 +3,9 @@
 // averages, values and reads are the functions of the libraries of their ops. The calls are in one_token.py, which makes
 // the records below: numbers and addresses of 64 bits.
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -187,7 +189,11 @@ void step(const Step<T>& s, const Contextual<T>* contextual, const FeedForward<T
     }
 #pragma omp parallel num_threads(s.threads) if (s.threads > 1)
     {
+#ifdef _OPENMP
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        const int64_t thread = 0, threads = 1;
+#endif
         for (int64_t k = 0; k < s.contextual; k++) {
             const auto& m = contextual[k];
             const int64_t row = m.key.outputs + 2 * m.heads + m.value.outputs;

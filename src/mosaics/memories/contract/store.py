@@ -79,12 +79,15 @@ class Store(State):
         store_keys, store_values = self.pairs(queries.dtype)
         more = dict(sizes=self.sizes, offsets=self.offsets, **access)
         if context.reads is not None:
-            own, others = united_weights(queries, keys, store_keys, bandwidth, **more)
-            for weights, of_store in ((own, False), (others, True)):
-                rows = partial(_rows, weights)
-                slots = weights.shape[-1]
-                context.reads.append(Read(*whose, rows, slots, contextual=not of_store, from_store=of_store))
+            show_beside(context, whose, *united_weights(queries, keys, store_keys, bandwidth, **more))
         return united_regression(queries, keys, values, store_keys, store_values, bandwidth, dropout=dropout, **more)
+
+
+def show_beside(context: Context, whose: tuple[str, int], own: Tensor, others: Tensor) -> None:
+    """Show weights of a memory's own pairs and of those of a store beside them."""
+    for weights, of_store in ((own, False), (others, True)):
+        rows, slots = partial(_rows, weights), weights.shape[-1]
+        context.reads.append(Read(*whose, rows, slots, contextual=not of_store, from_store=of_store))
 
 
 def _rows(weights: Tensor, positions: slice) -> tuple[Tensor, int]:

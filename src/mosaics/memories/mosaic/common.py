@@ -49,7 +49,7 @@ class ContextualState(KeyState):
 
     raw_value: Tensor | None = None
     pairs: Pairs = field(default_factory=Pairs)
-    store: State | None = shared()  # a `Store`
+    store: State | None = shared()  # a `Store`, or what is read as one
 
 
 def leaky_keys(
@@ -220,7 +220,7 @@ class ContextualMemory(Memory):
     def united_state(self, stores: Sequence[Store]) -> ContextualState:
         state = self.initial_state()
         if stores:
-            state.store = Store.united(stores)
+            state.store = stores[0].united(stores)
         return state
 
     def _split(self, x: Tensor) -> Tensor:

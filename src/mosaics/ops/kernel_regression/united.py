@@ -23,6 +23,7 @@ def united_regression(
     start: Tensor | None = None,
     stored: Tensor | None = None,
     dropout: float = 0.0,
+    total: int | None = None,
     form: str | None = None,
 ) -> Tensor:
     r"""What a memory answers from the pairs that a position may read of its context and all pairs of a store:
@@ -45,6 +46,7 @@ def united_regression(
         start: of the context, as there.
         stored: of the context, as there.
         dropout: as there.
+        total: N, where the store is a part of the one that counts; None: all pairs that are given.
         form: `"naive"` lists all pairs, `"merged"` reads the two apart; by default the latter.
 
     Returns:
@@ -55,7 +57,7 @@ def united_regression(
     """
     keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
     access = dict(delay=delay, start=start, stored=stored)
-    beta = _bandwidth_at(queries, keys, store_keys, bandwidth, sizes, **access)
+    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, **access)
     _check_store(queries, values, store_keys, store_values, sizes, offsets)
     if form == "naive":
         if dropout:
@@ -96,12 +98,13 @@ def united_weights(
     delay: int | Tensor,
     start: Tensor | None = None,
     stored: Tensor | None = None,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights `(batch, heads, time, slots)` on the pairs of the context and `(batch, heads, time, store slots)` on
     those of the store; the rows of both together sum to 1, or to 0 where there is no pair."""
     keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
     access = dict(delay=delay, start=start, stored=stored)
-    beta = _bandwidth_at(queries, keys, store_keys, bandwidth, sizes, **access)
+    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, **access)
     return _weights(queries, keys, store_keys, beta, sizes, offsets, **access)
 
 
@@ -109,20 +112,26 @@ def _slots(keys: Tensor | Narrow, time: int, stored: Tensor | None) -> int | Ten
     return keys.shape[2] - time if stored is None else stored
 
 
-def _bandwidth_at(
+def _total(store_keys: Tensor | Narrow, sizes: Tensor | None, total: int | None) -> int | Tensor:
+    if total is not None:
+        return total
+    return store_keys.shape[2] if sizes is None else sizes.sum()
+
+
+def bandwidth_at(
     queries: Tensor,
     keys: Tensor | Narrow,
-    store_keys: Tensor | Narrow,
+    total: int | Tensor,
     bandwidth: Bandwidth,
-    sizes: Tensor | None,
     delay: int | Tensor,
     start: Tensor | None,
     stored: Tensor | None,
 ) -> Tensor:
-    """beta of each position, `(heads, time)` or `(batch, heads, time)`, in float32 or wider."""
+    """beta of each position, `(heads, time)` or `(batch, heads, time)`, in float32 or wider, beside a store of `total`
+    pairs."""
     time = queries.shape[2]
     first, end = readable(time, _slots(keys, time, stored), start, delay, None, queries.device)
-    count = (end - first).clamp(min=0) + (store_keys.shape[2] if sizes is None else sizes.sum())
+    count = (end - first).clamp(min=0) + total
     return bandwidth.at(count).to(torch.promote_types(queries.dtype, torch.float32))
 
 
