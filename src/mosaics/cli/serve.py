@@ -21,15 +21,11 @@ def serve(
         list[str] | None,
         Option(metavar="NAME=FILE", help="A memory kept by generate --save-memory, under a name (repeatable)."),
     ] = None,
-<<<<<<< HEAD
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one.")] = "auto",
-=======
     library: Annotated[
         list[str] | None,
         Option(metavar="NAME=FOLDER", help="A library of the model, as a memory under a name (repeatable)."),
     ] = None,
-    device: Annotated[str, Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")] = "auto",
->>>>>>> choose
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps ...; auto takes a GPU if there is one.")] = "auto",
     state_dtype: Annotated[
         str | None,
         Option(help="How the pairs of the context are kept: bfloat16 or int8; else as they are computed."),

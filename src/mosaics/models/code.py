@@ -24,7 +24,7 @@ ENTRY = "modeling_mosaic"  # the module that transformers is sent to
 CODE_LICENSE = "LICENSE-CODE.txt"
 # What asks for presets, counts what a model costs or looks into what it read is served by the package.
 _LEFT_OUT = {"from_preset", "changed", "settings", "describe", "undecayed_parameters", "check"}
-_LEFT_OUT |= {"inspect", "read_weights"}
+_LEFT_OUT |= {"inspect", "read_weights", "remove_memories"}
 _LOOKED_INTO = "context.reads is not None"
 _TRIED = "EXAMPLES"
 _CLASSES = {"AutoConfig": "MosaicConfig", "AutoModel": "MosaicModel", "AutoModelForCausalLM": "MosaicForCausalLM"}
