@@ -82,6 +82,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     REGISTRY.update(known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_document_runs_from_top_to_bottom(document, workplace, capsys):
     names: dict = {}

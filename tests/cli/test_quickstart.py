@@ -1,8 +1,11 @@
 """`mosaics quickstart`, with a run small enough for a test."""
 
+import pytest
+
 from .conftest import OPTIONS
 
 
+@pytest.mark.slow
 def test_quickstart_goes_from_text_to_sample_and_again(mosaics, refused, text_folder, tmp_path):
     command = [
         "quickstart",

@@ -58,6 +58,7 @@ def test_tokenizer_saved_and_loaded_is_the_same(tokenizer, tmp_path):
         assert loaded.decode(loaded("a , b ' s .").input_ids, skip_special_tokens=True) == "a , b ' s ."
 
 
+@pytest.mark.slow
 def test_train_tokenizer_in_another_process_is_the_same(tokenizer):
     code = (
         "from data.conftest import TEXTS; from mosaics.data import train_tokenizer;"

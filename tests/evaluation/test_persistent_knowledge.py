@@ -162,6 +162,7 @@ def test_persistent_knowledge_through_lm_eval_equals_the_same_questions_from_a_f
     assert json.loads((tmp_path / "out" / "results.json").read_text())["examples"] == theirs["examples"]
 
 
+@pytest.mark.slow
 def test_persistent_knowledge_names_what_lm_eval_cannot_get(scorer, monkeypatch):
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="lm-eval can't run openbookqa .* or give a file with --data"):

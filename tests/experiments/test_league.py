@@ -48,6 +48,7 @@ def test_league_page_has_all_numbers_and_what_was_not_run(kept, tmp_path):
     assert "| gla |" not in without.split("## recall")[1].split("## new-knowledge")[0]
 
 
+@pytest.mark.slow
 def test_league_report_shows_what_every_system_answered(kept):
     record = json.loads((kept / "out" / "results.json").read_text(encoding="utf-8"))
     assert {e["evaluation"] for e in record["examples"]} == {"recall", "new-knowledge", "needle"}

@@ -20,6 +20,7 @@ def kept(tmp_path_factory):
     return folder / "results"
 
 
+@pytest.mark.slow
 def test_page_has_the_verdict_the_command_and_every_number(kept, tmp_path):
     [page] = write_results_page(kept, tmp_path / "page.md")
     text, [record] = page.read_text(encoding="utf-8"), records_in(kept)
@@ -31,6 +32,7 @@ def test_page_has_the_verdict_the_command_and_every_number(kept, tmp_path):
     assert images and all((tmp_path / image).is_file() for image in images)
 
 
+@pytest.mark.slow
 def test_page_follows_the_numbers(kept, tmp_path):
     [record] = records_in(kept)
     before = results_page([record], kept, tmp_path / "page.md")

@@ -63,6 +63,7 @@ def test_find_claims_of_a_group_are_those_of_one_paper():
     assert [claim.name for claim in find_claims("regbench")] == ["regbench"]
 
 
+@pytest.mark.slow
 def test_reproduce_regbench_learns_from_ever_more_automata(tmp_path):
     names = ("memory-mosaics-v1", "transformer")
     claim = claims_v1.CLAIMS["regbench"].model_copy(update={"arrangements": names})

@@ -40,6 +40,7 @@ def test_every_target_is_right_or_refused_in_one_sentence(name):
     assert attempts(name, EXAMPLES.get(name, 10)) >= 5
 
 
+@pytest.mark.slow
 def test_every_key_of_a_config_takes_every_odd_value_or_refuses_it_in_one_sentence():
     built = set()
     for key in targets.config_keys():

@@ -149,6 +149,7 @@ def test_with_mosaics_imported_the_package_is_taken(models, tmp_path, self_conta
     assert "auto_map" not in loaded.config.to_dict()  # nor in what is known of a run by its config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", {frozenset(types(preset)): preset for preset in PRESETS}.values())
 def test_sources_are_small_and_reached_as_transformers_looks_for_them(preset, tmp_path):
     texts = sources(types(preset))
@@ -167,6 +168,7 @@ def test_sources_are_small_and_reached_as_transformers_looks_for_them(preset, tm
     assert {Path(path).name for path in reached} | {"modeling_mosaic.py"} == set(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_sources_of_each_memory_stand_alone(name, tmp_path):
     """Every name that a module uses is defined in it, imported or built in."""

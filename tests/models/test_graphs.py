@@ -17,6 +17,7 @@ def exported(model, *, dynamic=True, **given):
     return lambda **given: program.module()(use_cache=False, **given).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_exported_model_equals_the_model_at_any_length(preset):
     model = tiny_model(preset=preset, num_hidden_layers=1)
@@ -33,6 +34,7 @@ def test_exported_model_of_one_length_equals_the_model():
     torch.testing.assert_close(program(input_ids=ids), model(ids).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_exported_model_takes_any_padding_and_documents():
     model = tiny_model(num_hidden_layers=1)
     given = [
@@ -48,6 +50,7 @@ def test_exported_model_takes_any_padding_and_documents():
         torch.testing.assert_close(program(**one), model(**one).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_decoding_step_is_one_graph_for_all_tokens(preset, padded):

@@ -70,6 +70,7 @@ def test_flex_does_not_break_a_compiled_graph():
     assert counter.frame_count == 2  # for one delay, and for any
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_flex_compiled_for_a_processor_equals_naive(monkeypatch):

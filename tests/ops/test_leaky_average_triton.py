@@ -35,6 +35,7 @@ def test_leaky_average_triton_under_the_interpreter():
     assert int(run.stdout.splitlines()[-1].split(" passed")[0].split()[-1]) > 40
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled here")
 @pytest.mark.parametrize("capability, dtype", [(80, "bf16"), (90, "bf16"), (90, "fp32")])

@@ -140,9 +140,10 @@ def test_train_with_two_processes_writes_shards_that_a_manifest_covers(shared):
     assert sum(name.startswith("shard-") for name in names) == 2 and "model.safetensors" not in names
     assert verify_checkpoint(folder)["files"].keys() == names - {"manifest.json"}
     versions = verify_checkpoint(folder)["versions"]
-    assert versions["torch"] == torch.__version__ and len(versions["code"]) == 64
+    assert versions["torch"] == torch.__version__.partition("+")[0] and len(versions["code"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["rows", "dropout", "tokens"])
 def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone, tiny, tmp_path, broken):
     def start():
@@ -162,6 +163,7 @@ def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone,
     assert loss != pytest.approx(_losses(alone)[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (2, 4), (1, 2)])
 def test_train_resumes_with_any_number_of_processes(alone, shared, tiny, tmp_path, before, after):
     run = shutil.copytree(alone if before == 1 else shared[0], tmp_path / "run")
@@ -177,6 +179,7 @@ def test_train_resumes_with_any_number_of_processes(alone, shared, tiny, tmp_pat
             assert mine.keys() == yours.keys() and all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_train_with_two_processes_in_bfloat16_checkpointed_and_tied(tiny, tmp_path):
     changes = {"training.precision": "bfloat16", "training.activation_checkpointing": True}
     recipe = tiny(SHARED | changes | {"model.tie_word_embeddings": True, "training.steps": 1})
@@ -197,6 +200,7 @@ def test_train_says_once_what_several_processes_cannot_do(tiny, tmp_path):
     assert "is in use by another process" in first and second.startswith("Told: ")
 
 
+@pytest.mark.slow
 def test_train_with_a_full_disk_on_one_process_keeps_what_was_there(tiny, tmp_path):
     def start():
         sync = checkpoint.sync
@@ -216,6 +220,7 @@ def test_train_with_a_full_disk_on_one_process_keeps_what_was_there(tiny, tmp_pa
     verify_checkpoint(checkpoints / "step-00000002")
 
 
+@pytest.mark.slow
 def test_save_checkpoint_refuses_a_folder_that_not_all_processes_see(tiny, tmp_path):
     def start():
         write = checkpoint._write_shard
@@ -305,6 +310,7 @@ def test_torchrun_ends_soon_when_a_process_dies(tiny, tmp_path):
     verify_checkpoint(checkpoint_folder(run / "checkpoints", step))
 
 
+@pytest.mark.slow
 def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, tiny, tmp_path):
     changes = {"training.init_from": str(alone / "export"), "model": {"preset": None}, "training.steps": 2}
     recipe = tiny(SHARED | changes)
@@ -319,6 +325,7 @@ def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, t
     assert train(recipe, run).finished and _close(tmp_path / "one", run)
 
 
+@pytest.mark.slow
 def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, shared, tmp_path):
     runs = [shutil.copytree(run, tmp_path / name) for run, name in ((alone, "one"), (shared[0], "two"))]
     extension = Extension(steps=3, schedule="rewarm")

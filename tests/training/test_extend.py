@@ -40,6 +40,7 @@ def test_train_extended_twice_equals_a_run_that_had_it_in_its_recipe_bit_for_bit
     assert _same(extended, tmp_path / "run", 14) and _losses(extended) == _losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_train_extended_twice_with_kills_between_equals_one_without_bit_for_bit(extended, finished, tiny, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     for extension, lines in ((FIRST, 11), (SECOND, 17)):
