@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 
 from helpers import tiny_model
 from mosaics import MosaicConfig
-from mosaics.memories import REGISTRY
+from mosaics.memories import REGISTRY, Memory
 from mosaics.models import PRESETS
 from mosaics.models.code import CODE_LICENSE, sources, write_code
 from mosaics.ops import kernel_regression, leaky_average, unit_values
@@ -60,6 +60,7 @@ def plain_forms(monkeypatch):
         faster = op.FASTER.functions()
         monkeypatch.setattr(op, "FORMS", {name: form for name, form in op.FORMS.items() if name not in faster})
         monkeypatch.setattr(op.FASTER, "_modules", {})
+    monkeypatch.setattr(Memory, "step_of_one", None)
 
 
 @pytest.fixture(scope="module")
