@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -127,6 +127,7 @@ def test_by_chunks_equals_one_token_after_the_other(kind, layers, time, places, 
     tensors, options = inputs(kind, layers, time, places=places, seed=seed)
     segments = layout.segments(places, torch.device("cpu"))
     expected = results(tensors, options, segments, "naive", keep)
+    assume(all(x.isfinite().all() for x in expected))  # weights without a decay may run away, to 1e176 and on
     for found, wanted in zip(results(tensors, options, segments, "chunked", keep), expected, strict=True):
         # The size of a momentum that is made orthogonal has no say, so that derivatives by it are roundings.
         least = 1.0 if options["orthogonal"] else 0.0
