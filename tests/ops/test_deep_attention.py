@@ -108,7 +108,9 @@ def test_any_cut_equals_the_whole(kind, pieces):
     assert relative_error(torch.cat(reads, dim=2), whole) < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("linear, l2", "dot") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_gradients_are_those_of_differences(kind):
     tensors, options = inputs(kind, 5, batch=1, heads=1, size=1.5)
     leaves = {n: x.requires_grad_() for n, x in tensors.items() if x is not None}

@@ -95,7 +95,7 @@ def test_gradients_are_those_of_differences(form, decay):
     )
 
 
-@pytest.mark.parametrize("steep", [0.03, 0.2, 1.0])
+@pytest.mark.parametrize("steep", [0.03, pytest.param(0.2, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_float32_keeps_its_digits(decay, steep):
     tensors = inputs(1000, decay, batch=1, steep=steep)

@@ -151,7 +151,13 @@ def test_watched_are_the_norms_of_gradients_and_of_weights(kind):
 
 
 # The other form's gradients equal these (above).
-@pytest.mark.parametrize("kind, form", [*((k, "chunked") for k in KINDS), ("both", "naive"), ("moneta", "naive")])
+@pytest.mark.parametrize(
+    "kind, form",
+    [
+        ("both", "naive"),
+        *(pytest.param(k, "chunked", marks=[] if k in ("both", "l_q") else pytest.mark.slow) for k in KINDS),
+    ],
+)
 def test_gradients_are_those_of_differences(kind, form):
     tensors, options = inputs(kind, 2, 4, batch=1, heads=1, width=4, value_width=4, places=3)
     segments = Layout(1, 4).segments(3, torch.device("cpu"))
