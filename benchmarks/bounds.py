@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from mosaics.experiments.bench import _commit, _processor
 from mosaics.memories.contract import Pairs
 from mosaics.models.cache import open_cache
-from mosaics.models.kept import read_context
 from mosaics.models.loading import load_exported
+from mosaics.models.memory_file import read_context
 from mosaics.ops.kernel_regression import bounded
 
 TOKENS = 48

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from mosaics.experiments.bench import _commit, _processor
-from mosaics.models.kept import load_memory, read_context, save_memory
 from mosaics.models.loading import load_exported
+from mosaics.models.memory_file import load_memory, read_context, save_memory
 
 DTYPES = (None, "bfloat16", "int8")
 

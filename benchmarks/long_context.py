@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache
 from mosaics import MosaicConfig
 from mosaics.experiments.bench import Bench, _alone, _commit, _forget_peak, _processor, _resident, paired, training_step
 from mosaics.memories.contract import Pairs
-from mosaics.models.kept import CHUNK, read_context
+from mosaics.models.memory_file import CHUNK, read_context
 
 STATES = {"mosaic": None, "mosaic, state in bfloat16": "bfloat16", "mosaic, state in int8": "int8"}
 PEERS = ("llama", "llama-static")

@@ -17,7 +17,7 @@ from recall import LENGTH, PAIRS, STEPS, rows, train
 
 from mosaics import MosaicForCausalLM
 from mosaics.experiments.bench import _commit, _processor
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 
 DTYPES = (None, "bfloat16", "int8")
 Columns = dict[str, dict[str | None, list[float]]]  # of each dtype, a value for each row or stretch

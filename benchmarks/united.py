@@ -29,7 +29,7 @@ from mosaics.data.worlds import World, prose
 from mosaics.evaluation.results import wilson
 from mosaics.experiments.records import FORMAT, commit, packed, processor, read_record, unpacked, write_lines
 from mosaics.library import Library
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 from mosaics.models.united import read_stores, united_cache
 from mosaics.ops.kernel_regression import united
 from mosaics.training.sources import open_source

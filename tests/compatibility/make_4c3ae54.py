@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.data import open_corpus, prepare
-from mosaics.models.kept import read_context, save_memory
+from mosaics.models.kept import read_context, save_memory  # its name then
 from mosaics.models.loading import load_exported
 from mosaics.training import make_recipe, train
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers import relative_error
 from mosaics.data import PackedDataset, open_corpus, prepare
-from mosaics.models.kept import load_memory
 from mosaics.models.loading import load_exported
+from mosaics.models.memory_file import load_memory
 from mosaics.training import train
 from mosaics.training.metrics import read_metrics
 from mosaics.training.run_folder import open_recipe

@@ -43,8 +43,8 @@ def _check_exported(folder: Path) -> None:
 
 
 def _check_memory(folder: Path) -> None:
-    from mosaics.models.kept import load_memory
     from mosaics.models.loading import load_model
+    from mosaics.models.memory_file import load_memory
 
     load_memory(folder / "text.safetensors", load_model(made.exported()))
 

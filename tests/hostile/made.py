@@ -69,8 +69,8 @@ def exported() -> Path:
 @functools.cache
 def memory() -> Path:
     """What the exported model remembers of a text, in a folder of its own."""
-    from mosaics.models.kept import read_context, save_memory
     from mosaics.models.loading import load_exported
+    from mosaics.models.memory_file import read_context, save_memory
 
     model, tokenizer = load_exported(exported())
     ids = tokenizer("import os and some more text to read", return_tensors="pt").input_ids

@@ -431,7 +431,7 @@ def exported_by_stranger(folder, draw):
 @target
 def memory_file(folder, draw):
     """A damaged memory of a context: what was kept, or refused."""
-    from mosaics.models.kept import load_memory
+    from mosaics.models.memory_file import load_memory
 
     copy = shutil.copytree(made.memory(), folder, dirs_exist_ok=True)
     (name,) = _files(copy)
@@ -451,7 +451,7 @@ def memory_by_stranger(folder, draw):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from mosaics.models import kept
+    from mosaics.models import memory_file
 
     (name,) = _files(made.memory())
     with safe_open(made.memory() / name, "pt") as file:
@@ -473,7 +473,7 @@ def memory_by_stranger(folder, draw):
         about = json.loads(json_text(mutated_tree(draw, about)))
     if isinstance(about, dict):
         about.pop("sha256", None)
-        about["sha256"] = kept._digest(about, tensors)
+        about["sha256"] = memory_file._digest(about, tensors)
     save_file(tensors, folder / name, {"mosaics": json_text(about).decode()})
     words = ["--prompt", "a", "--max-new-tokens", 2, "--temperature", 0]
     command("generate", made.exported(), "--memory", folder / name, *words)

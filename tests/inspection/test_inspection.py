@@ -9,7 +9,7 @@ import torch
 from helpers import relative_error, tiny_model, tokens
 from mosaics.inspection import inspect, inspection
 from mosaics.models import PRESETS, MosaicConfig
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 
 TINY = [name for name in PRESETS if name.endswith(("-tiny", "-nano")) and MosaicConfig.from_preset(name).around is None]
 TIME, ALL = 21, 600

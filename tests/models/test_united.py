@@ -10,7 +10,7 @@ from helpers import VOCABULARY, relative_error, tiny_model, tokens
 from mosaics.memories import Context
 from mosaics.memories.mosaic.common import ContextualMemory
 from mosaics.models.cache import held_bytes, join_caches
-from mosaics.models.kept import read_context, save_memory
+from mosaics.models.memory_file import read_context, save_memory
 from mosaics.models.united import read_stores, united_cache
 from mosaics.testing import examples
 from mosaics.testing.conformance import Subject

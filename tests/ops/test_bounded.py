@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.memories.contract.sketches import MANY, TOGETHER, SketchedPairs
-from mosaics.models.kept import load_memory, read_context, save_memory
+from mosaics.models.memory_file import load_memory, read_context, save_memory
 from mosaics.ops.kernel_regression import Bandwidth, Narrow, bounded, kernel_regression, weights
 from mosaics.ops.kernel_regression import single as single_form
 from mosaics.ops.kernel_regression.sketch import Sketched, sketch_of

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mosaics.models.kept import load_memory
+from mosaics.models.memory_file import load_memory
 from mosaics.serving.answer import Sampling
 from mosaics.serving.conversation import Conversation
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 from mosaics.serving import engine as module
 from mosaics.serving.answer import Answer, Sampling
 from mosaics.serving.engine import Engine, Job, ShuttingDown

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mosaics.models.cache import held_bytes, release
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 from mosaics.serving.memories import Kept, Memories
 
 

@@ -85,7 +85,7 @@ def _read(model, tokenizer, file: Path, keep: Path | None) -> tuple[Any, Any]:
     """Reads a file; returns the cache and the tokens."""
     from rich.progress import Progress
 
-    from mosaics.models.kept import read_context, save_memory
+    from mosaics.models.memory_file import read_context, save_memory
 
     check_mosaic(model)
     if keep is not None and not keep.absolute().parent.is_dir():
@@ -110,7 +110,7 @@ def _read(model, tokenizer, file: Path, keep: Path | None) -> tuple[Any, Any]:
 
 def _load(model, file: Path) -> tuple[Any, Any]:
     """Takes up a memory; returns the cache and the tokens."""
-    from mosaics.models.kept import load_memory
+    from mosaics.models.memory_file import load_memory
 
     check_mosaic(model)
     begin = time.monotonic()

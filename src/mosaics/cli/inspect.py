@@ -61,7 +61,7 @@ def inspect(
         raise ValueError("the text is empty; give one with a word at least")
     from mosaics.inspection.files import write
     from mosaics.models import MosaicForCausalLM
-    from mosaics.models.kept import load_memory
+    from mosaics.models.memory_file import load_memory
     from mosaics.training.sources import open_source
 
     loaded, tokenizer = open_source(model, state_dtype)

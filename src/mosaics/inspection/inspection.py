@@ -151,8 +151,8 @@ def inspect(
     Args:
         model: a `MosaicForCausalLM`; it is asked as at evaluation.
         input_ids: `(time,)` or `(1, time)`, the text, without padding.
-        past_key_values: what the model remembers of a context of one row, e.g. from `mosaics.models.kept.load_memory`;
-            it stays as it is.
+        past_key_values: what the model remembers of a context of one row, e.g. from
+            `mosaics.models.memory_file.load_memory`; it stays as it is.
         context_ids: the tokens of that context, as many as the cache has read.
         top: how many pairs of each head and position are kept.
         told: called with what is about to be done.

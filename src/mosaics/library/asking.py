@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from mosaics.library.library import Library, Shares
 from mosaics.memories import Context
-from mosaics.models.kept import read_context
+from mosaics.models.memory_file import read_context
 from mosaics.serving.answer import Answer, Sampling
 
 PIECE = 32  # positions whose weights on all pairs are held at once

@@ -25,7 +25,7 @@ from mosaics.library.reading import by_place, read_document, sha256_of
 from mosaics.memories import Context, Read
 from mosaics.memories.contract import Store
 from mosaics.models import MosaicForCausalLM
-from mosaics.models.kept import fingerprint
+from mosaics.models.memory_file import fingerprint
 from mosaics.models.united import check_united, united_cache
 
 Reader = tuple[MosaicForCausalLM, PreTrainedTokenizerBase]

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from mosaics.memories import Memory, StackState, State
 from mosaics.memories.contract import Store
 from mosaics.models.cache import fill_cache, open_cache
-from mosaics.models.kept import CHUNK, read_context
+from mosaics.models.memory_file import CHUNK, read_context
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
 

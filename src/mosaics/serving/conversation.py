@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosaics.models.kept import load_memory, save_memory
+from mosaics.models.memory_file import load_memory, save_memory
 from mosaics.serving.answer import Answer, Sampling
 from mosaics.serving.engine import CHUNK
 

@@ -12,7 +12,7 @@ import torch
 import uvicorn
 
 from mosaics.models.cache import release
-from mosaics.models.kept import load_memory, read_context
+from mosaics.models.memory_file import load_memory, read_context
 from mosaics.serving.app import LOCAL, build_app
 from mosaics.serving.desk import Desk
 from mosaics.serving.memories import Kept

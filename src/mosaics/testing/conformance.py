@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from mosaics.memories import REGISTRY, Around, Common, Context, Layout, Memory, Stack
 from mosaics.memories.contract import build, linear_flops, memory_class
 from mosaics.models.configuration_mosaic import MosaicConfig
-from mosaics.models.kept import load_memory, read_context, save_memory
+from mosaics.models.memory_file import load_memory, read_context, save_memory
 from mosaics.models.modeling_mosaic import MosaicForCausalLM
 
 WIDTH, VOCABULARY, BOUND = 16, 17, 1e-9

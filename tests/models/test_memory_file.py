@@ -5,7 +5,7 @@ import torch
 
 from helpers import relative_error, tiny_model, tokens
 from mosaics.memories.contract import Pairs
-from mosaics.models.kept import fingerprint, load_memory, read_context, save_memory
+from mosaics.models.memory_file import fingerprint, load_memory, read_context, save_memory
 
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny", "transformer-tiny", "transformer-long-short-tiny"]
 PRESETS += ["lla-tiny", "parallax-tiny"]
