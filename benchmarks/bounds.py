@@ -20,7 +20,7 @@ from kept import text_tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mosaics.experiments.bench import _commit, _processor
+from mosaics.experiments.records import commit, processor
 from mosaics.memories.contract import Pairs
 from mosaics.models.cache import open_cache
 from mosaics.models.loading import load_exported
@@ -145,7 +145,7 @@ def main() -> None:
     given = parser.parse_args()
     tokenizer = load_exported(given.model)[1]
     model = AutoModelForCausalLM.from_pretrained(given.model, read_tolerance=TOLERANCES[0]).eval()
-    print(f"commit {_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}\n")
+    print(f"commit {commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
     if not given.groups:
         print(
             "| pairs | tolerance | read, mean of heads (%) | median (%) | full (ms a token) | bounded (ms a token) | "

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mosaics.experiments.bench import _commit, _processor
+from mosaics.experiments.records import commit, processor
 from mosaics.models.loading import load_exported
 from mosaics.models.memory_file import load_memory, read_context, save_memory
 
@@ -47,7 +47,7 @@ def main() -> None:
     given = parser.parse_args()
     models = {dtype: load_exported(given.model, dtype) for dtype in DTYPES}
     plain, tokenizer = models[None]
-    print(f"commit {_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}")
+    print(f"commit {commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     print(f"{plain.num_parameters():,} parameters in {plain.dtype}\n")
     print("| tokens | bytes of text | state | read (s) | save (s) | take up (s) | bytes of the file |\n|" + "---|" * 7)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -20,7 +20,8 @@ import yaml
 from transformers import DynamicCache, StaticCache
 
 from mosaics import MosaicConfig
-from mosaics.experiments.bench import Bench, _alone, _commit, _forget_peak, _processor, _resident, paired, training_step
+from mosaics.experiments.bench import Bench, _alone, _forget_peak, _resident, paired, training_step
+from mosaics.experiments.records import commit, processor
 from mosaics.memories.contract import Pairs
 from mosaics.models.memory_file import CHUNK, read_context
 
@@ -41,7 +42,7 @@ def main() -> None:
     given = parser.parse_args()
     sizes = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in given.set)}
     settings = Bench(MosaicConfig.from_preset(given.preset, **sizes), device="cpu", dtype=given.dtype)
-    print(f"commit {_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}")
+    print(f"commit {commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     dtype = str(settings.torch_dtype).removeprefix("torch.")
     print(f"{given.preset} {' '.join(given.set)}, {settings.build('mosaic').num_parameters():,} parameters, {dtype}\n")
 

@@ -16,7 +16,7 @@ import torch
 from recall import LENGTH, PAIRS, STEPS, rows, train
 
 from mosaics import MosaicForCausalLM
-from mosaics.experiments.bench import _commit, _processor
+from mosaics.experiments.records import commit, processor
 from mosaics.models.memory_file import read_context
 
 DTYPES = (None, "bfloat16", "int8")
@@ -81,7 +81,7 @@ def main() -> None:
     given = parser.parse_args()
     if (given.model is None) != (given.text is None):
         parser.error("give MODEL and --text together")
-    print(f"commit {_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}\n")
+    print(f"commit {commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
     trained = train(0, torch.Generator().manual_seed(0), given.steps).eval()
     columns: Columns = {}
     for length, pairs in ((LENGTH, PAIRS), (8 * LENGTH, PAIRS), (8 * LENGTH, 90)):
