@@ -20,7 +20,8 @@ import yaml
 from transformers import DynamicCache, StaticCache
 
 from mosaics import MosaicConfig
-from mosaics.experiments.bench import Bench, _alone, _forget_peak, _resident, paired, training_step
+from mosaics.experiments import measuring
+from mosaics.experiments.bench import Bench, training_step
 from mosaics.experiments.records import commit, processor
 from mosaics.memories.contract import Pairs
 from mosaics.models.memory_file import CHUNK, read_context
@@ -49,15 +50,15 @@ def main() -> None:
     print("| training step at | | seconds | peak (MiB) |\n|---|---|---|---|")
     for context in given.train:
         for name in ("mosaic", "llama"):
-            seconds, peak = _alone(train, settings, name, context)
+            seconds, peak = measuring.alone(train, settings, name, context)
             print(f"| {context:,} | {name} | {seconds:.1f} | {mebibytes(peak)} |", flush=True)
     last = f"last {given.last:,} tokens (s)"
     print(f"\n| context | | {last} | peak of that (MiB) | state (MiB) | ms a token | ratio | peak of that (MiB) |")
     print("|" + "---|" * 8)
     for context in given.decode:
         sizes = context, given.last, given.tokens
-        alone = {name: _alone(read_and_decode, settings, name, *sizes) for name in (*STATES, *PEERS)}
-        times = _alone(decode_in_turn, settings, context, given.tokens, given.rounds)
+        alone = {name: measuring.alone(read_and_decode, settings, name, *sizes) for name in (*STATES, *PEERS)}
+        times = measuring.alone(decode_in_turn, settings, context, given.tokens, given.rounds)
         best = min(PEERS, key=lambda name: statistics.median(times[name]))
         for name, (chunk, reading, state, decoding) in alone.items():
             ratio = statistics.median(a / b for a, b in zip(times[name], times[best], strict=True))
@@ -78,12 +79,12 @@ def mebibytes(size: int | None) -> str:
 def train(settings: Bench, name: str, context: int) -> tuple[float, int | None]:
     """Seconds and peak bytes of a training step, after a short one."""
     training_step(settings, name, settings.build(name), 256, 1)()  # what libraries keep does not count
-    base = _resident("VmRSS")
+    base = measuring.resident("VmRSS")
     step = training_step(settings, name, settings.build(name), context, 1)
-    _forget_peak()
+    measuring.forget_peak()
     began = time.perf_counter()
     step()
-    seconds, peak = time.perf_counter() - began, _resident("VmHWM")
+    seconds, peak = time.perf_counter() - began, measuring.resident("VmHWM")
     return seconds, None if peak is None else peak - base
 
 
@@ -150,25 +151,25 @@ def read_and_decode(
     decoder(warm, filled(warm, name, 512, tokens))()
     del warm
     gc.collect()
-    base, seconds, reading = _resident("VmRSS"), None, None
+    base, seconds, reading = measuring.resident("VmRSS"), None, None
     model = build(settings, name)
     if name in STATES:
         cache = filled(model, name, context - last, tokens)
         gc.collect()
-        _forget_peak()
+        measuring.forget_peak()
         began = time.perf_counter()
         read_context(model, torch.zeros(1, last, dtype=torch.long), cache=cache)
-        seconds, peak = time.perf_counter() - began, _resident("VmHWM")
+        seconds, peak = time.perf_counter() - began, measuring.resident("VmHWM")
         reading = None if peak is None else peak - base
     else:
         cache = filled(model, name, context, tokens + 1)
     held = cache_bytes(cache)
     gc.collect()
-    _forget_peak()
+    measuring.forget_peak()
     decode = decoder(model, cache)
     for _ in range(tokens):
         decode()
-    peak = _resident("VmHWM")
+    peak = measuring.resident("VmHWM")
     return seconds, reading, held, None if peak is None else peak - base
 
 
@@ -179,7 +180,7 @@ def decode_in_turn(settings: Bench, context: int, tokens: int, rounds: int) -> d
         model = build(settings, name)
         runs[name] = decoder(model, filled(model, name, context, tokens * (rounds + 1) + 2))
         runs[name]()
-    return paired(runs, rounds, torch.device("cpu"), tokens)
+    return measuring.paired(runs, rounds, torch.device("cpu"), tokens)
 
 
 if __name__ == "__main__":

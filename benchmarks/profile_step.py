@@ -17,7 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mosaics import MosaicConfig
-from mosaics.experiments.bench import Bench, paired, training_step
+from mosaics.experiments.bench import Bench, training_step
+from mosaics.experiments.measuring import paired
 
 STEPS = 2
 GROUPS = {

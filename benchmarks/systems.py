@@ -19,8 +19,9 @@ import torch
 from transformers import DynamicCache
 
 from mosaics import MosaicConfig, MosaicForCausalLM
-from mosaics.experiments.bench import Bench, decoding, paired, training_step
+from mosaics.experiments.bench import Bench, decoding, training_step
 from mosaics.experiments.league import systems
+from mosaics.experiments.measuring import paired
 from mosaics.experiments.records import write_record
 from mosaics.experiments.studies import machine
 from mosaics.models.matching import matched

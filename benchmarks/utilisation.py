@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from mosaics import MosaicConfig
-from mosaics.experiments.bench import Bench, _Figures, _limits, paired, training_step
+from mosaics.experiments.bench import Bench, _Figures, training_step
+from mosaics.experiments.measuring import limits, paired
 from mosaics.training.plan import GPUS
 
 SIZES = dict(
@@ -50,7 +51,7 @@ def main() -> None:
     config = MosaicConfig.from_preset("memory-mosaics-v2-tiny", **SIZES | changes)
     settings = Bench(config, device=given.device, dtype=given.dtype, peers=("llama",))
     device, dtype = settings.torch_device, settings.torch_dtype
-    reached, known = _limits(device, dtype)["flops_per_second"], data_sheet(settings)
+    reached, known = limits(device, dtype)["flops_per_second"], data_sheet(settings)
     runs, peaks = {}, {}
     for name in ("mosaic", "llama"):
         if device.type == "cuda":

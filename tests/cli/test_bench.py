@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mosaics.experiments import bench as module
+from mosaics.experiments import measuring
 
 SIZES = (
     "--contexts 16,24 --rounds 1 --no-memory --batch-sizes 1 --device cpu --dtype float32 --model.hidden_size 16 "
@@ -14,8 +15,8 @@ SIZES = (
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setitem(module.LIMITS, "cpu", (64, 2**16))
-    monkeypatch.setattr(module, "SHORTEST", 0.001)
+    monkeypatch.setitem(measuring.LIMITS, "cpu", (64, 2**16))
+    monkeypatch.setattr(measuring, "SHORTEST", 0.001)
     monkeypatch.setattr(module, "TOKENS", 3)
 
 
@@ -39,7 +40,7 @@ def test_bench_keeps_json_beside_the_tables(mosaics, refused, tmp_path):
 
 def test_bench_prints_tables_and_marks_what_was_disturbed(mosaics, monkeypatch):
     busy = iter(range(0, 10**9, 10**6))  # another process that uses very many cores
-    monkeypatch.setattr(module, "_others", lambda: float(next(busy)))
+    monkeypatch.setattr(measuring, "others", lambda: float(next(busy)))
     code, output, error = mosaics("bench", *SIZES, "--parts", "decoding")
     assert code == 0 and "warning: other processes use" in error
     for text in ("decoding, time of a token", "| 16*", "| llama-static", "exponent of the context: mosaic", "* other"):

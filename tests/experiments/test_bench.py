@@ -10,7 +10,8 @@ import torch
 from helpers import tiny_config
 from mosaics import MosaicForCausalLM
 from mosaics.experiments import bench as module
-from mosaics.experiments.bench import PARTS, Bench, bench, decoding, paired
+from mosaics.experiments import measuring
+from mosaics.experiments.bench import PARTS, Bench, bench, decoding
 
 
 def settings(**changes) -> Bench:
@@ -21,8 +22,8 @@ def settings(**changes) -> Bench:
 @pytest.fixture(scope="module")
 def results() -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.LIMITS, "cpu", (64, 2**16))
-        patch.setattr(module, "SHORTEST", 0.001)
+        patch.setitem(measuring.LIMITS, "cpu", (64, 2**16))
+        patch.setattr(measuring, "SHORTEST", 0.001)
         patch.setattr(module, "TOKENS", 3)
         return bench(settings())
 
@@ -90,12 +91,6 @@ def test_bench_exponents_and_state_bytes(results):
     assert results["models"]["llama"]["state_bytes_per_token"] == 2 * 2 * 16 * 4
 
 
-def test_paired_takes_turns():
-    calls = []
-    samples = paired({name: lambda name=name: calls.append(name) for name in "AB"}, 2, torch.device("cpu"), calls=1)
-    assert "".join(calls[-4:]) == "ABAB" and {name: len(times) for name, times in samples.items()} == {"A": 2, "B": 2}
-
-
 @pytest.mark.parametrize("name", ["mosaic", "llama", "llama-static"])
 def test_bench_decodes_what_generate_does(name):
     here = settings()
@@ -114,7 +109,7 @@ def test_bench_decodes_what_generate_does(name):
 def test_peak_memory_counts_weights_gradients_moments_and_logits():
     config, contexts = tiny_config(vocab_size=100_000), (8, 64)
     here = Bench(config, parts=("training",), contexts=contexts, device="cpu", dtype="float32")
-    peaks = module._alone(module._peaks, here, "training", "llama")
+    peaks = measuring.alone(module._peaks, here, "training", "llama")
     if peaks == [None, None]:
         pytest.skip("the system does not tell")
     weights, logits = 4 * 2 * 16 * 100_000, 4 * 64 * 100_000
@@ -126,8 +121,8 @@ def test_bench_goes_on_when_the_process_that_measures_memory_is_killed(monkeypat
     def killed(*_):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(module, "_alone", killed)
-    monkeypatch.setitem(module.LIMITS, "cpu", (64, 2**16))
+    monkeypatch.setattr(measuring, "alone", killed)
+    monkeypatch.setitem(measuring.LIMITS, "cpu", (64, 2**16))
     found = bench(settings(parts=("prefill",), contexts=(16,), rounds=1, memory=True))
     assert "peak_bytes" not in found["cases"][0]["contestants"]["llama"]
     assert "warning: the process that ran llama alone was killed" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def _table(part: str, cases: list[dict[str, Any]], exponents: list[dict[str, Any
 
 
 def _is_loud(case: dict[str, Any]) -> bool:
-    from mosaics.experiments.bench import LOUD
+    from mosaics.experiments.measuring import LOUD
 
     return (case["others"] or 0) > LOUD
 

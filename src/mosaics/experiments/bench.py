@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-import multiprocessing
-import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosaics.experiments.studies import machine, use_threads
+from mosaics.experiments import measuring
+from mosaics.experiments.studies import machine
 from mosaics.experiments.trainings import say
 
 if TYPE_CHECKING:
@@ -39,9 +37,6 @@ PEERS = {
     "llama-static": "the same with a cache of fixed room, in decoding",
 }
 TOKENS = 16  # decoded for one sample
-SHORTEST = 0.1  # seconds of one sample in training and prefill: what is shorter is repeated
-LIMITS = {"cpu": (2048, 2**28), "mps": (4096, 2**29), "cuda": (8192, 2**30)}  # width of the matrices, bytes of the copy
-LOUD = 0.1  # cores that others may use
 
 
 @dataclass(frozen=True)
@@ -201,11 +196,11 @@ def bench(settings: Bench, results: dict[str, Any] | None = None) -> dict[str, A
             "model": settings.config.to_diff_dict(),
         },
         "models": {name: figure.summary() for name, figure in figures.items()},
-        "limits": _limits(device, dtype),
+        "limits": measuring.limits(device, dtype),
         "cases": [],
         "exponents": [],
     }
-    _warn_if_loud()
+    measuring.warn_if_loud()
     for part in settings.parts:
         cases = settings.cases(part)
         models = {name: settings.build(name) for name in settings.contestants(part)}
@@ -221,7 +216,7 @@ def bench(settings: Bench, results: dict[str, Any] | None = None) -> dict[str, A
                     continue
                 say(f"{part}, peak memory of {name}")
                 try:
-                    peaks = _alone(_peaks, settings, part, name)
+                    peaks = measuring.alone(_peaks, settings, part, name)
                 except BrokenProcessPool:
                     say(f"warning: the process that ran {name} alone was killed, probably for want of memory")
                     continue
@@ -238,9 +233,9 @@ def _case(settings, part, models, context, size, figures, limits) -> dict[str, A
             run = _MAKE[part](settings, name, model, context, size)
             run()
             runs[name] = run
-    before, began = _others(), time.perf_counter()
-    samples = paired(runs, settings.rounds, settings.torch_device, TOKENS if part == "decoding" else None)
-    others = None if before is None else (_others() - before) / (time.perf_counter() - began)
+    before, began = measuring.others(), time.perf_counter()
+    samples = measuring.paired(runs, settings.rounds, settings.torch_device, TOKENS if part == "decoding" else None)
+    others = None if before is None else (measuring.others() - before) / (time.perf_counter() - began)
     tokens, found = size if part == "decoding" else context * size, {}
     for name, times in samples.items():
         seconds = statistics.median(times)
@@ -265,40 +260,6 @@ def _case(settings, part, models, context, size, figures, limits) -> dict[str, A
         "contestants": found,
         "ratio": {"mosaic": mosaic, "peer": peer} | ratio,
     }
-
-
-def paired(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device, calls: int | None = None
-) -> dict[str, list[float]]:
-    """Seconds of a call of each function, one after the other in every round.
-
-    Args:
-        runs: functions that have been called before.
-        rounds: samples of each.
-        device: is waited for.
-        calls: in a sample; None: as many as take `SHORTEST` seconds.
-    """
-    counts = {name: calls or math.ceil(SHORTEST / _seconds(run, 1, device)) for name, run in runs.items()}
-    if calls:
-        for name, run in runs.items():
-            _seconds(run, counts[name], device)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(_seconds(run, counts[name], device))
-    return samples
-
-
-def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
-    import torch
-
-    wait = getattr(torch, device.type).synchronize
-    wait()
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wait()
-    return (time.perf_counter() - began) / calls
 
 
 def training_step(settings: Bench, name: str, model, context: int, size: int) -> Callable[[], Any]:
@@ -416,22 +377,6 @@ class _Figures:
         return weights * self._model.dtype.itemsize + size * self._model.describe(context)["state_bytes"]
 
 
-def _limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do: the best of a few large matrix products, and of a few large copies (read and written
-    bytes)."""
-    import torch
-
-    n, count = LIMITS[device.type]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    found = []
-    for run in (lambda: torch.mm(a, b), lambda: target.copy_(source)):
-        run()
-        found.append(min(_seconds(run, 1, device) for _ in range(5)))
-    return {"flops_per_second": 2 * n**3 / found[0], "bytes_per_second": 2 * count / found[1]}
-
-
 def _exponents(part: str, cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The slope of log time over log context, by least squares; nothing for a single context."""
     times: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -456,7 +401,7 @@ def _peaks(settings: Bench, part: str, name: str) -> list[int | None]:
     """Peak bytes of every case of a contestant: weights, gradients and moments included, libraries not.
 
     On CUDA what torch's allocator held at most. On Linux the highest resident memory less that before the model was
-    built. This runs in a process of its own, whose C library returns what is freed at once (see `_alone`), and
+    built. This runs in a process of its own, whose C library returns what is freed at once (see `measuring.alone`), and
     after the smallest case was run once, so that what libraries keep does not count.
     """
     import gc
@@ -472,79 +417,19 @@ def _peaks(settings: Bench, part: str, name: str) -> list[int | None]:
                 torch.cuda.reset_peak_memory_stats()
             run = _MAKE[part](settings, name, model, context, size)
             if part == "decoding":  # reading the prompt is the other part
-                _forget_peak()
+                measuring.forget_peak()
             for _ in range(2):
                 run()
-            peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+            peak = torch.cuda.max_memory_allocated() if cuda else measuring.resident("VmHWM")
             peaks.append(None if peak is None else peak - base)
             del run
             gc.collect()
-            _forget_peak()
+            measuring.forget_peak()
         if warm:
             del model
             gc.collect()
-            peaks, base = [], 0 if cuda else _resident("VmRSS") or 0
+            peaks, base = [], 0 if cuda else measuring.resident("VmRSS") or 0
     return peaks
-
-
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process whose C library gives blocks of 64 KiB and more back when they are freed."""
-    import torch
-
-    context, name = multiprocessing.get_context("spawn"), "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(2**16)
-    try:
-        with ProcessPoolExecutor(1, context, use_threads, (torch.get_num_threads(),)) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _resident(field: str) -> int | None:
-    """Bytes of resident memory, now (`VmRSS`) or at most (`VmHWM`); None where Linux does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
-
-
-def _forget_peak() -> None:
-    """Begin to look for the highest resident memory anew."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def _others() -> float | None:
-    """Seconds of all cores that other processes, or other guests of the machine, have used; None where Linux does not
-    tell."""
-    try:
-        ticks = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    except OSError:
-        return None
-    own = os.times()
-    used = sum(int(ticks[i]) for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
-    return used - own.user - own.system
-
-
-def _warn_if_loud() -> None:
-    before = _others()
-    if before is None:
-        return
-    time.sleep(0.5)
-    cores = (_others() - before) / 0.5
-    if cores > LOUD:
-        say(f"warning: other processes use {cores:.1f} cores; times will be off, and ratios less so")
 
 
 def _commit() -> str | None:
