@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from helpers import VOCABULARY, relative_error, tiny_config, tiny_model, tokens
 from mosaics import MosaicConfig, MosaicForCausalLM, draw
 from mosaics.memories import Context, Layout
-from mosaics.models import count_targets, laid_out, modeling_mosaic
+from mosaics.models import count_targets, laid_out
+from mosaics.models import loss as losses
 
 BOUND = 1e-9
 VARIANTS = {
@@ -224,10 +225,10 @@ def test_forward_loss_without_targets_is_zero():
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, BOUND), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("variant", ["v2", "layer norm, biases, tied, scaled", "v1"])
 def test_forward_loss_only_equals_the_loss_of_the_logits(variant, dtype, bound, monkeypatch):
-    monkeypatch.setattr(modeling_mosaic, "_PIECE", 7)
+    monkeypatch.setattr(losses, "_PIECE", 7)
     held = []
-    in_pieces = modeling_mosaic._loss_in_pieces
-    monkeypatch.setattr(modeling_mosaic, "_loss_in_pieces", lambda *a: held.append(len(a[2])) or in_pieces(*a))
+    in_pieces = losses._loss_in_pieces
+    monkeypatch.setattr(losses, "_loss_in_pieces", lambda *a: held.append(len(a[2])) or in_pieces(*a))
     model, ids = tiny_model(dtype, **VARIANTS[variant]), tokens(2, 20)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, [0, 1, 6]] = 0

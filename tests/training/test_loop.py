@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mosaics import MosaicConfig
 from mosaics.data import PackedDataset
 from mosaics.memories import Layout
-from mosaics.models import modeling_mosaic
+from mosaics.models import loss as losses
 from mosaics.models.draws import draw_step
 from mosaics.training.loop import NonFinite, optimisation_step
 from mosaics.training.optimizer import make_optimizer
@@ -83,7 +83,7 @@ def test_optimisation_step_makes_layout_and_targets_once_a_micro_batch(tiny, dat
     recipe = tiny({"training.micro_batch_size": 1})
     model = build_model(MosaicConfig.from_preset(preset, vocab_size=300, hidden_size=16, num_attention_heads=2)).train()
     made = dict.fromkeys(["of", "_targets"], 0)
-    for owner, name in ((Layout, "of"), (modeling_mosaic, "_targets")):
+    for owner, name in ((Layout, "of"), (losses, "_targets")):
 
         def counted(*given, name=name, make, **more):
             made[name] += 1

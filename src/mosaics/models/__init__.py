@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.draws import draw
-from mosaics.models.modeling_mosaic import MosaicForCausalLM, MosaicModel, count_targets, laid_out
+from mosaics.models.loss import count_targets, laid_out
+from mosaics.models.modeling_mosaic import MosaicForCausalLM, MosaicModel
 from mosaics.models.presets import PRESETS
 
 AutoConfig.register("mosaic", MosaicConfig, exist_ok=True)

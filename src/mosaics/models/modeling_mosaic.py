@@ -25,8 +25,7 @@ from mosaics.models.cache import close_cache, open_cache
 from mosaics.models.configuration_mosaic import MosaicConfig
 from mosaics.models.documents import documents_of
 from mosaics.models.draws import checked, drawn
-
-_PIECE = 1024  # positions whose logits are held at once where only the loss is asked for
+from mosaics.models.loss import pays_in_pieces, shifted_targets, total_loss
 
 
 class MosaicPreTrainedModel(PreTrainedModel):
@@ -376,40 +375,16 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         scale = self.config.hidden_size**-0.5 if self.config.logit_scale is None else self.config.logit_scale
-        pieces = loss_only and _pays_in_pieces(self.lm_head, hidden)
         logits = loss = None
-        if not pieces:
+        if not (loss_only and pays_in_pieces(self.lm_head, hidden)):
             logits = self.lm_head(hidden)
             if scale != 1:
                 logits = logits * scale
+        elif scale != 1:
+            hidden = hidden * scale
         if labels is not None or shifted is not None:
-            targets = labels if shifted is None else shifted
-            if targets.shape != outputs.last_hidden_state.shape[:2]:
-                given = tuple(outputs.last_hidden_state.shape[:2])
-                raise ValueError(
-                    f"labels has shape {tuple(targets.shape)} and the input {given}; give one label a position."
-                )
-            if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-                raise ValueError(f"labels is {targets.dtype}; give integers.")
-            targets = targets.long()
-            if shifted is None:
-                targets = _targets(targets, context.layout, context.order)
-            kept = slice_logits_to_keep(targets[..., None], logits_to_keep)[..., 0]
-            try:
-                if pieces:
-                    total = _loss_in_pieces(self.lm_head, hidden if scale == 1 else hidden * scale, kept)
-                else:
-                    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-                    total = F.cross_entropy(wide, kept.flatten(), reduction="sum")
-            except (IndexError, RuntimeError):
-                given = targets[targets != -100]
-                if not given.numel() or 0 <= given.min() <= given.max() < self.config.vocab_size:
-                    raise
-                raise ValueError(
-                    f"labels has tokens from {given.min()} to {given.max()}; give tokens from 0 to "
-                    f"{self.config.vocab_size - 1}, or -100 where none counts."
-                ) from None
-            counted = (kept != -100).sum()
+            targets = shifted_targets(labels, shifted, outputs.last_hidden_state, context)
+            total, counted = total_loss(targets, logits_to_keep, logits, hidden, self.lm_head)
             if items is None:  # over max(count, 1): a batch without a target has a loss of 0, not NaN
                 loss, share = total / counted.clamp(min=1), 1.0
             else:
@@ -541,68 +516,6 @@ class MosaicForCausalLM(MosaicPreTrainedModel, GenerationMixin):
             "flops_per_token": self.model.stack.flops(context_length) + 2 * self.lm_head.weight.numel(),
             "state_bytes": self.model.stack.state_bytes(context_length, self.dtype.itemsize),
         }
-
-
-def laid_out(
-    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
-) -> dict[str, Any]:
-    """The arguments of `MosaicForCausalLM.forward` for a batch whose layout and targets are made once: for who has to
-    know what is counted before the pass. `shift_labels` are -100 where nothing is.
-
-    A position predicts the label of the next real token of its document; padding between the two changes nothing.
-
-    Raises:
-        ValueError: the arguments are not of one shape.
-    """
-    for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-        if x is not None and x.shape != labels.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)} and labels {tuple(labels.shape)}; give the same.")
-    layout, order, _ = Layout.of(*labels.shape, attention_mask, document_ids)
-    return {"input_ids": input_ids, "layout": (layout, order), "shift_labels": _targets(labels, layout, order)}
-
-
-def _targets(labels: Tensor, layout: Layout, order: Tensor | None) -> Tensor:
-    """The label that each position of rows predicts, whose layout and compact order are known."""
-    if order is not None:
-        labels = labels.gather(1, order)
-    if (padding := layout.is_padding) is not None:
-        labels = labels.masked_fill(padding, -100)
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    if (first := layout.is_first) is not None:
-        targets = targets.masked_fill(F.pad(first[:, 1:], (0, 1), value=True), -100)
-    return targets if order is None else torch.empty_like(targets).scatter_(1, order, targets)
-
-
-def count_targets(labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
-    """How many targets the loss counts for a batch; the arguments are those of `MosaicForCausalLM.forward`."""
-    return (laid_out(labels, labels, attention_mask, document_ids)["shift_labels"] != -100).sum()
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear map of `x` is computed."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _pays_in_pieces(classifier: nn.Module, hidden: Tensor) -> bool:
-    """Whether the loss is computed in pieces: with a plain linear map (no adapter, no shard), and not in bfloat16 on a
-    CPU, where torch would widen the products to float32."""
-    narrow = hidden.device.type == "cpu" and _product_dtype(hidden).itemsize < 4
-    return type(classifier) is nn.Linear and not narrow
-
-
-def _loss_in_pieces(classifier: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross-entropy of `hidden` `(batch, time, d)`, and its gradient, `_PIECE` positions at a time."""
-    dtype = _product_dtype(hidden)
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=_PIECE, chunking_method=None)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear_cross_entropy(
-            hidden.flatten(0, 1).to(dtype),
-            classifier.weight.to(dtype),
-            targets.flatten(),
-            reduction="sum",
-            options=options,
-        ).to(torch.promote_types(dtype, torch.float32))
 
 
 def _restored(x: Tensor, order: Tensor | None, layout: Layout) -> Tensor:
