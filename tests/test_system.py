@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import VOCABULARY, tiny_model
 from mosaics import system
-from mosaics.evaluation.scorer import place
+from mosaics.models.placing import place
 from mosaics.ops import compiling
 from mosaics.ops.leaky_average import chunked
 from mosaics.training.recipe import TrainingSection

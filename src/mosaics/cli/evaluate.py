@@ -97,7 +97,7 @@ def evaluate(
     from mosaics.evaluation import evaluate as run
     from mosaics.evaluation.page import write_evaluation_page
     from mosaics.evaluation.results import save, side_by_side, tables_text
-    from mosaics.evaluation.scorer import check_memories, place
+    from mosaics.models.placing import check_memories, place
     from mosaics.training.sources import open_source
 
     loaded, tokenizer = open_source(model, state_dtype)

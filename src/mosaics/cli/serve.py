@@ -62,8 +62,8 @@ def serve(
         from mosaics.serving.server import bound, run, take_up, take_up_libraries
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
-    from mosaics.evaluation.scorer import place
     from mosaics.models import MosaicForCausalLM
+    from mosaics.models.placing import place
     from mosaics.serving.desk import Desk, Limits
     from mosaics.training.sources import open_source
 

@@ -19,10 +19,7 @@ from torch import Tensor
 from mosaics.data.tokenizer import encode_pieces
 from mosaics.evaluation.example import Example
 from mosaics.models.digest import digest_of
-from mosaics.system import default_device
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
+from mosaics.models.placing import place
 
 _TAIL = 200  # characters; no token is nearly as long
 
@@ -455,38 +452,6 @@ class Scorer:
                 f"{name} needs {length} tokens with its answer and the limit is {self.limit}; "
                 "raise the limit or ask for shorter prompts (none is ever cut)"
             )
-
-
-def place(model, device: str, dtype: str, without: Sequence[str] = ()):
-    """Moves a model to a device and dtype, and takes memories out of it.
-
-    Raises:
-        ValueError: an unknown dtype, a device that is not there, or a model without such a memory.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if device == "auto":
-        device = default_device()
-    check_memories(model, without)
-    for kind in without:
-        model.remove_memories(kind)
-    try:
-        return model.to(device=torch.device(device), dtype=DTYPES[dtype])
-    except (RuntimeError, AssertionError) as error:
-        if "out of memory" in str(error):
-            raise
-        raise ValueError(f"the device {device!r} can't be used ({str(error).splitlines()[0]}); try cpu") from None
-
-
-def check_memories(model, kinds: Sequence[str]) -> None:
-    """Raises `ValueError` if a model has no memory of one of the kinds."""
-    for kind in kinds:
-        if not hasattr(model, "remove_memories"):
-            raise ValueError(f"a {model.config.model_type} has no memories to take out; leave out --without {kind}")
-        memories = list(model.model.stack.memories())
-        if not any(kind in (memory.name, memory.type) for memory in memories):
-            present = ", ".join(sorted({memory.name for memory in memories}))
-            raise ValueError(f"the model has no {kind!r} memory; it has {present}")
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -136,9 +136,9 @@ def write_demo(run: Path, folder: Path, questions: int = QUESTIONS) -> dict[str,
 
     import mosaics
     from mosaics.evaluation import Scorer
-    from mosaics.evaluation.scorer import place
     from mosaics.experiments.records import commit, processor
     from mosaics.models.loading import load_exported, write_manifest
+    from mosaics.models.placing import place
     from mosaics.training.metrics import last_validation, read_metrics
     from mosaics.training.recipe import data_of, open_recipe
 

@@ -519,8 +519,8 @@ def _scorer(folder: Path, without: tuple[str, ...], changes: str):
 
     from mosaics import MosaicConfig, MosaicForCausalLM
     from mosaics.evaluation import Scorer
-    from mosaics.evaluation.scorer import place
     from mosaics.models.loading import load_tokenizer
+    from mosaics.models.placing import place
 
     transformers.utils.logging.disable_progress_bar()
     config = MosaicConfig.from_pretrained(folder)
