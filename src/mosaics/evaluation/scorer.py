@@ -6,9 +6,7 @@ that are generated together have the same length. A prefix that consecutive exam
 
 from __future__ import annotations
 
-import copy
 import heapq
-import inspect
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +16,11 @@ from torch import Tensor
 
 from mosaics.data.tokenizer import encode_pieces
 from mosaics.evaluation.example import Example
+from mosaics.evaluation.passes import Passes
 from mosaics.models.digest import digest_of
 from mosaics.models.placing import place
 
 _TAIL = 200  # characters; no token is nearly as long
-
-
 _LONG = 512  # tokens of a prefix after which passing every choice costs more than searching
 
 
@@ -56,19 +53,12 @@ class Scorer:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_size, self.limit, self.chunk, self.batch_tokens = batch_size, limit, chunk, batch_tokens
-        known = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in known
-        # Recurrent models of others have caches of their own, which take one token at a time.
-        own = getattr(model.config, "model_type", "") == "mosaic"
-        self._cached = own or ("past_key_values" in known and not getattr(model, "_is_stateful", False))
+        self.batch_size, self.limit = batch_size, limit
+        self._passes = Passes(self.model, batch_size, chunk, batch_tokens)
         ids = tokenizer("a").input_ids
         begin = tokenizer.bos_token_id
-        # What is kept narrower than it is computed is asked for as it is kept, also where one pass would do.
-        self._always_keeps = own and model.config.state_dtype is not None
         self._begin = [begin] if begin is not None and ids[:1] == [begin] else []
         self._text: tuple[str, list[int]] = ("", [])  # the last prefix
-        self._prefix: tuple[tuple[int, ...], object] = ((), None)
 
     @classmethod
     def load(
@@ -165,7 +155,7 @@ class Scorer:
         Raises:
             ValueError: a prompt with its choice is longer than the limit.
         """
-        if not self._cached or any(len(self._shared_ids(example.prefix)) < _LONG for example in examples):
+        if not self._passes.cached or any(len(self._shared_ids(example.prefix)) < _LONG for example in examples):
             scored = zip(examples, self.choose(examples), strict=True)
             return [example.choices[max(range(len(scores)), key=scores.__getitem__)] for example, scores in scored]
         return [self._search(example) for example in examples]
@@ -175,8 +165,8 @@ class Scorer:
         length = min(len(context) for context, _ in rows)  # where choices begin to differ from each other
         wholes = [[*context, *continuation] for context, continuation in rows]
         prefix = self._shared_ids(example.prefix)
-        cache, known = self._prefix_cache(prefix[: min(_common(prefix, wholes[0]), length - 1)])
-        logits, cache = self._step(torch.tensor([wholes[0][known:length]]), self._copies(cache, 1))
+        cache, known = self._passes.prefix_cache(prefix[: min(_common(prefix, wholes[0]), length - 1)])
+        logits, cache = self._passes.step(torch.tensor([wholes[0][known:length]]), self._passes.copies(cache, 1))
         # Entries: log-likelihood so far (negated), whether that is all, the choices that begin so, tokens covered.
         heap: list[tuple[float, bool, list[int], int]] = []
 
@@ -194,7 +184,7 @@ class Scorer:
             shared = wholes[choices[0]][length:]
             for i in choices[1:]:
                 shared = shared[: _common(shared, wholes[i][length:])]
-            passes = self._pass(torch.tensor([shared]), self._copies(cache, 1), covered - 1)
+            passes = self._passes.logits(torch.tensor([shared]), self._passes.copies(cache, 1), covered - 1)
             logits = torch.cat([piece for _, piece in passes], 1)
             for at in range(covered, len(shared)):
                 score -= logits[0, at - covered].float().log_softmax(-1)[shared[at]].item()
@@ -232,7 +222,7 @@ class Scorer:
         if not positions or not 0 <= min(positions) <= max(positions) < len(ids):
             raise ValueError(f"the positions are {list(positions)}; give some from 0 to {len(ids) - 1}")
         found = []
-        for start, logits in self._pass(torch.tensor([ids]), None, min(positions)):
+        for start, logits in self._passes.logits(torch.tensor([ids]), None, min(positions)):
             here = [p - start for p in positions if start <= p < start + logits.shape[1]]
             found.append(logits[0, here].float().log_softmax(-1).cpu())
         return torch.cat(found)
@@ -270,15 +260,15 @@ class Scorer:
         rows, starts = list(asked), [len(context) - 1 for context, _ in requests]
         # The last id of each context has to be passed again, for what it says about the continuation.
         length = min(len(prefix), *starts) if rows else 0
-        cache, length = self._prefix_cache(prefix[:length])
-        for batch in self._batches([len(row) for row in rows]):
+        cache, length = self._passes.prefix_cache(prefix[:length])
+        for batch in self._passes.batches([len(row) for row in rows]):
             width = max(len(rows[line]) for line in batch) - length
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for line, row in enumerate(batch):
                 ids[line, : len(rows[row]) - length] = torch.tensor(rows[row][length:])
             wanted = [(line, i) for line, row in enumerate(batch) for i in asked[rows[row]]]
             first = min(starts[i] for _, i in wanted) - length
-            for start, logits in self._pass(ids, self._copies(cache, len(batch)), first):
+            for start, logits in self._passes.logits(ids, self._passes.copies(cache, len(batch)), first):
                 # Only what is asked for leaves the device, and no second array of the whole vocabulary is made.
                 for line, i in wanted:
                     continuation, offset = requests[i][1], starts[i] - length
@@ -293,19 +283,19 @@ class Scorer:
         """Greedy continuations of rows of ids; rows of one length go together."""
         answers: list[list[int]] = [[] for _ in rows]
         length = min(len(prefix), *(len(row) - 1 for row in rows)) if rows else 0
-        cache, length = self._prefix_cache(prefix[:length])
+        cache, length = self._passes.prefix_cache(prefix[:length])
         ends = {self.tokenizer.eos_token_id} - {None}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for _, same in groupby(order, key=lambda i: len(rows[i])):
             same = list(same)
-            room = self._rows_for(len(rows[same[0]]) + max_new_tokens)
+            room = self._passes.rows_for(len(rows[same[0]]) + max_new_tokens)
             for batch in (same[i : i + room] for i in range(0, len(same), room)):
                 ids = torch.tensor([rows[i][length:] for i in batch])
-                state, done = self._copies(cache, len(batch)), set()
+                state, done = self._passes.copies(cache, len(batch)), set()
                 for step in range(max_new_tokens):
-                    if step and not self._cached:
+                    if step and not self._passes.cached:
                         ids = torch.tensor([rows[i] + answers[i] for i in batch])
-                    logits, state = self._step(ids, state)
+                    logits, state = self._passes.step(ids, state)
                     tokens = logits.argmax(-1).tolist()
                     for line, (i, token) in enumerate(zip(batch, tokens, strict=True)):
                         if token in ends:
@@ -322,76 +312,6 @@ class Scorer:
                     cut = next((at for at, token in enumerate(answers[i]) if token in ends), None)
                     answers[i] = answers[i][:cut]
         return answers
-
-    # Passes through the model
-
-    @torch.inference_mode()
-    def _pass(self, ids: Tensor, cache, first: int) -> Iterator[tuple[int, Tensor]]:
-        """Logits of all positions from `first` on, chunk by chunk: (position of the first, logits)."""
-        ids = ids.to(self.model.device)
-        chunk = self.chunk if self._cached else ids.shape[1]
-        if cache is None and self._cached and (ids.shape[1] > chunk or self._always_keeps):
-            cache = self._new_cache()
-        for start in range(0, ids.shape[1], chunk):
-            part = ids[:, start : start + chunk]
-            keep = min(max(start + part.shape[1] - first, 1), part.shape[1])
-            logits = self._logits(part, cache, keep)
-            if start + part.shape[1] > first:
-                yield start + part.shape[1] - keep, logits
-
-    @torch.inference_mode()
-    def _step(self, ids: Tensor, cache) -> tuple[Tensor, object]:
-        """Logits after the last position, and the cache."""
-        if not self._cached:
-            return self._logits(ids.to(self.model.device), None, 1)[:, -1], None
-        cache = self._new_cache() if cache is None else cache
-        for part in ids.to(self.model.device).split(self.chunk, dim=1):
-            logits = self._logits(part, cache, 1)
-        return logits[:, -1], cache
-
-    def _logits(self, ids: Tensor, cache, keep: int) -> Tensor:
-        options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        if cache is None:
-            options["use_cache"] = False
-        else:
-            options |= {"past_key_values": cache, "use_cache": True}
-        return self.model(input_ids=ids, **options).logits[:, -keep:]
-
-    def _new_cache(self):
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
-
-    def _prefix_cache(self, prefix: Sequence[int]) -> tuple[object, int]:
-        """The cache after a prefix and the prefix's length; the last one is kept."""
-        if not prefix or not self._cached:
-            return None, 0
-        prefix = tuple(prefix)
-        if self._prefix[0] != prefix:
-            self._prefix = ((), None)
-            _, cache = self._step(torch.tensor([prefix]), None)
-            self._prefix = (prefix, cache)
-        return self._prefix[1], len(prefix)
-
-    @torch.inference_mode()
-    def _copies(self, cache, count: int):
-        if cache is None:
-            return None
-        cache = copy.deepcopy(cache)
-        if count > 1:
-            cache.batch_repeat_interleave(count)
-        return cache
-
-    def _rows_for(self, length: int) -> int:
-        return max(1, min(self.batch_size, self.batch_tokens // max(1, length)))
-
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Rows of similar length together, the longest first."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        while order:
-            room = self._rows_for(lengths[order[0]])
-            yield order[:room]
-            order = order[room:]
 
     # Text to ids
 
