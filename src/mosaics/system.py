@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mosaics._version import __version__
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
 NEEDS_TRITON = ("triton", "flex")  # forms, on CUDA
 WRITTEN_IN = {"bounded": "single"}  # a form whose C++ is in another's file
@@ -146,9 +148,7 @@ def _only_choosing(package: ModuleType) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str | None]:
-    import mosaics
-
-    found: dict[str, str | None] = {"mosaics": mosaics.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"mosaics": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
