@@ -7,11 +7,11 @@ import torch
 
 from helpers import relative_error
 from mosaics.library import ask
+from mosaics.library.serving import take_up_libraries
 from mosaics.models.cache import join_caches
 from mosaics.serving.answer import Sampling
 from mosaics.serving.conversation import Conversation
 from mosaics.serving.memories import Memories
-from mosaics.serving.server import take_up_libraries
 
 QUESTION = "What is a heap, and who swims?"
 

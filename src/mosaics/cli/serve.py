@@ -59,7 +59,8 @@ def serve(
     if both := files.keys() & libraries.keys():
         raise ValueError(f"--memory and --library both name {min(both)}; choose another name")
     try:
-        from mosaics.serving.server import bound, run, take_up, take_up_libraries
+        from mosaics.library.serving import take_up_libraries
+        from mosaics.serving.server import bound, run, take_up
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}, which is not installed: {how_to_install('serve')}") from None
     from mosaics.models import MosaicForCausalLM

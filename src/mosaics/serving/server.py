@@ -8,11 +8,10 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import uvicorn
 
 from mosaics.models.cache import release
-from mosaics.models.memory_file import load_memory, read_context
+from mosaics.models.memory_file import load_memory
 from mosaics.serving.app import LOCAL, build_app
 from mosaics.serving.desk import Desk
 from mosaics.serving.memories import Kept
@@ -43,28 +42,15 @@ def take_up(desk: Desk, files: Mapping[str, Path]) -> None:
     """
     for id, file in files.items():
         cache, ids = load_memory(file, desk.model)
-        _keep(desk, f"--memory {id}", Kept(id, cache, ids.shape[1], given=True))
+        keep(desk, f"--memory {id}", Kept(id, cache, ids.shape[1], given=True))
 
 
-def take_up_libraries(desk: Desk, folders: Mapping[str, Path]) -> None:
-    """Take up libraries, all documents of each as one memory, by their ids; the begin-of-text has been read.
+def keep(desk: Desk, what: str, kept: Kept) -> None:
+    """Let a memory stay as long as the server runs.
 
     Raises:
-        ValueError: one is damaged or another model's, there is no room, or texts have no begin-of-text.
-        OSError: one can't be read.
+        ValueError: there is no room; `what` says in the message which memory it is.
     """
-    from mosaics.library import Library  # which is made of parts of this package
-
-    for id, folder in folders.items():
-        begin = desk.tokenizer("").input_ids
-        if not begin:
-            raise ValueError(f"--library {id}: texts of this model have no begin-of-text; ask it with mosaics ask")
-        cache = Library(folder, desk.model, desk.tokenizer).memory()
-        read_context(desk.model, torch.tensor([begin], device=desk.model.device), cache=cache)
-        _keep(desk, f"--library {id}", Kept(id, cache, len(begin), given=True))
-
-
-def _keep(desk: Desk, what: str, kept: Kept) -> None:
     release(kept.cache)
     try:
         desk.memories.add(kept)
