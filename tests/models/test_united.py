@@ -13,7 +13,7 @@ from mosaics.models.cache import held_bytes, join_caches
 from mosaics.models.memory_file import read_context, save_memory
 from mosaics.models.united import read_stores, united_cache
 from mosaics.testing import examples
-from mosaics.testing.conformance import Subject
+from mosaics.testing.subject import Subject
 
 END = VOCABULARY - 1
 PRESETS = ["memory-mosaics-v2-tiny", "memory-mosaics-v1-tiny"]

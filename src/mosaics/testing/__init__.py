@@ -7,6 +7,8 @@ A memory is tried alone, in the place of a Transformer's attention, beside the m
 a width of 16. `examples()` gives every registered memory with each of its `EXAMPLES`.
 """
 
-from mosaics.testing.conformance import CHECKS, Nonconforming, check_examples, conform, examples
+from mosaics.testing.checks import CHECKS
+from mosaics.testing.conformance import check_examples, conform, examples
+from mosaics.testing.subject import Nonconforming
 
 __all__ = ["CHECKS", "Nonconforming", "check_examples", "conform", "examples"]
