@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.experiments.conftest import MICRO
 
-from mosaics.experiments import trainings
+from mosaics.experiments import asking, trainings
 from mosaics.experiments.compare import arrangements, study
 from mosaics.experiments.report import write_report
 from mosaics.experiments.studies import Plan, merit, next_trials, run_each, run_study
@@ -58,7 +58,7 @@ def test_run_study_does_nothing_twice(results, small_study, cache, monkeypatch):
         raise AssertionError("done again")
 
     monkeypatch.setattr(trainings, "_train", refuse)
-    monkeypatch.setattr(trainings, "_scorer", refuse)
+    monkeypatch.setattr(asking, "_scorer", refuse)
     again = run_study(small_study, cache)
     assert again["rows"] == results["rows"] and any(model["trial"] for model in again["models"])
     assert sorted(map(str, again["models"])) == sorted(map(str, results["models"]))  # trials of before, too

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaics.data.worlds import WorldExample
-from mosaics.experiments import trainings
+from mosaics.experiments import asking, trainings
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
 from mosaics.experiments.trainings import Training, say
 from mosaics.memories.contract import named
@@ -54,14 +54,14 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             for job in main
             if job.result(cache)["held_out_loss"] is not None
             for evaluation in asked(job)
-            for row in trainings.evaluate(job, evaluation, cache)
+            for row in asking.evaluate(job, evaluation, cache)
         ],
         "baselines": [
             {"setting": setting.shown_as, "evaluation": evaluation.name} | row
             for setting in study.settings
             for evaluation in setting.evaluations
             if not (evaluation.without or evaluation.changes or evaluation.stretch)
-            for row in trainings.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
+            for row in asking.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
         ],
         "examples": some_examples(plan, cache),
         "machine": machine(),
@@ -91,7 +91,7 @@ def some_examples(plan: Plan, cache: Path) -> list[dict[str, Any]]:
             ):
                 continue
             records = {
-                job.arrangement.label: {r["id"]: r for r in trainings.answers(job, evaluation, cache)["examples"]}
+                job.arrangement.label: {r["id"]: r for r in asking.answers(job, evaluation, cache)["examples"]}
                 for job in able
             }
             known = {example.id: (x, example) for x, example in WorldQuestions(**evaluation.options).asked()}
@@ -311,7 +311,7 @@ def _labels(job: Training) -> dict[str, Any]:
 def _do(job: Training, evaluations: tuple[Evaluation, ...], cache: Path) -> str:
     if trainings.train(job, cache)["held_out_loss"] is not None:
         for evaluation in evaluations:
-            trainings.evaluate(job, evaluation, cache)
+            asking.evaluate(job, evaluation, cache)
     return str(job)
 
 
