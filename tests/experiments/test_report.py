@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from mosaics.evaluation.results import wilson
-from mosaics.experiments.report import _dimension, _title, draw, numbers, write_report
-from mosaics.reporting import Lead, Section
+from mosaics.experiments.report import _dimension, _title, numbers, write_report
+from mosaics.reporting import Lead, Section, draw
 
 pytestmark = pytest.mark.xdist_group("report")  # they share a page
 

@@ -9,8 +9,9 @@ from typing import Any
 from mosaics.experiments.claims import Check, Term
 from mosaics.experiments.evidence import difference
 from mosaics.experiments.league import CLAIMED, NAME
-from mosaics.experiments.report import draw, draw_evaluation, grid, markdown, shown_range, simple_predictors
+from mosaics.experiments.points import draw_evaluation, grid, shown_range, simple_predictors
 from mosaics.experiments.study import Evaluation, Setting, Study
+from mosaics.reporting import draw, markdown
 
 _HEAD = """\
 # One memory in the place of another

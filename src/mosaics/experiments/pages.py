@@ -8,9 +8,10 @@ from typing import Any
 
 from mosaics.experiments.league import NAME
 from mosaics.experiments.league_page import draw_league, league_page
+from mosaics.experiments.points import draw_evaluation, grid, shown_range, simple_predictors
 from mosaics.experiments.records import read_record
-from mosaics.experiments.report import draw_evaluation, grid, markdown, shown, shown_range, simple_predictors
 from mosaics.experiments.reproduce import CLAIMS
+from mosaics.reporting import markdown, shown
 
 _HEAD = """\
 # What was measured

@@ -9,11 +9,13 @@ from typing import Any
 
 from mosaics.experiments.asking import answers
 from mosaics.experiments.compare import arrangements, text_setting, world_setting
+from mosaics.experiments.points import grid
 from mosaics.experiments.questions import WorldQuestions
-from mosaics.experiments.report import grid, shown, write_report
+from mosaics.experiments.report import write_report
 from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Study
 from mosaics.experiments.trainings import Training, adopt
+from mosaics.reporting import shown
 from mosaics.training.recipe import Recipe, data_of
 
 STEPS = 70  # in the world: v2 answers its questions after about 50

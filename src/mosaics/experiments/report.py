@@ -10,12 +10,11 @@ from typing import Any
 
 from mosaics.experiments.claims import Check, Term
 from mosaics.experiments.evidence import Answers, difference, intervals
+from mosaics.experiments.points import grid, plot_of, simple_predictors
 from mosaics.experiments.trainings import write_json
-from mosaics.reporting import Example, Lead, Number, Section, Table, draw, embedded, markdown, shown, write_page
+from mosaics.reporting import Example, Lead, Number, Section, Table, draw, shown, write_page
 from mosaics.reporting.figures import colour_of
 from mosaics.reporting.page import slug
-
-__all__ = ["draw", "draw_evaluation", "embedded", "grid", "markdown", "shown", "shown_range", "simple_predictors"]
 
 _ABOUT = {
     "recall": "Pairs of made-up words stand in the prompt, then one of the first words: which word went with it?",
@@ -41,13 +40,6 @@ _SIMPLE = {
     "naive bayes": "counts, without training, which words stand with which label in the prompt",
     "bigram": "counts of word pairs in the text that was trained on (Kneser-Ney)",
     "trigram": "counts of three words in a row in the text that was trained on (Kneser-Ney)",
-}
-_RIGHT = "right answers (%)"
-_AXES = {
-    "perplexity": ("context, as a multiple of the training length", "nats per token"),
-    "attention": ("distance (tokens)", "weight (even spread = 1)"),
-    "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
-    "regbench-variation": ("automata learnt from", "total variation"),
 }
 _DECIMALS = {"perplexity": (3, 3), "regbench-variation": (3, 3), "attention": (2, 2)}
 _SHARES = (1, 0)
@@ -258,7 +250,7 @@ def _dimension(
         for label, points in known.items()
         if all(n.low is not None for n in points.values())
     }
-    plot = _plot_of(evaluation, rows, results) | {"bands": bands, "lines": [], "title": title}
+    plot = plot_of(evaluation, rows, results) | {"bands": bands, "lines": [], "title": title}
     plot["beside"] += [(label, *zip(*sorted(points.items()), strict=True)) for label, points in simple.items()]
     xs, less = sorted({row["x"] for row in rows}), evaluation["suite"] in _LOSSES
     best = {
@@ -459,60 +451,3 @@ def provenance(results: dict[str, Any], command: str = "") -> Section:
     text = [command] if command else []
     more = "Everything on this page is made of results.json beside it; every table lies in the folder tables, too."
     return Section("How it was made", more, terms=list(about.items()), text=text)
-
-
-def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
-    """y by arrangement, x and seed."""
-    found: dict[str, dict[float, dict[int, float]]] = {}
-    for row in rows:
-        found.setdefault(row["arrangement"], {}).setdefault(row["x"], {})[row["seed"]] = row["y"]
-    return found
-
-
-def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
-    """What simple predictors reach, by name and point."""
-    found: dict[str, dict[float, float]] = {}
-    for row in record.get("baselines", []):
-        if (row["setting"], row["evaluation"]) == (setting, evaluation):
-            for name, y in row.items():
-                if name not in ("setting", "evaluation", "x") and y is not None:
-                    found.setdefault(name.replace("_", " "), {})[row["x"]] = y
-    return found
-
-
-def shown_range(values: Sequence[float]) -> str:
-    """The mean, with the lowest and the highest where there are several; of trainings that diverged, nothing."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "–"
-    middle = shown(sum(values) / len(values))
-    return middle if min(values) == max(values) else f"{middle} ({shown(min(values))} … {shown(max(values))})"
-
-
-def draw_evaluation(
-    evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any], png: Path
-) -> str:
-    """Draw the answers to one evaluation, all arrangements and seeds; see `draw`."""
-    return draw(_plot_of(evaluation, rows, results), png)
-
-
-def _plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
-    suite, options = evaluation["suite"], evaluation["options"]
-    x, y = _AXES.get(suite, ("shots" if options.get("shots") else "tokens of context and question", _RIGHT))
-    curves = []
-    for arrangement, points in grid(rows).items():
-        for seed in sorted({seed for found in points.values() for seed in found}):
-            line = [(at, found[seed]) for at, found in points.items() if seed in found]
-            curves.append((arrangement, seed, *zip(*line, strict=True)))
-    known = [
-        b
-        for b in results["baselines"]
-        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"] and "chance" in b
-    ][:1]
-    lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
-    title = evaluation["title"] or evaluation["name"]
-    if evaluation["without"]:
-        title += f" (without {', '.join(evaluation['without'])})"
-    beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
-    more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "lines": lines}
-    return {"title": title, "x": x, "y": y} | more

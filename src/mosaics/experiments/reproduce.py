@@ -12,10 +12,10 @@ from mosaics.experiments import claims, claims_v1, three_moons, trainings
 from mosaics.experiments.claims import Claim, study_of
 from mosaics.experiments.evidence import FAILS, HOLDS, OPEN, judge
 from mosaics.experiments.records import write_record
-from mosaics.experiments.report import shown, write_report
+from mosaics.experiments.report import write_report
 from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Setting
-from mosaics.reporting import Lead, Number, Section, Table
+from mosaics.reporting import Lead, Number, Section, Table, shown
 
 CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
 GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS), "proof": tuple(claims.PROOF)}

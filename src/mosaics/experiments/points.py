@@ -1,0 +1,75 @@
+"""What was found at the points of an evaluation, in order, in words and in a plot: what reports and pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaics.reporting import draw, shown
+
+_RIGHT = "right answers (%)"
+_AXES = {
+    "perplexity": ("context, as a multiple of the training length", "nats per token"),
+    "attention": ("distance (tokens)", "weight (even spread = 1)"),
+    "regbench": ("automata learnt from", "likeliest letter is possible (%)"),
+    "regbench-variation": ("automata learnt from", "total variation"),
+}
+
+
+def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
+    """y by arrangement, x and seed."""
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for row in rows:
+        found.setdefault(row["arrangement"], {}).setdefault(row["x"], {})[row["seed"]] = row["y"]
+    return found
+
+
+def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> dict[str, dict[float, float]]:
+    """What simple predictors reach, by name and point."""
+    found: dict[str, dict[float, float]] = {}
+    for row in record.get("baselines", []):
+        if (row["setting"], row["evaluation"]) == (setting, evaluation):
+            for name, y in row.items():
+                if name not in ("setting", "evaluation", "x") and y is not None:
+                    found.setdefault(name.replace("_", " "), {})[row["x"]] = y
+    return found
+
+
+def shown_range(values: Sequence[float]) -> str:
+    """The mean, with the lowest and the highest where there are several; of trainings that diverged, nothing."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    middle = shown(sum(values) / len(values))
+    return middle if min(values) == max(values) else f"{middle} ({shown(min(values))} … {shown(max(values))})"
+
+
+def draw_evaluation(
+    evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any], png: Path
+) -> str:
+    """Draw the answers to one evaluation, all arrangements and seeds; see `draw`."""
+    return draw(plot_of(evaluation, rows, results), png)
+
+
+def plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
+    """The answers to one evaluation as `draw` takes them."""
+    suite, options = evaluation["suite"], evaluation["options"]
+    x, y = _AXES.get(suite, ("shots" if options.get("shots") else "tokens of context and question", _RIGHT))
+    curves = []
+    for arrangement, points in grid(rows).items():
+        for seed in sorted({seed for found in points.values() for seed in found}):
+            line = [(at, found[seed]) for at, found in points.items() if seed in found]
+            curves.append((arrangement, seed, *zip(*line, strict=True)))
+    known = [
+        b
+        for b in results["baselines"]
+        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"] and "chance" in b
+    ][:1]
+    lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
+    title = evaluation["title"] or evaluation["name"]
+    if evaluation["without"]:
+        title += f" (without {', '.join(evaluation['without'])})"
+    beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
+    more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "lines": lines}
+    return {"title": title, "x": x, "y": y} | more
