@@ -72,9 +72,9 @@ def bounds(model, tokenizer, number: int, words: int, questions: int) -> list[di
     sizes = torch.tensor([next(iter(document.values())).keys.shape[2] for document in documents])
     read, met = Store.read_beside, []
 
-    def watched(store, queries, keys, values, bandwidth, context, whose, **access):
-        met.append((queries, keys, values, bandwidth, {k: access[k] for k in ("delay", "start", "stored")}))
-        return read(store, queries, keys, values, bandwidth, context, whose, **access)
+    def watched(store, *given, **options):
+        met.append(given[:5])
+        return read(store, *given, **options)
 
     out = {(bound, level, epsilon): [] for bound in BOUNDS for level in LEVELS for epsilon in EPSILONS}
     spread: dict[str, list] = {place: [] for place in documents[0]}
@@ -84,22 +84,22 @@ def bounds(model, tokenizer, number: int, words: int, questions: int) -> list[di
             ids = torch.tensor([tokenizer(prose.question(example.question)).input_ids])
             model(ids, past_key_values=united_cache(model, documents))
         kept = {(bound, epsilon): set() for bound in BOUNDS for epsilon in EPSILONS}
-        for place, (queries, keys, values, bandwidth, access) in zip(documents[0], met, strict=True):
+        for place, (queries, keys, values, bandwidth, reach) in zip(documents[0], met, strict=True):
             stores = [document[place] for document in documents]
             sketches = [sketch_of_store(store, model.dtype) for store in stores]
             parts = [torch.cat([sketch[name] for sketch in sketches], dim=2) for name in ("data", "scale", "radius")]
             heads, time = queries.shape[1:3]
-            beta = bandwidth_at(queries, keys, int(sizes.sum()), bandwidth, **access).expand(1, heads, time).double()
+            beta = bandwidth_at(queries, keys, int(sizes.sum()), bandwidth, reach).expand(1, heads, time).double()
             asked, beta = queries[0].double(), beta[0]
             once = Bandwidth(beta.new_ones(heads))
             own = kernel_regression(
-                beta[..., None] * asked[None], keys.double(), values.double(), once, log_sum=True, **access
+                beta[..., None] * asked[None], keys.double(), values.double(), once, reach, log_sum=True
             )
             all_keys = [store.keys[0].double() for store in stores]
             logs = torch.stack([(beta[..., None] * (asked @ k.mT)).logsumexp(-1) for k in all_keys], dim=-1)
             total = torch.logaddexp(logs.logsumexp(-1), own[1][0])
             exact = (logs - total[..., None]).exp()
-            sketched = largest_shares(queries, keys, values, *parts, sizes, bandwidth, **access)
+            sketched = largest_shares(queries, keys, values, *parts, sizes, bandwidth, reach)
             assert (sketched.unflatten(0, (heads, time)) >= exact).all()
             shares = {"perfect": exact, "groups": by_groups(beta, asked, all_keys, total)}
             shares["sketch"] = sketched.unflatten(0, (heads, time))

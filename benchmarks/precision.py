@@ -20,7 +20,7 @@ from torch import Tensor
 from mosaics.ops import kernel_regression as read
 from mosaics.ops import leaky_average as average
 
-HEADS, WIDTH, DELAY = 4, 128, 64
+HEADS, WIDTH, REACH = 4, 128, read.Reach(64)
 FORMS = ("naive", "blockwise", "shifted")
 LARGEST_SQUARE = 8192
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,10 +38,10 @@ def bandwidth(dtype: torch.dtype, heads: int = HEADS) -> read.Bandwidth:
 
 def rounded_logits(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """For comparison, what no form does: the logits of the whole T x T read in the dtype of the inputs."""
-    first, end = read.readable(queries.shape[2], 0, None, DELAY, None, queries.device)
+    first, end = REACH.span(queries, keys)
     slot = torch.arange(keys.shape[2])
     outside = (slot < first[:, None]) | (slot >= end[:, None])
-    beta = bandwidth(torch.float32).at((end - first).clamp(min=0)).to(queries.dtype)
+    beta = bandwidth(torch.float32).at(end - first).to(queries.dtype)
     logits = beta[..., None] * (queries @ keys.mT)
     weights = logits.masked_fill(outside, -torch.inf).softmax(-1).nan_to_num()
     return weights @ values
@@ -58,12 +58,12 @@ def reads(time: int, repeated: bool) -> None:
     ones = torch.ones(1, heads, time, dtype=torch.float64)
     keys, _ = average.leaky_average(inputs, 0 * ones, -0.4 * ones)  # the decay at initialisation, block 1
     values = F.normalize(torch.randn(1, heads, time, WIDTH, dtype=torch.float64), dim=-1)
-    exact = twin(keys, keys, values, bandwidth(torch.float64, heads), delay=DELAY)
+    exact = twin(keys, keys, values, bandwidth(torch.float64, heads), REACH)
     for dtype in (torch.float32, torch.bfloat16):
         k, v = keys.to(dtype), values.to(dtype)
-        expected = twin(k.double(), k.double(), v.double(), bandwidth(torch.float64, heads), delay=DELAY)
+        expected = twin(k.double(), k.double(), v.double(), bandwidth(torch.float64, heads), REACH)
         beta = bandwidth(torch.float32, heads)
-        found = {form: read.kernel_regression(k, k, v, beta, delay=DELAY, form=form) for form in forms}
+        found = {form: read.kernel_regression(k, k, v, beta, REACH, form=form) for form in forms}
         if dtype == torch.bfloat16 and small:
             found["(logits in bfloat16)"] = rounded_logits(k, k, v)
         for form, out in found.items():
@@ -97,7 +97,8 @@ def gradients_of_reads(time: int, period: int, theta: tuple[float, float, float]
     """Keys that come back after `period` positions; `theta` are the logarithms of beta_0 and beta_1, and alpha."""
 
     def ask(k: Tensor, v: Tensor, base: Tensor, slope: Tensor, exponent: Tensor, form: str) -> Tensor:
-        return read.kernel_regression(k, k, v, read.Bandwidth(base.exp(), slope.exp(), exponent), delay=1, form=form)
+        beta = read.Bandwidth(base.exp(), slope.exp(), exponent)
+        return read.kernel_regression(k, k, v, beta, read.Reach(1), form=form)
 
     drawn = torch.randn(1, HEADS, period, WIDTH, dtype=torch.float64)
     keys = F.normalize(drawn[:, :, torch.arange(time) % period], dim=-1).float()

@@ -85,10 +85,9 @@ def used_forms(device: str, place: Callable[[Tensor], Tensor] | None = None) -> 
     def vectors(time: int, learned: bool = False) -> Tensor:
         return place(torch.zeros(1, 2, time, 32)).requires_grad_(learned)
 
-    def read(asked: Tensor, stored: Tensor, **access: int) -> Tensor:
-        one = place(torch.ones(2))
-        bandwidth = kernel_regression.Bandwidth(one)
-        return kernel_regression.kernel_regression(asked, stored, stored, bandwidth, **access)
+    def read(asked: Tensor, stored: Tensor, reach: kernel_regression.Reach) -> Tensor:
+        bandwidth = kernel_regression.Bandwidth(place(torch.ones(2)))
+        return kernel_regression.kernel_regression(asked, stored, stored, bandwidth, reach)
 
     def average(x: Tensor) -> Any:
         gates = place(torch.zeros(x.shape[:3]))
@@ -98,18 +97,19 @@ def used_forms(device: str, place: Callable[[Tensor], Tensor] | None = None) -> 
         share = place(torch.full((2,), 0.5))
         return unit_values.unit_values(x, share, share)
 
-    def training(op: Callable[..., Any], **access: int) -> Callable[[], Any]:
+    def training(op: Callable[..., Any], *reach: kernel_regression.Reach) -> Callable[[], Any]:
         def ask() -> Any:
             x = vectors(256, learned=True)
-            return op(x, x, **access) if access else op(x)
+            return op(x, x, *reach) if reach else op(x)
 
         return ask
 
+    before, window = kernel_regression.Reach(1), kernel_regression.Reach(1, window=64)
     asked: dict[str, dict[str, Callable[[], Any]]] = {
         "kernel_regression": {
-            "training, window": training(read, delay=1, window=64),
-            "training, delay": training(read, delay=64),
-            "one token": lambda: read(vectors(1), vectors(256), delay=1),
+            "training, window": training(read, window),
+            "training, delay": training(read, kernel_regression.Reach(64)),
+            "one token": lambda: read(vectors(1), vectors(256), before),
         },
         "leaky_average": {"training": training(average), "one token": lambda: average(vectors(1))},
         "unit_values": {"training": training(values), "one token": lambda: values(vectors(1))},

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.memories.contract.sketches import MANY, TOGETHER, SketchedPairs
 from mosaics.models.memory_file import load_memory, read_context, save_memory
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, bounded, kernel_regression, weights
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, bounded, kernel_regression, weights
 from mosaics.ops.kernel_regression import single as single_form
 from mosaics.ops.kernel_regression.sketch import Sketched, sketch_of
 
@@ -54,11 +54,11 @@ def test_the_error_is_at_most_the_tolerance(size, stored, kind):
             else:
                 parts = sketch_of((keys.data if isinstance(keys, Narrow) else keys)[:, :, :sketched])
             for start in (None, torch.full((batch, 1), -slots // 3)):
-                access = dict(delay=3, start=start)
+                reach = Reach(3, start=start)
                 wanted, log_sum = kernel_regression(
                     *(x.double() for x in (queries, wide_keys, wide_values)),
                     Bandwidth(bandwidth.base.double()),
-                    **access,
+                    reach,
                     log_sum=True,
                     form="naive",
                 )
@@ -66,7 +66,7 @@ def test_the_error_is_at_most_the_tolerance(size, stored, kind):
                 own = 1e-12 if dtype == torch.float64 else 1e-5 * (1 + abs(beta) / 20)
                 for tolerance in (0.3, 1e-2, 1e-4):
                     read, log = bounded.kernel_regression(
-                        queries, Sketched(keys, *parts, tolerance), values, bandwidth, **access, log_sum=True
+                        queries, Sketched(keys, *parts, tolerance), values, bandwidth, reach, log_sum=True
                     )
                     error = (read.double() - wanted).norm(dim=-1).amax() / longest
                     assert error <= tolerance + own
@@ -79,7 +79,7 @@ def test_little_is_read_where_little_matters():
     values, counts = torch.randn(1, 2, 8192, 32), torch.zeros(1, 2, dtype=torch.int64)
     bandwidth = Bandwidth(torch.tensor([100.0, 0.1]))
     sketched = Sketched(keys, *sketch_of(keys), 1e-3)
-    bounded.kernel_regression(keys[:, :, -1:], sketched, values, bandwidth, delay=0, counts=counts)
+    bounded.kernel_regression(keys[:, :, -1:], sketched, values, bandwidth, Reach(0), counts=counts)
     assert counts[0, 0] < 0.05 * 8192
     assert counts[0, 1] == 8192  # all weights are alike
 
@@ -89,7 +89,7 @@ def test_what_is_no_number_is_not_passed_over():
     keys, values = torch.randn(1, 1, 500, 8), torch.randn(1, 1, 500, 8)
     keys[0, 0, 70, 3] = math.nan
     read = bounded.kernel_regression(
-        torch.randn(1, 1, 1, 8), Sketched(keys, *sketch_of(keys), 0.1), values, Bandwidth(torch.ones(1)), delay=1
+        torch.randn(1, 1, 1, 8), Sketched(keys, *sketch_of(keys), 0.1), values, Bandwidth(torch.ones(1)), Reach(1)
     )
     assert read.isnan().all()
 
@@ -99,12 +99,12 @@ def test_keys_with_a_sketch_are_keys_to_every_other_read():
     keys, values, bandwidth = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8), Bandwidth(torch.ones(2))
     sketched, queries = Sketched(keys, *sketch_of(keys), 0.5), torch.randn(1, 2, 3, 8)
     for form in (None, "naive"):
-        read = kernel_regression(queries, sketched, values, bandwidth, delay=1, form=form)
-        assert torch.equal(read, kernel_regression(queries, keys, values, bandwidth, delay=1, form=form))
+        read = kernel_regression(queries, sketched, values, bandwidth, Reach(1), form=form)
+        assert torch.equal(read, kernel_regression(queries, keys, values, bandwidth, Reach(1), form=form))
     one = queries[:, :, -1:]
-    exact = kernel_regression(one, keys, values, bandwidth, delay=1, form="single")
-    assert torch.equal(kernel_regression(one, sketched, values, bandwidth, delay=1, form="single"), exact)
-    assert torch.equal(weights(one, sketched, bandwidth, delay=1), weights(one, keys, bandwidth, delay=1))
+    exact = kernel_regression(one, keys, values, bandwidth, Reach(1), form="single")
+    assert torch.equal(kernel_regression(one, sketched, values, bandwidth, Reach(1), form="single"), exact)
+    assert torch.equal(weights(one, sketched, bandwidth, Reach(1)), weights(one, keys, bandwidth, Reach(1)))
 
 
 def model_of(tolerance: float | None, preset: str = "memory-mosaics-v2-tiny", **more) -> MosaicForCausalLM:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from mosaics.library.choosing import BoundedStore, sketch_of_store
 from mosaics.memories import Context
 from mosaics.memories.contract import Store
-from mosaics.ops.kernel_regression import Bandwidth, Narrow
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach
 from mosaics.ops.kernel_regression.choosing import largest_shares, needed
 
 HEADS, WIDTH = 2, 8
-ACCESS = dict(delay=1, start=None, stored=None)
+BEFORE = Reach(1)
 
 
 def unit(*shape, make):
@@ -73,14 +73,14 @@ def test_a_read_of_chosen_documents_is_within_the_tolerance(kind, dtype):
         whole, longest = Store.united(stores), 1.01
         bandwidth = Bandwidth(torch.tensor([beta, beta / 2], dtype=computed))
         shown = Context(reads=[])
-        exact = whole.read_beside(*own[:1], *own, bandwidth, shown, ("m", 0), **ACCESS)
+        exact = whole.read_beside(*own[:1], *own, bandwidth, BEFORE, shown, ("m", 0))
         shares = shown.reads[1].weights.split(sizes, dim=-1)
         noise = 1e-9 if computed == torch.float64 else 1e-6 * (1 + abs(beta) / 20)
         for tolerance in (0.3, 1e-3):
             fetched = []
             bounded = bounded_store(stores, computed, tolerance, fetched)
             context = Context(reads=[])
-            read = bounded.read_beside(*own[:1], *own, bandwidth, context, ("m", 0), **ACCESS)
+            read = bounded.read_beside(*own[:1], *own, bandwidth, BEFORE, context, ("m", 0))
             assert (read - exact).norm(dim=-1).amax() <= tolerance * longest + noise, (beta, tolerance)
             weights = [r.weights for r in context.reads]
             total = sum(w.sum(-1) for w in weights)
@@ -90,5 +90,5 @@ def test_a_read_of_chosen_documents_is_within_the_tolerance(kind, dtype):
             assert sum(shares[i].sum(-1) for i in out or [0]).amax() <= tolerance / 2 or not out
             left_out += len(out)
         bounds = bounded.data, bounded.scale, bounded.radius, bounded.sizes
-        assert needed(largest_shares(own[0], *own, *bounds, bandwidth, **ACCESS), 0.0) == list(range(len(sizes)))
+        assert needed(largest_shares(own[0], *own, *bounds, bandwidth, BEFORE), 0.0) == list(range(len(sizes)))
     assert left_out >= (6 if kind == "topics" else 1)

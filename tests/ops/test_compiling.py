@@ -316,7 +316,7 @@ def test_library_that_cannot_be_made_is_none_with_one_line_that_says_why(tmp_pat
 def test_library_without_a_compiler_says_one_line_where_logging_is_not_set_up(tmp_path):
     code = "import torch; from mosaics.ops import *; from mosaics.ops.kernel_regression import *; "
     code += "from mosaics.ops.unit_values import *; x = torch.randn(1, 1, 9, 4); one = torch.ones(1); "
-    code += "kernel_regression(x, x, x, Bandwidth(one), delay=1); unit_values(x, one, one)"
+    code += "kernel_regression(x, x, x, Bandwidth(one), Reach(1)); unit_values(x, one, one)"
     said = {}
     for compiler, allowed in (("no-such-compiler", "1"), ("no-such-compiler", "0")):
         environment = os.environ | {"CXX": compiler, "MOSAICS_COMPILE": allowed, "MOSAICS_CACHE": str(tmp_path / "new")}

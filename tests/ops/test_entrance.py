@@ -11,7 +11,7 @@ from helpers import relative_error, tiny_model, tokens
 from mosaics.ops import kernel_regression as read
 from mosaics.ops import leaky_average as leaky
 from mosaics.ops import unit_values as unit
-from mosaics.ops.kernel_regression import Bandwidth, Narrow
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach
 
 OPS = {
     "kernel_regression": (read.kernel_regression, read.FORMS),
@@ -54,7 +54,8 @@ def ask(op, form, given):
         return function(*given.values(), **options)
     bandwidth = Bandwidth(*(given.pop(name) for name in Bandwidth._fields))
     tensors = [given.pop(name) for name in ("queries", "keys", "values") if name in given]
-    return function(*tensors, bandwidth, **given, **options)
+    reach = Reach(**{name: given.pop(name) for name in Reach._fields if name in given})
+    return function(*tensors, bandwidth, reach, **given, **options)
 
 
 WRONG = {
@@ -132,6 +133,7 @@ def test_kernel_regression_refuses_narrow_pairs_that_are_misshapen(what, name, t
         (dict(queries=torch.randn(3, 2, 20, 5), start=None), "10 pairs for 20 positions"),
         (dict(delay=-1), "delay of 0 or more"),
         (dict(delay=None), "no positions"),
+        (dict(delay=None, start=None, window=3), "no positions"),
         (dict(delay=1.5), "give whole numbers"),
         (dict(window=5.0), "give whole numbers"),
         (dict(window=0), "window of 1 or more"),

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import gradients, relative_error
-from mosaics.ops.kernel_regression import FORMS, Bandwidth, blockwise, compiled, kernel_regression, weights
+from mosaics.ops.kernel_regression import (
+    ALL_PAIRS,
+    FORMS,
+    Bandwidth,
+    Reach,
+    blockwise,
+    compiled,
+    kernel_regression,
+    weights,
+)
 
 HERE = [form for form in FORMS if form != "single" and (form != "compiled" or compiled.available())]
 FAST = [form for form in HERE if form != "naive"]
@@ -45,19 +54,19 @@ def starts(batch, time, stored, seed):
     return torch.where(border, torch.arange(time), open_since).cummax(1).values
 
 
-def read(keys, values, bandwidth, time, form, **access):
-    return kernel_regression(keys[:, :, keys.shape[2] - time :], keys, values, bandwidth, form=form, **access)
+def read(keys, values, bandwidth, time, form, reach, **options):
+    return kernel_regression(keys[:, :, keys.shape[2] - time :], keys, values, bandwidth, reach, form=form, **options)
 
 
-def serves(form, stored, access):
-    return form != "shifted" or (stored == 0 and access.get("window") is None)
+def serves(form, stored, window):
+    return form != "shifted" or (stored == 0 and window is None)
 
 
 def test_kernel_regression_naive_is_equations_3_and_6():
     time, delay, window = 9, 2, 6
     keys, values, bandwidth = inputs(time)
     start = starts(2, time, 0, seed=4)
-    out = read(keys, values, bandwidth, time, "naive", delay=delay, window=window, start=start)
+    out = read(keys, values, bandwidth, time, "naive", Reach(delay, window, start))
     for b in range(2):
         for h in range(2):
             for t in range(time):
@@ -80,14 +89,14 @@ def test_kernel_regression_naive_is_equations_3_and_6():
 def test_kernel_regression_form_equals_naive_in_value_and_gradient(form, time, delay, window, stored, documents):
     if form == "flex" and time == 300:
         return  # slow where it is not compiled
-    access = dict(delay=delay, window=window, start=starts(2, time, stored, seed=time) if documents else None)
-    if not serves(form, stored, access):
+    reach = Reach(delay, window, starts(2, time, stored, seed=time) if documents else None)
+    if not serves(form, stored, window):
         with pytest.raises(ValueError, match="blockwise"):
-            read(*inputs(time, stored), time, form, **access)
+            read(*inputs(time, stored), time, form, reach)
         return
     keys, values, bandwidth = inputs(time, stored)
     leaves = (keys, values, *bandwidth)
-    value, expected = (read(keys, values, bandwidth, time, f, **access) for f in (form, "naive"))
+    value, expected = (read(keys, values, bandwidth, time, f, reach) for f in (form, "naive"))
     assert relative_error(value, expected) < 1e-9
     for g, e in zip(gradients(value, leaves), gradients(expected, leaves), strict=True):
         assert relative_error(g, e) < 1e-9
@@ -96,10 +105,10 @@ def test_kernel_regression_form_equals_naive_in_value_and_gradient(form, time, d
 @pytest.mark.parametrize("window", [None, 256])
 def test_kernel_regression_forms_agree_at_length_1000(window):
     keys, values, bandwidth = inputs(1000, batch=1, heads=1)
-    expected = read(keys, values, bandwidth, 1000, "naive", delay=64, window=window)
+    expected = read(keys, values, bandwidth, 1000, "naive", Reach(64, window))
     for form in FAST:
-        if serves(form, 0, dict(window=window)):
-            assert relative_error(read(keys, values, bandwidth, 1000, form, delay=64, window=window), expected) < 1e-9
+        if serves(form, 0, window):
+            assert relative_error(read(keys, values, bandwidth, 1000, form, Reach(64, window)), expected) < 1e-9
 
 
 @settings(deadline=None, max_examples=60)
@@ -108,13 +117,13 @@ def test_kernel_regression_forms_agree_at_length_1000(window):
 )
 def test_kernel_regression_forms_agree_on_any_shape(time, stored, delay, window, seed):
     keys, values, bandwidth = inputs(time, stored, seed=seed)
-    access = dict(delay=delay, window=window, start=starts(2, time, stored, seed) if seed % 2 else None)
-    expected = read(keys, values, bandwidth, time, "naive", **access)
+    reach = Reach(delay, window, starts(2, time, stored, seed) if seed % 2 else None)
+    expected = read(keys, values, bandwidth, time, "naive", reach)
     block, blockwise.BLOCK = blockwise.BLOCK, 1 + seed % 17  # many tiles, however short the sequence
     try:
         for form in FAST:
-            if serves(form, stored, access):
-                assert relative_error(read(keys, values, bandwidth, time, form, **access), expected) < 1e-9
+            if serves(form, stored, window):
+                assert relative_error(read(keys, values, bandwidth, time, form, reach), expected) < 1e-9
     finally:
         blockwise.BLOCK = block
 
@@ -123,8 +132,8 @@ def test_kernel_regression_forms_agree_on_any_shape(time, stored, delay, window,
 def test_kernel_regression_form_equals_naive_in_float32(form):
     keys, values, bandwidth = inputs(400, dtype=torch.float32, width=16)
     exact_keys, exact_values, exact_bandwidth = inputs(400, width=16)
-    value = read(keys, values, bandwidth, 400, form, delay=5)
-    expected = read(exact_keys, exact_values, exact_bandwidth, 400, "naive", delay=5)
+    value = read(keys, values, bandwidth, 400, form, Reach(5))
+    expected = read(exact_keys, exact_values, exact_bandwidth, 400, "naive", Reach(5))
     assert relative_error(value, expected) < 1e-5
     leaves, exact = (keys, values, *bandwidth), (exact_keys, exact_values, *exact_bandwidth)
     for g, e in zip(gradients(value, leaves), gradients(expected, exact), strict=True):
@@ -136,8 +145,8 @@ def test_kernel_regression_bfloat16_is_near_the_float32_twin(form):
     keys, values, bandwidth = inputs(2000, batch=1, heads=1, width=64)
     low_keys, low_values = keys.detach().bfloat16(), values.detach().bfloat16()
     wide = Bandwidth(*(x.detach().float() for x in bandwidth))
-    value = read(low_keys, low_values, wide, 2000, form, delay=64)
-    expected = read(low_keys.float(), low_values.float(), wide, 2000, "naive", delay=64)
+    value = read(low_keys, low_values, wide, 2000, form, Reach(64))
+    expected = read(low_keys.float(), low_values.float(), wide, 2000, "naive", Reach(64))
     assert value.dtype == torch.bfloat16
     assert relative_error(value, expected) < 1e-2
 
@@ -146,7 +155,7 @@ def test_kernel_regression_bfloat16_is_near_the_float32_twin(form):
 @pytest.mark.parametrize("time, delay", [(5, 5), (5, 9), (4, 3)])
 def test_kernel_regression_without_pairs_is_exactly_zero(form, time, delay):
     keys, values, bandwidth = inputs(time)
-    out = read(keys, values, bandwidth, time, form, delay=delay)
+    out = read(keys, values, bandwidth, time, form, Reach(delay))
     assert (out[:, :, :delay] == 0).all()
     assert out.isfinite().all() and (time <= delay or (out[:, :, delay:] != 0).all())
     if out.requires_grad:
@@ -157,7 +166,7 @@ def test_kernel_regression_without_pairs_is_exactly_zero(form, time, delay):
 def test_kernel_regression_does_not_depend_on_unreadable_pairs(form):
     keys, values, bandwidth = inputs(40)
     start = torch.where(torch.arange(40) >= 20, 20, 0).expand(2, 40)
-    out = read(keys, values, bandwidth, 40, form, delay=3, start=start)
+    out = read(keys, values, bandwidth, 40, form, Reach(3, start=start))
     for t in (0, 2, 3, 19, 20, 22, 23, 39):
         (touched,) = torch.autograd.grad(out[:, :, t].sum(), values, retain_graph=True, allow_unused=True)
         reached = set() if touched is None else set(touched.abs().sum((0, 1, 3)).nonzero()[:, 0].tolist())
@@ -173,18 +182,18 @@ def test_kernel_regression_passes_nothing_on_from_a_pair_that_may_not_be_read(
     form, what, bad, stored, window, documents, dtype
 ):
     start = torch.where(torch.arange(150) >= 70, 70, -5 if stored else 0).expand(2, 150) if documents else None
-    access = dict(delay=3, window=window, start=start)
-    if not serves(form, stored, access):
+    reach = Reach(3, window, start)
+    if not serves(form, stored, window):
         return
     keys, values, bandwidth = inputs(150, stored, width=8, dtype=dtype)
     queries, bandwidth = keys[:, :, stored:].detach(), Bandwidth(*(x.float() for x in bandwidth))
-    expected = kernel_regression(queries, keys, values, bandwidth, form=form, **access)
+    expected = kernel_regression(queries, keys, values, bandwidth, reach, form=form)
     for slot in (stored // 2, stored + 65, stored + 149):
         spoilt = {"keys": keys.detach().clone(), "values": values.detach().clone()}
         spoilt[what][1, 0, slot, 1] = bad
-        found = kernel_regression(queries, *spoilt.values(), bandwidth, form=form, **access)
+        found = kernel_regression(queries, *spoilt.values(), bandwidth, reach, form=form)
         clean = torch.ones(2, 2, 150, dtype=torch.bool)
-        clean[1, 0] = weights(queries, keys, bandwidth, **access)[1, 0, :, slot] == 0
+        clean[1, 0] = weights(queries, keys, bandwidth, reach)[1, 0, :, slot] == 0
         # The form may compute the others in another order.
         assert relative_error(found[clean], expected[clean]) < (1e-5 if dtype == torch.float32 else 1e-2)
         assert bad == 1e38 or not found[1, 0][~clean[1, 0]].isfinite().all(-1).any()
@@ -193,35 +202,36 @@ def test_kernel_regression_passes_nothing_on_from_a_pair_that_may_not_be_read(
 def test_kernel_regression_gives_gradients_where_only_a_pair_that_nobody_reads_is_no_number():
     keys, values, bandwidth = inputs(100)
     values.data[:, :, -1] = torch.nan
-    spoilt = gradients(read(keys, values, bandwidth, 100, "blockwise", delay=1), (keys, values, *bandwidth))
+    spoilt = gradients(read(keys, values, bandwidth, 100, "blockwise", Reach(1)), (keys, values, *bandwidth))
     values.data[:, :, -1] = 0
-    sound = gradients(read(keys, values, bandwidth, 100, "blockwise", delay=1), (keys, values, *bandwidth))
+    sound = gradients(read(keys, values, bandwidth, 100, "blockwise", Reach(1)), (keys, values, *bandwidth))
     assert all(relative_error(g, e) < 1e-9 for g, e in zip(spoilt, sound, strict=True))
 
 
 def test_kernel_regression_can_be_vectorised():
     keys, values, bandwidth = inputs(20)
-    found = torch.vmap(lambda q: kernel_regression(q, keys, values, bandwidth, delay=1, form="naive"))(keys[None])
-    assert relative_error(found[0], read(keys, values, bandwidth, 20, "naive", delay=1)) < 1e-12
+    found = torch.vmap(lambda q: kernel_regression(q, keys, values, bandwidth, Reach(1), form="naive"))(keys[None])
+    assert relative_error(found[0], read(keys, values, bandwidth, 20, "naive", Reach(1))) < 1e-12
 
 
 def test_kernel_regression_weights_sum_to_one_or_zero():
     keys, _, bandwidth = inputs(30)
-    sums = weights(keys, keys, bandwidth, delay=4, window=9).sum(-1)
+    sums = weights(keys, keys, bandwidth, Reach(4, window=9)).sum(-1)
     assert (sums[:, :, :4] == 0).all() and (sums[:, :, 4:] - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("form", HERE)
 @pytest.mark.parametrize("window", [None, 5])
 def test_kernel_regression_gradcheck(form, window):
-    if not serves(form, 0, dict(window=window)):
+    if not serves(form, 0, window):
         return
     keys, values, bandwidth = inputs(11, batch=1, heads=2, width=3)
     queries = torch.randn(1, 2, 11, 3, dtype=torch.float64, requires_grad=True)
     start = torch.tensor([[0] * 6 + [6] * 5])
-    function = lambda q, k, v, *beta: kernel_regression(  # noqa: E731
-        q, k, v, Bandwidth(*beta), delay=2, window=window, start=start, form=form
-    )
+
+    def function(q, k, v, *beta):
+        return kernel_regression(q, k, v, Bandwidth(*beta), Reach(2, window, start), form=form)
+
     assert torch.autograd.gradcheck(function, (queries, keys, values, *bandwidth), fast_mode=form == "flex")
 
 
@@ -238,32 +248,31 @@ def test_kernel_regression_takes_bandwidths_of_either_sign(form, dtype, bound, b
         leaves = [x.detach().to(dtype).to(of).requires_grad_() for x in (keys, values)]
         sizes = (None if x is None else torch.full((2,), x, dtype=torch.float64).to(dtype) for x in parts)
         bandwidth = [None if x is None else x.to(of).requires_grad_() for x in sizes]
-        out = read(*leaves, Bandwidth(*bandwidth), 200, f, delay=1)
+        out = read(*leaves, Bandwidth(*bandwidth), 200, f, Reach(1))
         found.append([out, *gradients(out, (*leaves, *(x for x in bandwidth if x is not None)))])
     for value, expected in zip(*found, strict=True):
         # In float32 a logit is rounded by a part of beta.
         assert relative_error(value, expected) < bound * (1 if dtype == torch.float64 else max(1, abs(beta) / 20))
 
 
-@pytest.mark.parametrize("access", [dict(delay=-1), dict(delay=1, window=0), dict(delay=1, form="shift")])
-def test_kernel_regression_refuses_impossible_access(access):
+def test_kernel_regression_refuses_a_form_that_there_is_not():
     keys, values, bandwidth = inputs(4)
-    with pytest.raises(ValueError):
-        kernel_regression(keys, keys, values, bandwidth, **access)
+    with pytest.raises(ValueError, match="did you mean 'shifted'"):
+        kernel_regression(keys, keys, values, bandwidth, Reach(1), form="shift")
 
 
 @pytest.mark.parametrize("form", HERE)
 def test_kernel_regression_keeps_its_precision_under_autocast(form):
     keys, values, bandwidth = inputs(150, dtype=torch.float32, width=16)
-    expected = read(keys, values, bandwidth, 150, form, delay=5)
+    expected = read(keys, values, bandwidth, 150, form, Reach(5))
     with torch.autocast("cpu", torch.bfloat16):
-        found = read(keys, values, bandwidth, 150, form, delay=5)
+        found = read(keys, values, bandwidth, 150, form, Reach(5))
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_kernel_regression_backward_inside_autocast_keeps_its_precision():
     keys, values, bandwidth = inputs(150, dtype=torch.float32, width=16)
-    out = read(keys, values, bandwidth, 150, "blockwise", delay=5, window=40)
+    out = read(keys, values, bandwidth, 150, "blockwise", Reach(5, window=40))
     weight = torch.randn_like(out)
     expected = torch.autograd.grad(out, (keys, values), weight, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -288,17 +297,10 @@ def test_kernel_regression_of_a_fixed_set_reads_every_pair(time, pairs, seed):
     expected = logits.softmax(-1) @ values
     wanted = gradients(expected, leaves)
     for form in (*HERE, None):
-        found = kernel_regression(queries, keys, values, bandwidth, delay=None, form=form)
+        found = kernel_regression(queries, keys, values, bandwidth, ALL_PAIRS, form=form)
         assert relative_error(found, expected) < 1e-9
         for g, e in zip(gradients(found, leaves), wanted, strict=True):
             assert (g - e).norm() < 1e-9 * max(1.0, e.norm())
-
-
-@pytest.mark.parametrize("access", [dict(window=3), dict(start=torch.zeros(2, 4, dtype=torch.long))])
-def test_kernel_regression_of_a_fixed_set_refuses_positions(access):
-    keys, values, bandwidth = inputs(4)
-    with pytest.raises(ValueError, match="no positions"):
-        kernel_regression(keys, keys, values, bandwidth, delay=None, **access)
 
 
 @pytest.mark.parametrize("form", DROPPING)
@@ -308,8 +310,8 @@ def test_kernel_regression_dropout_keeps_the_mean_and_drops_the_share(form, dela
     values = torch.eye(200, dtype=torch.float64).expand(1, 2, 200, 200)  # what comes out is the weights
     block, blockwise.BLOCK = blockwise.BLOCK, 50
     try:
-        kept = read(keys, values, bandwidth, 200, form, delay=delay)
-        dropped = [read(keys, values, bandwidth, 200, form, delay=delay, dropout=0.3) for _ in range(2)]
+        kept = read(keys, values, bandwidth, 200, form, Reach(delay))
+        dropped = [read(keys, values, bandwidth, 200, form, Reach(delay), dropout=0.3) for _ in range(2)]
     finally:
         blockwise.BLOCK = block
     there = kept > 0
@@ -329,7 +331,7 @@ def test_kernel_regression_gradient_is_that_of_what_was_not_dropped(form):
 
     def function(k, v, *beta):
         torch.manual_seed(3)
-        return kernel_regression(k, k, v, Bandwidth(*beta), delay=1, start=start, dropout=0.4, form=form)
+        return kernel_regression(k, k, v, Bandwidth(*beta), Reach(1, start=start), dropout=0.4, form=form)
 
     block, blockwise.BLOCK = blockwise.BLOCK, 3
     try:
@@ -349,7 +351,7 @@ def test_kernel_regression_with_dropout_keeps_no_weights():
 
     for delay in (1, None):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            kernel_regression(keys, keys, values, bandwidth, delay=delay, dropout=0.1)
+            kernel_regression(keys, keys, values, bandwidth, Reach(delay), dropout=0.1)
     assert largest <= keys.numel()
 
 
@@ -369,7 +371,7 @@ def test_kernel_regression_compiled_equals_naive_at_any_width(time, stored, widt
     leaves = [x.transpose(1, 2).requires_grad_() for x in (queries, keys, values)]
     beta = torch.tensor([1.0, 30.0, 100.0], **double, requires_grad=True)
     found, expected = (
-        kernel_regression(*leaves, Bandwidth(beta), delay=1, window=window, form=form) for form in ("compiled", "naive")
+        kernel_regression(*leaves, Bandwidth(beta), Reach(1, window), form=form) for form in ("compiled", "naive")
     )
     assert relative_error(found, expected) < 1e-9
     weight = torch.randn_like(expected)
@@ -397,7 +399,7 @@ def test_kernel_regression_compiled_needs_no_maximum(beta, near, wide, dtype, bo
     exact = [x.detach().double().requires_grad_() for x in leaves]
     outputs = []
     for form, of in (("compiled", leaves), ("naive", leaves), ("naive", exact)):
-        out = kernel_regression(*of, Bandwidth(torch.full((2,), beta, dtype=of[0].dtype)), delay=1, form=form)
+        out = kernel_regression(*of, Bandwidth(torch.full((2,), beta, dtype=of[0].dtype)), Reach(1), form=form)
         outputs.append([out, *gradients(out, of)])
     for found, twin, expected in zip(*outputs, strict=True):
         # Logits near beta may differ by about 1 here, so float32 costs the twin itself up to 1e-4 at a beta of 800.
@@ -412,7 +414,7 @@ def test_kernel_regression_compiled_has_accurate_exponentials(dtype, bound):
     logits = torch.linspace(-40, 40, 3001, dtype=dtype)
     keys, values = torch.tensor([[0.0], [1.0]], dtype=dtype)[None, None], torch.eye(2, dtype=dtype)[None, None]
     one = Bandwidth(torch.ones(1, dtype=dtype))
-    out = kernel_regression(logits[None, None, :, None], keys, values, one, delay=None, form="compiled")[0, 0].double()
+    out = kernel_regression(logits[None, None, :, None], keys, values, one, ALL_PAIRS, form="compiled")[0, 0].double()
     expected = torch.stack([torch.sigmoid(-logits.double()), torch.sigmoid(logits.double())], dim=-1)
     assert ((out - expected).abs() / expected).max() < bound
 
@@ -436,7 +438,7 @@ def test_kernel_regression_compiled_gradient_of_beta_keeps_its_digits_where_keys
     grads = []
     for form, dtype in (("compiled", torch.float32), ("naive", torch.float64)):
         beta, k, v = (x.to(dtype).requires_grad_() for x in (sharp, keys, values))
-        out = kernel_regression(k, k, v, Sharp(base), delay=1, window=window, form=form)
+        out = kernel_regression(k, k, v, Sharp(base), Reach(1, window), form=form)
         grads.append(gradients(out, (k, v, beta)))
     # A logit is rounded by up to a 2^-24th of beta, and its weight by as much of itself.
     bound = max(1e-5, 2**-24 * sharp.max().item())
@@ -455,7 +457,7 @@ def test_kernel_regression_compiled_does_not_depend_on_threads(start, window, he
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            out = read(keys, values, bandwidth, 300, "compiled", delay=1, window=window, start=start)
+            out = read(keys, values, bandwidth, 300, "compiled", Reach(1, window, start))
             found.append([out, *torch.autograd.grad(out.square().sum(), (keys, values, *bandwidth))])
     finally:
         torch.set_num_threads(threads)
@@ -466,17 +468,17 @@ def test_kernel_regression_compiled_does_not_depend_on_threads(start, window, he
 def test_kernel_regression_compiled_passes_on_what_is_no_number():
     keys, values, bandwidth = inputs(200, dtype=torch.float32, width=16)
     values.data[0, 0, 50, 1] = torch.nan
-    out = read(keys, values, bandwidth, 200, "compiled", delay=1)
+    out = read(keys, values, bandwidth, 200, "compiled", Reach(1))
     assert out[0, 0, 51:, 1].isnan().all() and not out[1].isnan().any()
     keys.data[0, 0, 50] = torch.nan
-    assert read(keys, values, bandwidth, 200, "compiled", delay=1)[0, 0, 50:].isnan().all()
+    assert read(keys, values, bandwidth, 200, "compiled", Reach(1))[0, 0, 50:].isnan().all()
 
 
 @needs_compiler
 def test_kernel_regression_compiled_keeps_no_weights():
     keys, values, bandwidth = inputs(3000, batch=1, heads=1)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x if x.numel() <= 4 * 3000 else 1 / 0, lambda x: x):
-        read(keys, values, bandwidth, 3000, "compiled", delay=1)
+        read(keys, values, bandwidth, 3000, "compiled", Reach(1))
 
 
 @needs_compiler
@@ -484,56 +486,56 @@ def test_kernel_regression_takes_the_compiled_form_with_any_number_of_threads(mo
     keys, values, bandwidth = inputs(20, batch=1, heads=2)
     taken = []
     for name in FORMS:
-        monkeypatch.setitem(FORMS, name, lambda q, k, v, b, name=name, **access: taken.append(name) or q)
-    for threads, grad, access in [
-        (2, True, dict(window=5)),
-        (2, True, dict()),
-        (3, True, dict(window=5)),
-        (3, False, dict(window=5)),
-        (2, True, dict(dropout=0.1)),
+        monkeypatch.setitem(FORMS, name, lambda q, *_, name=name, **__: taken.append(name) or q)
+    for threads, grad, window, dropout in [
+        (2, True, 5, 0.0),
+        (2, True, None, 0.0),
+        (3, True, 5, 0.0),
+        (3, False, 5, 0.0),
+        (2, True, None, 0.1),
     ]:
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with torch.set_grad_enabled(grad):
-            kernel_regression(keys, keys, values, bandwidth, delay=1, **access)
+            kernel_regression(keys, keys, values, bandwidth, Reach(1, window), dropout=dropout)
     assert taken == ["compiled", "compiled", "compiled", "compiled", "blockwise"]
 
 
 def test_kernel_regression_compiled_refuses_dropout():
     keys, values, bandwidth = inputs(4)
     with pytest.raises(ValueError, match="without dropout"):
-        read(keys, values, bandwidth, 4, "compiled", delay=1, dropout=0.5)
+        read(keys, values, bandwidth, 4, "compiled", Reach(1), dropout=0.5)
 
 
 def test_kernel_regression_without_a_compiler_takes_another_form(monkeypatch):
     keys, values, bandwidth = inputs(200)
-    expected = read(keys, values, bandwidth, 200, None, delay=1, window=30)
+    expected = read(keys, values, bandwidth, 200, None, Reach(1, window=30))
     monkeypatch.setattr(compiled, "available", lambda: False)
-    assert relative_error(read(keys, values, bandwidth, 200, None, delay=1, window=30), expected) < 1e-12
+    assert relative_error(read(keys, values, bandwidth, 200, None, Reach(1, window=30)), expected) < 1e-12
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
-        read(keys, values, bandwidth, 200, "compiled", delay=1)
+        read(keys, values, bandwidth, 200, "compiled", Reach(1))
 
 
 @pytest.mark.parametrize("form", ["naive", "blockwise", "compiled", "single"])
 @pytest.mark.parametrize("time", [1, 6])
-@pytest.mark.parametrize("access", [dict(delay=1), dict(delay=0, window=4), dict(delay=3, start=True)], ids=str)
-def test_kernel_regression_of_slots_that_are_filled_so_far_equals_each_row_alone(form, time, access):
+@pytest.mark.parametrize("delay, window, documents", [(1, None, False), (0, 4, False), (3, None, True)])
+def test_kernel_regression_of_slots_that_are_filled_so_far_equals_each_row_alone(form, time, delay, window, documents):
     if form in ("compiled", "single") and not compiled.available() or (form == "single" and time > 1):
         pytest.skip("not of this form")
     keys, values, bandwidth = inputs(time, stored=20)
     filled, here = torch.tensor([3, 17]), torch.arange(time)[None]
-    if access.get("start"):
-        access = access | dict(start=torch.stack([torch.full((time,), -9), here[0].where(here[0] > 2, -2)]))
+    start = torch.stack([torch.full((time,), -9), here[0].where(here[0] > 2, -2)]) if documents else None
     slots = (filled[:, None] + here)[:, None, :, None].expand(2, 2, time, 4)
     queries = keys.detach().gather(2, slots).requires_grad_()
     if form == "single":
         queries, keys, values = queries.detach(), keys.detach(), values.detach()
         bandwidth = Bandwidth(*(x.detach() for x in bandwidth))
-    found = kernel_regression(queries, keys, values, bandwidth, stored=filled, form=form, **access)
+    reach = Reach(delay, window, start, filled)
+    found = kernel_regression(queries, keys, values, bandwidth, reach, form=form)
     alone = []
     for row, count in enumerate((filled + time).tolist()):
-        own = access | ({"start": access["start"][row, None]} if "start" in access else {})
+        own = Reach(delay, window, start[row, None] if documents else None)
         part = [x[row, None, :, :count] for x in (keys, values)]
-        alone.append(kernel_regression(queries[row, None], *part, bandwidth, form="naive", **own))
+        alone.append(kernel_regression(queries[row, None], *part, bandwidth, own, form="naive"))
     expected = torch.cat(alone)
     assert relative_error(found, expected) < 1e-9
     if form != "single":
@@ -546,4 +548,4 @@ def test_kernel_regression_of_slots_that_are_filled_so_far_equals_each_row_alone
 def test_kernel_regression_refuses_a_form_that_reads_all_slots(form):
     keys, values, bandwidth = inputs(4, stored=5)
     with pytest.raises(ValueError, match="reads slots that are all filled"):
-        kernel_regression(keys[:, :, :4], keys, values, bandwidth, delay=1, stored=torch.tensor([1, 5]), form=form)
+        kernel_regression(keys[:, :, :4], keys, values, bandwidth, Reach(1, stored=torch.tensor([1, 5])), form=form)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from helpers import relative_error
 from mosaics.ops import kernel_regression as op
-from mosaics.ops.kernel_regression import Bandwidth, flex, kernel_regression, readable
+from mosaics.ops.kernel_regression import Bandwidth, Reach, flex, kernel_regression
 
 
 def documents(batch, time, share=0.01):
@@ -31,7 +31,8 @@ def bandwidth(heads=2, device="cpu"):
 @pytest.mark.parametrize("time", [40, 700])
 def test_flex_blocks_are_those_of_the_mask(time, delay, window, stored, share):
     start = None if share is None or delay is None else documents(3, time, share)
-    mask = flex._block_mask(*readable(time, stored, start, delay, window, torch.device("cpu")), 3, stored + time)
+    span = Reach(delay, window, start).span(*(torch.empty(3, 1, slots, 1) for slots in (time, stored + time)))
+    mask = flex._block_mask(*span, 3, stored + time)
     expected = flex_attention.create_block_mask(mask.mask_mod, 3, 1, time, stored + time, device="cpu")
     assert mask.seq_lengths == expected.seq_lengths
     for kind, columns in (("full_kv", stored + time), ("full_q", time), ("kv", stored + time), ("q", time)):
@@ -50,7 +51,7 @@ def test_flex_is_compiled_once_for_all_delays_windows_and_documents(monkeypatch)
         torch.manual_seed(seed)
         start = documents(2, 300)
         found, expected = (
-            kernel_regression(keys, keys, keys, bandwidth(), delay=delay, window=window, start=start, form=form)
+            kernel_regression(keys, keys, keys, bandwidth(), Reach(delay, window, start), form=form)
             for form in ("flex", "naive")
         )
         assert relative_error(found, expected) < 1e-5
@@ -60,9 +61,10 @@ def test_flex_is_compiled_once_for_all_delays_windows_and_documents(monkeypatch)
 @torch.no_grad()
 def test_flex_does_not_break_a_compiled_graph():
     keys, start, sharp = F.normalize(torch.randn(2, 2, 300, 16), dim=-1), documents(2, 300), bandwidth()
-    plain = lambda delay: kernel_regression(  # noqa: E731
-        keys, keys, keys, sharp, delay=delay, window=70, start=start, form="flex"
-    )
+
+    def plain(delay):
+        return kernel_regression(keys, keys, keys, sharp, Reach(delay, 70, start), form="flex")
+
     expected = [plain(delay) for delay in range(2, 7)]
     counter = CompileCounter()
     whole = torch.compile(plain, backend=counter, fullgraph=True)
@@ -78,9 +80,9 @@ def test_flex_compiled_for_a_processor_equals_naive(monkeypatch):
     keys = F.normalize(torch.randn(2, 2, 300, 16), dim=-1)
     for delay, window, share in [(3, 70, 0.01), (9, None, 0.01), (140, None, 0.002), (1, 64, None), (300, None, None)]:
         start = None if share is None else documents(2, 300, share)
-        access = dict(delay=delay, window=window, start=start)
+        reach = Reach(delay, window, start)
         found, expected = (
-            kernel_regression(keys, keys, keys, bandwidth(), **access, form=form) for form in ("flex", "naive")
+            kernel_regression(keys, keys, keys, bandwidth(), reach, form=form) for form in ("flex", "naive")
         )
         assert relative_error(found, expected) < 1e-5
         assert (found[:, :, :delay] == 0).all()
@@ -94,7 +96,7 @@ def test_flex_does_not_wait_for_the_device(share, monkeypatch):
         start = None if start is None else mode.from_tensor(start)
         keys = torch.empty(2, 2, 300, 16)
         assert (
-            kernel_regression(keys, keys, keys, bandwidth(), delay=3, window=70, start=start, form="flex") is not None
+            kernel_regression(keys, keys, keys, bandwidth(), Reach(3, window=70, start=start), form="flex") is not None
         )
         with pytest.raises(DataDependentOutputException):
             keys.amax().item()
@@ -105,9 +107,9 @@ def test_flex_in_bfloat16_rounds_no_query():
     values = torch.randn(1, 2, 1000, 64).bfloat16()
     wide = keys.float(), values.float()
     sharp = Bandwidth(torch.full((2,), 150.0))
-    access = dict(delay=8, start=documents(1, 1000, 0.002))
-    expected = kernel_regression(wide[0], *wide, sharp, **access, form="naive")
-    found, rounded = (kernel_regression(keys, keys, values, sharp, **access, form=f) for f in ("flex", "shifted"))
+    reach = Reach(8, start=documents(1, 1000, 0.002))
+    expected = kernel_regression(wide[0], *wide, sharp, reach, form="naive")
+    found, rounded = (kernel_regression(keys, keys, values, sharp, reach, form=f) for f in ("flex", "shifted"))
     assert relative_error(found, expected) < 3e-3 < relative_error(rounded, expected)
 
 
@@ -116,7 +118,7 @@ def test_flex_reads_values_of_another_dtype_than_the_keys():
     keys = F.normalize(torch.randn(1, 2, 100, 16), dim=-1)
     values = torch.randn(1, 2, 100, 16).bfloat16()
     found, expected = (
-        kernel_regression(keys, keys, values, bandwidth(), delay=2, window=40, form=f) for f in ("flex", "naive")
+        kernel_regression(keys, keys, values, bandwidth(), Reach(2, window=40), form=f) for f in ("flex", "naive")
     )
     assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 1e-3
 
@@ -124,7 +126,7 @@ def test_flex_reads_values_of_another_dtype_than_the_keys():
 def test_flex_refuses_dropout():
     keys = torch.randn(1, 2, 20, 16)
     with pytest.raises(ValueError, match="no dropout"):
-        kernel_regression(keys, keys, keys, bandwidth(), delay=1, dropout=0.1, form="flex")
+        kernel_regression(keys, keys, keys, bandwidth(), Reach(1), dropout=0.1, form="flex")
 
 
 def test_kernel_regression_takes_flex_on_cuda_for_windows_and_documents(monkeypatch):
@@ -134,7 +136,7 @@ def test_kernel_regression_takes_flex_on_cuda_for_windows_and_documents(monkeypa
         device = SimpleNamespace(type="cuda" if cuda else "cpu")
         shapes = ((2, 3, n, width) for n in (time, slots, slots))
         tensors = (SimpleNamespace(shape=s, is_cuda=cuda, device=device, dtype=dtype) for s in shapes)
-        return op._fastest(*tensors, delay, window, start, None, dropout)
+        return op._fastest(*tensors, Reach(delay, window, start), dropout)
 
     start = torch.zeros(2, 40, dtype=torch.long)
     monkeypatch.setattr(flex, "HAS_TRITON", True)
@@ -157,9 +159,9 @@ def test_flex_equals_naive_on_cuda(time, delay, window, cut, dtype, bound):
     values = torch.randn(2, 2, time, 64).cuda().to(dtype).requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in (keys, values)]
     sharp = bandwidth(device="cuda")
-    access = dict(delay=delay, window=window, start=documents(2, time).cuda() if cut else None)
-    found = kernel_regression(keys, keys, values, sharp, **access, form="flex")
-    expected = kernel_regression(exact[0], *exact, sharp, **access, form="naive")
+    reach = Reach(delay, window, documents(2, time).cuda() if cut else None)
+    found = kernel_regression(keys, keys, values, sharp, reach, form="flex")
+    expected = kernel_regression(exact[0], *exact, sharp, reach, form="naive")
     assert relative_error(found, expected) < bound and (found[:, :, :delay] == 0).all()
     weight = torch.randn_like(found)
     found = torch.autograd.grad(found, (keys, values, *sharp), weight)

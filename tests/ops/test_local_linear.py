@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import relative_error
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, kernel_regression
 from mosaics.ops.local_linear import FORMS, LONGEST, blockwise, local_linear
 
 KINDS = {"relative": dict(relative=True), "absolute": dict(relative=False), "probe": {}}
@@ -141,7 +141,7 @@ def test_linear_data_are_answered_exactly_and_a_large_ridge_is_softmax_attention
     read, _ = local_linear(queries, keys, keys @ slope + offset, ridge=torch.full_like(ridge, 1e-10), **options)
     assert relative_error(read[:, :, 8:], (queries @ slope + offset)[:, :, 8:]) < 1e-6
     read, _ = local_linear(queries, keys, values, ridge=torch.full_like(ridge, 1e12), **options)
-    softmax = kernel_regression(queries, keys, values, Bandwidth(torch.full_like(ridge, 0.5)), delay=0)
+    softmax = kernel_regression(queries, keys, values, Bandwidth(torch.full_like(ridge, 0.5)), Reach(0))
     assert relative_error(read, softmax) < 1e-9
     nothing = torch.zeros_like(queries)
     assert relative_error(local_linear(queries, keys, values, probe=nothing, form=form).read, softmax) < 1e-9

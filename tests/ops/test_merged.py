@@ -8,7 +8,18 @@ import torch.nn.attention.flex_attention as flex_attention
 from test_kernel_regression import inputs, starts
 
 from helpers import gradients, relative_error
-from mosaics.ops.kernel_regression import FORMS, Bandwidth, Narrow, compiled, kernel_regression, merged, single, sliced
+from mosaics.ops.kernel_regression import (
+    ALL_PAIRS,
+    FORMS,
+    Bandwidth,
+    Narrow,
+    Reach,
+    compiled,
+    kernel_regression,
+    merged,
+    single,
+    sliced,
+)
 
 HERE = [form for form in FORMS if form not in ("single", "shifted") and (form != "compiled" or compiled.available())]
 needs_compiler = pytest.mark.skipif(not single.available(), reason="there is no C++ compiler")
@@ -32,9 +43,7 @@ def test_log_sum_naive_is_the_logarithm_of_the_sum_of_weights():
     time, delay, window = 9, 2, 6
     keys, values, bandwidth = inputs(time)
     start = starts(2, time, 0, seed=4)
-    _, logs = kernel_regression(
-        keys, keys, values, bandwidth, delay=delay, window=window, start=start, log_sum=True, form="naive"
-    )
+    _, logs = kernel_regression(keys, keys, values, bandwidth, Reach(delay, window, start), log_sum=True, form="naive")
     for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(time)).tolist():
         pairs = [i for i in range(time) if i >= start[b, t] and t - window + 1 <= i <= t - delay]
         if not pairs:
@@ -60,11 +69,11 @@ def test_log_sum_naive_is_the_logarithm_of_the_sum_of_weights():
 @pytest.mark.parametrize("sharpness", [-30.0, 1.0, 30.0])
 def test_log_sum_of_a_form_is_naives_in_value_and_gradient(form, time, stored, delay, window, documents, sharpness):
     start = starts(2, time, stored, seed=time) if documents else None
-    access = dict(delay=delay, window=window, start=start, log_sum=True)
     keys, values, bandwidth = inputs(time, stored)
     bandwidth = bandwidth._replace(base=(sharpness * bandwidth.base).detach().requires_grad_())
     leaves = (keys, values, *bandwidth)
-    read = lambda f: kernel_regression(keys[:, :, stored:], keys, values, bandwidth, form=f, **access)  # noqa: E731
+    given = keys[:, :, stored:], keys, values, bandwidth, Reach(delay, window, start)
+    read = lambda f: kernel_regression(*given, form=f, log_sum=True)  # noqa: E731
     for found, expected in zip(read(form), read("naive"), strict=True):
         empty = expected == -torch.inf
         assert torch.equal(found == -torch.inf, empty)
@@ -80,7 +89,7 @@ def test_log_sum_gradcheck(form):
     queries = torch.randn(1, 2, 11, 3, dtype=torch.float64, requires_grad=True)
     start = torch.tensor([[0] * 6 + [6] * 5])
     function = lambda q, k, v, *beta: both(  # noqa: E731
-        kernel_regression(q, k, v, Bandwidth(*beta), delay=2, start=start, log_sum=True, form=form)
+        kernel_regression(q, k, v, Bandwidth(*beta), Reach(2, start=start), log_sum=True, form=form)
     )
     assert torch.autograd.gradcheck(function, (queries, keys, values, *bandwidth), fast_mode=form == "flex")
 
@@ -89,8 +98,8 @@ def test_log_sum_gradcheck(form):
 def test_log_sum_in_float32_is_near_the_exact_one(form):
     exact = inputs(400, width=16)
     keys, values, bandwidth = inputs(400, dtype=torch.float32, width=16)
-    found = both(kernel_regression(keys, keys, values, bandwidth, delay=5, log_sum=True, form=form))
-    expected = both(kernel_regression(exact[0], *exact, delay=5, log_sum=True, form="naive"))
+    found = both(kernel_regression(keys, keys, values, bandwidth, Reach(5), log_sum=True, form=form))
+    expected = both(kernel_regression(exact[0], *exact, Reach(5), log_sum=True, form="naive"))
     assert relative_error(found, expected) < 1e-5
     wanted = gradients(expected, (*exact[:2], *exact[2]))
     for g, e in zip(gradients(found, (keys, values, *bandwidth)), wanted, strict=True):
@@ -108,9 +117,9 @@ def test_log_sum_of_one_query_over_narrow_pairs(dtype, slots, form, monkeypatch)
     stored = [x if dtype is None else Narrow.of(x, dtype) for x in (keys, values)]
     wide = [x if dtype is None else x.widened() for x in stored]
     for delay in (0, 2):
-        access = dict(delay=delay, log_sum=True)
-        found = kernel_regression(keys[:, :, -1:], *stored, bandwidth, form=form, **access)
-        expected = kernel_regression(keys[:, :, -1:], *wide, bandwidth, form="naive", **access)
+        reach = Reach(delay)
+        found = kernel_regression(keys[:, :, -1:], *stored, bandwidth, reach, form=form, log_sum=True)
+        expected = kernel_regression(keys[:, :, -1:], *wide, bandwidth, reach, form="naive", log_sum=True)
         assert torch.equal(found[1] == -torch.inf, expected[1] == -torch.inf)
         assert relative_error(both(found), both(expected)) < 1e-5
 
@@ -120,11 +129,11 @@ def test_merged_reads_of_a_split_store_are_the_read_of_the_whole(form):
     keys, values, bandwidth = inputs(90)
     queries = torch.randn(2, 2, 40, 4, dtype=torch.float64, requires_grad=True)
     leaves = (queries, keys, values, bandwidth.base)
-    access = dict(delay=None, log_sum=True, form=form)
-    beta = Bandwidth(bandwidth.base)
-    whole = kernel_regression(queries, keys, values, beta, **access)
+    given = Bandwidth(bandwidth.base), ALL_PAIRS
+    ask = lambda k, v: kernel_regression(queries, k, v, *given, log_sum=True, form=form)  # noqa: E731
+    whole = ask(keys, values)
     parts = [slice(0, 1), slice(1, 1), slice(1, 60), slice(60, 90)]
-    found = merged(*(kernel_regression(queries, keys[:, :, p], values[:, :, p], beta, **access) for p in parts))
+    found = merged(*(ask(keys[:, :, p], values[:, :, p]) for p in parts))
     for one, expected in zip(found, whole, strict=True):
         assert relative_error(one, expected) < 1e-12
     for g, e in zip(gradients(both(found), leaves), gradients(both(whole), leaves), strict=True):
@@ -137,17 +146,16 @@ def test_merged_window_and_what_lies_behind_it_are_all_of_the_past(form, stored)
     keys, values, bandwidth = inputs(70, stored)
     leaves, beta = (keys, values, bandwidth.base), Bandwidth(bandwidth.base)
     start = starts(2, 70, stored, seed=1)
-    read = lambda **access: kernel_regression(  # noqa: E731
-        keys[:, :, stored:], keys, values, beta, start=start, log_sum=True, form=form, **access
-    )
-    parts = lambda: merged(read(delay=1, window=8), read(delay=8, window=31), read(delay=31))  # noqa: E731
-    whole, found = read(delay=1), parts()
+    given = keys[:, :, stored:], keys, values, beta
+    read = lambda *far: kernel_regression(*given, Reach(*far, start=start), log_sum=True, form=form)  # noqa: E731
+    parts = lambda: merged(read(1, 8), read(8, 31), read(31))  # noqa: E731
+    whole, found = read(1), parts()
     assert torch.equal(found[1] == -torch.inf, whole[1] == -torch.inf)
     assert (found[1] == -torch.inf).any() or stored  # some positions read nothing at all
     for of in (both, lambda pair: pair[0], lambda pair: pair[1]):
         known = of(whole).isfinite()
         assert relative_error(of(found)[known], of(whole)[known]) < 1e-12
-        for g, e in zip(gradients(of(parts()), leaves), gradients(of(read(delay=1)), leaves), strict=True):
+        for g, e in zip(gradients(of(parts()), leaves), gradients(of(read(1)), leaves), strict=True):
             assert g.isfinite().all() and relative_error(g, e) < 1e-12
 
 
@@ -169,12 +177,12 @@ def test_log_sum_never_takes_the_form_that_has_none(monkeypatch):
     keys, values, bandwidth = inputs(300)
     monkeypatch.setattr(compiled, "available", lambda: False)
     with pytest.raises(ValueError, match="no sums of weights"):
-        kernel_regression(keys, keys, values, bandwidth, delay=1, log_sum=True, form="shifted")
+        kernel_regression(keys, keys, values, bandwidth, Reach(1), log_sum=True, form="shifted")
     taken = []
     for name in FORMS:
         monkeypatch.setitem(FORMS, name, lambda q, *_, name=name, **__: taken.append(name) or (q, q))
     for delay in (1, None):
-        kernel_regression(keys, keys, values, bandwidth, delay=delay, log_sum=True)
+        kernel_regression(keys, keys, values, bandwidth, Reach(delay), log_sum=True)
     assert taken == ["blockwise", "blockwise"]
 
 
@@ -184,9 +192,9 @@ def test_log_sum_never_takes_the_form_that_has_none(monkeypatch):
 def test_log_sum_takes_nothing_from_a_pair_that_may_not_be_read(form, what):
     keys, values, bandwidth = inputs(60, dtype=torch.float32, width=8)
     queries = keys.detach().clone()
-    expected = kernel_regression(queries, keys, values, bandwidth, delay=3, log_sum=True, form=form)
+    expected = kernel_regression(queries, keys, values, bandwidth, Reach(3), log_sum=True, form=form)
     (keys if what == "keys" else values).data[1, 0, 40, 1] = torch.nan
-    found = kernel_regression(queries, keys, values, bandwidth, delay=3, log_sum=True, form=form)
+    found = kernel_regression(queries, keys, values, bandwidth, Reach(3), log_sum=True, form=form)
     for one, known in zip(found, expected, strict=True):
         assert torch.equal(one[:, :, :3], known[:, :, :3])
         assert relative_error(one[:, :, 3:43], known[:, :, 3:43]) < 1e-5
@@ -196,9 +204,9 @@ def test_log_sum_takes_nothing_from_a_pair_that_may_not_be_read(form, what):
 def test_dropout_of_merged_reads_is_that_of_the_whole():
     keys, _, bandwidth = inputs(200, batch=1)
     values, beta = torch.eye(200, dtype=torch.float64).expand(1, 2, 200, 200), Bandwidth(bandwidth.base)
-    kept = kernel_regression(keys, keys, values, beta, delay=None)
+    kept = kernel_regression(keys, keys, values, beta, ALL_PAIRS)
     parts = [
-        kernel_regression(keys, keys[:, :, p], values[:, :, p], beta, delay=None, dropout=0.3, log_sum=True)
+        kernel_regression(keys, keys[:, :, p], values[:, :, p], beta, ALL_PAIRS, dropout=0.3, log_sum=True)
         for p in (slice(0, 70), slice(70, 200))
     ]
     found, _ = merged(*parts)

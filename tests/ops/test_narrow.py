@@ -5,7 +5,7 @@ import torch
 from test_kernel_regression import inputs, read, starts
 
 from helpers import relative_error
-from mosaics.ops.kernel_regression import FORMS, Bandwidth, Narrow, kernel_regression, sliced, weights
+from mosaics.ops.kernel_regression import FORMS, Bandwidth, Narrow, Reach, kernel_regression, sliced, weights
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.int8, 1 / 127)])
@@ -33,18 +33,18 @@ def test_kernel_regression_of_narrow_pairs_is_that_of_the_rounded_ones(dtype, do
     keys, values, bandwidth = inputs(time, stored)
     queries = keys[:, :, stored:]
     narrow = [Narrow.of(x, dtype) for x in (keys, values)]
-    access = dict(delay=delay, window=window, start=starts(2, time, stored, seed=3) if documents else None)
+    reach = Reach(delay, window, starts(2, time, stored, seed=3) if documents else None)
     rounded = [x.widened() for x in narrow]
-    expected = kernel_regression(queries, *rounded, bandwidth, form="naive", **access)
-    assert relative_error(expected, read(keys, values, bandwidth, time, "naive", **access)) > 1e-6
+    expected = kernel_regression(queries, *rounded, bandwidth, reach, form="naive")
+    assert relative_error(expected, read(keys, values, bandwidth, time, "naive", reach)) > 1e-6
     held, sliced.SLICE = sliced.SLICE, 13
     try:
         for form in (None, "naive", "blockwise", "sliced"):
-            found = kernel_regression(queries, *narrow, bandwidth, form=form, **access)
+            found = kernel_regression(queries, *narrow, bandwidth, reach, form=form)
             assert found.dtype == values.dtype and relative_error(found, expected) < 1e-9
     finally:
         sliced.SLICE = held
-    found, wide = (weights(queries, k, bandwidth, **access) for k in (narrow[0], rounded[0]))
+    found, wide = (weights(queries, k, bandwidth, reach) for k in (narrow[0], rounded[0]))
     assert torch.equal(found, wide)
 
 
@@ -60,7 +60,7 @@ def test_kernel_regression_never_widens_all_narrow_pairs(monkeypatch):
     monkeypatch.setattr(Narrow, "widened", None)
     monkeypatch.setattr(sliced, "SLICE", 16)
     keys, values, bandwidth = inputs(1, 100)
-    kernel_regression(keys[:, :, 100:], *(Narrow.of(x, torch.int8) for x in (keys, values)), bandwidth, delay=1)
+    kernel_regression(keys[:, :, 100:], *(Narrow.of(x, torch.int8) for x in (keys, values)), bandwidth, Reach(1))
     assert widest == 16
 
 
@@ -68,11 +68,11 @@ def test_kernel_regression_never_widens_all_narrow_pairs(monkeypatch):
 @pytest.mark.parametrize("block", [1, 50])
 def test_kernel_regression_sliced_does_not_depend_on_slices(monkeypatch, slots, block):
     keys, values, bandwidth = inputs(40, 90)
-    access = dict(delay=5, start=starts(2, 40, 90, seed=1))
-    expected = read(keys, values, bandwidth, 40, "naive", **access)
+    reach = Reach(5, start=starts(2, 40, 90, seed=1))
+    expected = read(keys, values, bandwidth, 40, "naive", reach)
     monkeypatch.setattr(sliced, "SLICE", slots)
     monkeypatch.setattr(sliced, "BLOCK", block)
-    assert relative_error(read(keys, values, bandwidth, 40, "sliced", **access), expected) < 1e-9
+    assert relative_error(read(keys, values, bandwidth, 40, "sliced", reach), expected) < 1e-9
 
 
 def test_kernel_regression_sliced_meets_logits_that_grow_and_shrink(monkeypatch):
@@ -83,7 +83,7 @@ def test_kernel_regression_sliced_meets_logits_that_grow_and_shrink(monkeypatch)
     bandwidth = Bandwidth(torch.tensor([1e4], dtype=torch.float64))
     queries = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     found = {
-        form: kernel_regression(queries, keys, values, bandwidth, delay=1, form=form) for form in ("naive", "sliced")
+        form: kernel_regression(queries, keys, values, bandwidth, Reach(1), form=form) for form in ("naive", "sliced")
     }
     assert found["sliced"].item() == found["naive"].item() == 1
 
@@ -102,6 +102,6 @@ def test_kernel_regression_slices_what_is_long_for_few_queries_or_without_a_comp
     with torch.no_grad():
         for time in (8, 70):
             queries = inputs(time)[0]
-            kernel_regression(queries, keys, values, bandwidth, delay=1)
-            kernel_regression(queries, keys, values, bandwidth, delay=1, window=20)
+            kernel_regression(queries, keys, values, bandwidth, Reach(1))
+            kernel_regression(queries, keys, values, bandwidth, Reach(1, window=20))
     assert called == (["sliced", "sliced"] if narrow else ["sliced", "blockwise"]) + ["sliced", "blockwise"]

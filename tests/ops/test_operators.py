@@ -10,7 +10,7 @@ from test_kernel_regression import inputs as pairs
 from torch.distributed.fsdp import fully_shard
 
 from helpers import tiny_model, tokens
-from mosaics.ops.kernel_regression import Narrow, readable, single
+from mosaics.ops.kernel_regression import Narrow, Reach, single
 from mosaics.ops.kernel_regression import compiled as read
 from mosaics.ops.leaky_average import compiled as average
 from mosaics.ops.unit_values import compiled as values
@@ -35,9 +35,10 @@ def asked(documents):
     """What the read takes: queries, keys, values, beta, first, end, and whether the sums of weights are wanted."""
     keys, stored, bandwidth = pairs(6, 3)
     start = torch.tensor([[0] * 6, [-2] * 4 + [4] * 2]) if documents else None
-    first, end = readable(6, 3, start, 1, 5, keys.device)
-    beta = bandwidth.at((end - first).clamp(min=0)).expand(keys.shape[0], keys.shape[1], 6)
-    queries, beta = (x.detach().requires_grad_() for x in (keys[:, :, -6:], beta))
+    queries = keys[:, :, -6:]
+    first, end = Reach(1, 5, start).span(queries, keys)
+    beta = bandwidth.at(end - first).expand(queries.shape[:3])
+    queries, beta = (x.detach().requires_grad_() for x in (queries, beta))
     return queries, keys, stored, beta, first, end, documents
 
 
@@ -47,7 +48,7 @@ def one(kind=torch.float32):
     narrow = [Narrow.of(x, kind) for x in (keys, stored)]
     parts = [part for x in narrow for part in (x.data, x.scale)]
     start, stored = torch.tensor([[-3], [-20]]), torch.tensor([20, 7])
-    return keys[:, :, -1:].clone(), *parts, *bandwidth, start, stored, 2, 9, kind == torch.int8
+    return keys[:, :, -1:].clone(), *parts, *bandwidth, *Reach(2, 9, start, stored), kind == torch.int8
 
 
 CALLS = {

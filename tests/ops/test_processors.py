@@ -17,7 +17,7 @@ import walk
 
 import mosaics.ops
 from mosaics.ops import compiling
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, bounded, compiled, naive, single, widened
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, bounded, compiled, naive, single, widened
 from mosaics.ops.kernel_regression.sketch import Sketched, sketch_of
 from mosaics.ops.leaky_average import compiled as leaky
 from mosaics.ops.unit_values import compiled as unit
@@ -54,8 +54,8 @@ def walk_bounded() -> None:
         keys, values = whole if dtype == wide else [Narrow.of(x, dtype) for x in whole]
         parts = (*keys[:2], None) if dtype == torch.int8 else sketch_of(keys if dtype == wide else keys.data)
         given = whole[0][:, :, -1:], Bandwidth(torch.full((3,), 30.0, dtype=wide))
-        found = bounded.kernel_regression(given[0], Sketched(keys, *parts, 0.01), values, given[1], delay=1)
-        exact = naive.kernel_regression(given[0], *(widened(x) for x in (keys, values)), given[1], delay=1)
+        found = bounded.kernel_regression(given[0], Sketched(keys, *parts, 0.01), values, given[1], Reach(1))
+        exact = naive.kernel_regression(given[0], *(widened(x) for x in (keys, values)), given[1], Reach(1))
         assert (found - exact).norm(dim=-1).max() <= 0.01 * 1.01, dtype
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import relative_error
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, weights, weights_at
+from mosaics.ops.kernel_regression import ALL_PAIRS, Bandwidth, Narrow, Reach, weights, weights_at
 
 
 def inputs(time, stored, seed=0):
@@ -29,13 +29,11 @@ def inputs(time, stored, seed=0):
 )
 def test_weights_at_are_those_of_weights(time, stored, delay, window, documents, begin, length):
     keys, bandwidth, start = inputs(time, stored)
-    access = dict(delay=delay)
-    if delay is not None:
-        access |= dict(window=window, start=start if documents else None)
+    reach = ALL_PAIRS if delay is None else Reach(delay, window, start if documents else None)
     begin = min(begin, time - 1)
     asked = keys[:, :, stored:]
-    whole = weights(asked, keys, bandwidth, **access)[:, :, begin : begin + length]
-    found, first = weights_at(asked, keys, bandwidth, slice(begin, begin + length), **access)
+    whole = weights(asked, keys, bandwidth, reach)[:, :, begin : begin + length]
+    found, first = weights_at(asked, keys, bandwidth, reach, slice(begin, begin + length))
     end = first + found.shape[-1]
     assert relative_error(found, whole[..., first:end]) < 1e-9
     assert not whole[..., :first].any() and not whole[..., end:].any()
@@ -47,6 +45,6 @@ def test_weights_at_are_those_of_weights(time, stored, delay, window, documents,
 def test_weights_at_reads_narrow_keys_as_weights_does(dtype):
     keys, bandwidth, _ = inputs(9, 3)
     narrow = Narrow.of(keys, dtype)
-    found, first = weights_at(keys[:, :, 3:], narrow, bandwidth, slice(2, 5), delay=1, window=4)
-    whole = weights(keys[:, :, 3:], narrow, bandwidth, delay=1, window=4)[:, :, 2:5]
+    found, first = weights_at(keys[:, :, 3:], narrow, bandwidth, Reach(1, window=4), slice(2, 5))
+    whole = weights(keys[:, :, 3:], narrow, bandwidth, Reach(1, window=4))[:, :, 2:5]
     assert relative_error(found, whole[..., first : first + found.shape[-1]]) < 1e-9

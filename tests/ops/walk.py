@@ -12,7 +12,7 @@ import torch
 from mosaics.memories import Block, Common, Context, Layout, Memory
 from mosaics.memories.contract import one_token
 from mosaics.ops import compiling
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, compiled, kernel_regression, single
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, compiled, kernel_regression, single
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.leaky_average import compiled as leaky_compiled
 from mosaics.ops.unit_values import compiled as unit_compiled
@@ -98,11 +98,11 @@ def walk_read(draw: random.Random) -> None:
     if draw.random() < 0.5:
         bandwidth += [torch.full((heads,), 2.0, dtype=wide), torch.full((heads,), 0.3, dtype=wide)]
     ordered = start is None or bool((start.diff(dim=1) >= 0).all())
-    access = dict(delay=delay, window=window, start=start, log_sum=draw.random() < 0.5)
+    reach, log_sum = Reach(delay, window, start), draw.random() < 0.5
     leaves = [*(laid(draw, x) for x in (queries, keys, values)), *bandwidth]
 
     def ask(own, form):
-        return joined(kernel_regression(*own[:3], Bandwidth(*own[3:]), **access, form=form))
+        return joined(kernel_regression(*own[:3], Bandwidth(*own[3:]), reach, log_sum=log_sum, form=form))
 
     both(ask, leaves, draw.random() < 0.7, ordinary and ordered)
     last = None if start is None else start[:, -1:] - (time - 1)
@@ -110,9 +110,8 @@ def walk_read(draw: random.Random) -> None:
     if dtype == torch.float32 and draw.random() < 0.6:
         pairs = [Narrow.of(x, draw.choice([torch.bfloat16, torch.int8])) for x in pairs]
         pairs = pairs if pairs[0].data.dtype == pairs[1].data.dtype else leaves[1:3]
-    one = leaves[0][:, :, -1:], *pairs, Bandwidth(*bandwidth)
-    access["start"] = last
-    answers = [joined(kernel_regression(*one, **access, form=form)) for form in ("single", "naive")]
+    one = leaves[0][:, :, -1:], *pairs, Bandwidth(*bandwidth), reach._replace(start=last)
+    answers = [joined(kernel_regression(*one, log_sum=log_sum, form=form)) for form in ("single", "naive")]
     if ordinary:
         check(answers)
 

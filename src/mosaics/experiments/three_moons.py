@@ -26,7 +26,7 @@ from mosaics.experiments.report import provenance
 from mosaics.experiments.studies import machine, run_each
 from mosaics.experiments.study import Part, digest
 from mosaics.experiments.trainings import say, write_json
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression
+from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression
 from mosaics.reporting import Lead, Section, Table, draw, embedded, write_page
 
 NAME = "three-moons"
@@ -119,7 +119,8 @@ class MoonMemory(nn.Module):
         keys, values = (self._split(z @ self.map(name).T) for name in ("key", "value"))
         values = nn.functional.pad(values[:, :, 1:], (0, 0, 0, 1))  # the last one is not known yet, and not read
         queries = keys[:, :, -1:] if last else keys
-        read = kernel_regression(queries, keys, values, Bandwidth(torch.full((self.heads,), BANDWIDTH)), delay=1)
+        bandwidth = Bandwidth(torch.full((self.heads,), BANDWIDTH))
+        read = kernel_regression(queries, keys, values, bandwidth, Reach(1))
         read = torch.view_as_complex(read.transpose(1, 2).unflatten(-1, (-1, 2)).flatten(2, 3).contiguous())
         return read @ self.map("output").T
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mosaics.memories import Context, State
 from mosaics.memories.contract import Store
 from mosaics.memories.contract.store import show_beside
-from mosaics.ops.kernel_regression import Bandwidth, Narrow
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach
 from mosaics.ops.kernel_regression.choosing import largest_shares, needed
 from mosaics.ops.kernel_regression.sketch import sketch_of
 from mosaics.ops.kernel_regression.united import united_regression, united_weights
@@ -69,23 +69,24 @@ class BoundedStore(State):
         keys: Tensor | Narrow,
         values: Tensor | Narrow,
         bandwidth: Bandwidth,
+        reach: Reach,
         context: Context,
         whose: tuple[str, int],
         dropout: float = 0.0,
-        **access: Any,
     ) -> Tensor:
         """As that of a `Store`; the weight of a document that was left out is 0."""
         bounds = self.data, self.scale, self.radius, self.sizes
-        chosen = needed(largest_shares(queries, keys, values, *bounds, bandwidth, **access), self.tolerance)
+        chosen = needed(largest_shares(queries, keys, values, *bounds, bandwidth, reach), self.tolerance)
         store_keys, store_values = self._pairs(tuple(chosen), queries, values)
-        slots = access["total"] = self.data.shape[2]
+        total = self.data.shape[2]
         if context.reads is not None:
-            own, of_store = united_weights(queries, keys, store_keys, bandwidth, **access)
+            own, of_store = united_weights(queries, keys, store_keys, bandwidth, reach, total=total)
             is_read = torch.zeros(len(self.sizes), dtype=torch.bool).index_fill_(0, torch.tensor(chosen).long(), True)
-            others = of_store.new_zeros(*of_store.shape[:3], slots)
+            others = of_store.new_zeros(*of_store.shape[:3], total)
             others[..., is_read.repeat_interleave(self.sizes)] = of_store
             show_beside(context, whose, own, others)
-        return united_regression(queries, keys, values, store_keys, store_values, bandwidth, dropout=dropout, **access)
+        pairs = keys, values, store_keys, store_values
+        return united_regression(queries, *pairs, bandwidth, reach, dropout=dropout, total=total)
 
     def _pairs(self, chosen: tuple[int, ...], queries: Tensor, values: Tensor | Narrow) -> tuple[Any, Any]:
         if not chosen:

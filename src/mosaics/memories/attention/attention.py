@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from mosaics.memories.contract import (
     mean_pairs,
     register,
 )
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, merged, readable, weights_at, widened
+from mosaics.ops.kernel_regression import ALL_PAIRS, Bandwidth, Reach, kernel_regression, merged, weights_at, widened
 from mosaics.ops.rotary import SCALINGS, frequencies, rotated
 
 POSITIONS = ("rotary", "alibi", "none")
@@ -157,20 +156,17 @@ class AttentionMemory(Memory):
         wide = torch.promote_types(queries.dtype, torch.float32)
         scale = Bandwidth(torch.full((self.heads,), 1 / math.sqrt(self.width), dtype=wide, device=x.device))
         stored = None if state is None else state.pairs.stored
-        own = dict(delay=delay, window=self.options.window, start=layout.start, stored=stored)
-        stores = [(queries, all_keys, all_values, own)]
+        stores = [(queries, all_keys, all_values, scale, Reach(delay, self.options.window, layout.start, stored))]
         if self.persistent is not None:
-            stores.append((*self._learned(asked, position), dict(delay=None)))
+            stores.append((*self._learned(asked, position), scale, ALL_PAIRS))
         several, dropout = len(stores) > 1, self.read_dropout()
-        reads = [
-            kernel_regression(q, k, v, scale, dropout=dropout, log_sum=several, **access) for q, k, v, access in stores
-        ]
+        reads = [kernel_regression(*store, dropout=dropout, log_sum=several) for store in stores]
         read, log_sum = merged(*reads) if several else (reads[0], None)
         if context.reads is not None:
             for number, store in enumerate(stores):
                 share = (reads[number][1] - log_sum).exp()[..., None] if several else None
                 answer = reads[number] if share is None else share * reads[number][0]
-                context.reads.append(self._shown(*store, scale, answer, share, contextual=number == 0))
+                context.reads.append(self._shown(*store, answer, share))
         if state is not None:
             state.pairs.settle(layout)
         return self.o_proj(read.transpose(1, 2).flatten(2)), state
@@ -180,26 +176,22 @@ class AttentionMemory(Memory):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        access: dict[str, Any],
         scale: Bandwidth,
+        reach: Reach,
         answer: Tensor,
         share: Tensor | None,
-        contextual: bool,
     ) -> Read:
         """What was read of one of several stores, whose `share` `(batch, heads, time, 1)` is not 1."""
 
         def rows(positions: slice) -> tuple[Tensor, int]:
-            found, first = weights_at(queries, keys, scale, positions, **access)
+            found, first = weights_at(queries, keys, scale, reach, positions)
             return found if share is None else found * share[:, :, positions], first
 
         def pull(direction: Tensor, _: slice) -> Tensor:
             return (direction @ self.o_proj.weight.to(direction.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        span = None
-        if contextual:
-            time, slots = queries.shape[2], keys.shape[2]
-            stored = slots - time if access["stored"] is None else access["stored"]
-            span = readable(time, stored, access["start"], access["delay"], access["window"], queries.device)
+        contextual = reach.delay is not None
+        span = reach.span(queries, keys) if contextual else None
         own = dict(span=span, contextual=contextual, values=widened(values), answer=answer, pull=pull)
         return Read(self.name, self.layer_index, rows, keys.shape[2], **own)
 

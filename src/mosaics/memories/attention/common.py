@@ -24,7 +24,7 @@ from mosaics.memories.contract import (
     mean_pairs,
 )
 from mosaics.memories.fast_weights.common import rms_normed
-from mosaics.ops.kernel_regression import readable, widened
+from mosaics.ops.kernel_regression import Reach, widened
 from mosaics.ops.local_linear import local_linear
 from mosaics.ops.rotary import frequencies, rotated
 
@@ -137,7 +137,7 @@ class LocalLinearMemory(Memory):
         def pull(direction: Tensor, _: slice) -> Tensor:
             return self.split(direction @ self.o_proj.weight.to(direction.dtype))
 
-        span = readable(time, slots - time, asked["start"], 0, None, queries.device)
+        span = Reach(0, start=asked["start"]).span(queries, keys)
         own = dict(span=span, residual=residual, values=values, answer=read, pull=pull)
         return Read(self.name, self.layer_index, rows, slots, **own)
 

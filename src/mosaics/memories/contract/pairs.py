@@ -52,7 +52,7 @@ class Pairs(State):
 
     @property
     def stored(self) -> None:
-        """Where in what `append` returned the pairs of its call begin, for `kernel_regression`: they end with it."""
+        """Where in what `append` returned the pairs of its call begin, for a `Reach`: they end with it."""
 
     def reserved(self, capacity: int) -> FixedPairs:
         return FixedPairs(room=capacity, limit=self.limit, dtype=self.dtype)

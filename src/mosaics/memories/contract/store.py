@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from mosaics.memories.contract.context import Context, Read
 from mosaics.memories.contract.pairs import Pairs, readable_pairs
 from mosaics.memories.contract.state import State
-from mosaics.ops.kernel_regression import Bandwidth, Narrow
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach
 from mosaics.ops.kernel_regression.united import united_regression, united_weights
 
 
@@ -69,18 +68,19 @@ class Store(State):
         keys: Tensor | Narrow,
         values: Tensor | Narrow,
         bandwidth: Bandwidth,
+        reach: Reach,
         context: Context,
         whose: tuple[str, int],
         dropout: float = 0.0,
-        **access: Any,
     ) -> Tensor:
         """What a memory answers from its own pairs and these, as `united_regression`; the pass's context takes what was
         read, under the memory's name and layer."""
         store_keys, store_values = self.pairs(queries.dtype)
-        more = dict(sizes=self.sizes, offsets=self.offsets, **access)
+        more = dict(sizes=self.sizes, offsets=self.offsets)
         if context.reads is not None:
-            show_beside(context, whose, *united_weights(queries, keys, store_keys, bandwidth, **more))
-        return united_regression(queries, keys, values, store_keys, store_values, bandwidth, dropout=dropout, **more)
+            show_beside(context, whose, *united_weights(queries, keys, store_keys, bandwidth, reach, **more))
+        pairs = keys, values, store_keys, store_values
+        return united_regression(queries, *pairs, bandwidth, reach, dropout=dropout, **more)
 
 
 def show_beside(context: Context, whose: tuple[str, int], own: Tensor, others: Tensor) -> None:

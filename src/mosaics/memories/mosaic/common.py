@@ -28,7 +28,7 @@ from mosaics.memories.contract import (
 )
 from mosaics.memories.contract import one_token as one
 from mosaics.memories.contract.state import shared
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, readable, weights_at
+from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression, weights_at
 from mosaics.ops.kernel_regression import widened as plain
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.unit_values import unit_values
@@ -187,27 +187,24 @@ class ContextualMemory(Memory):
         context: Context,
     ) -> Tensor:
         stored = None if state is None else state.pairs.stored
-        access = dict(delay=self.delay(context), start=layout.start, stored=stored)
+        reach = Reach(self.delay(context), self.window, layout.start, stored)
         bandwidth, dropout = self.bandwidth(), self.read_dropout()
         if state is not None and state.store is not None:
             whose = (self.name, self.layer_index)
-            return state.store.read_beside(queries, keys, values, bandwidth, context, whose, dropout=dropout, **access)
-        access["window"] = self.window
-        read = kernel_regression(queries, keys, values, bandwidth, dropout=dropout, **access)
+            return state.store.read_beside(queries, keys, values, bandwidth, reach, context, whose, dropout=dropout)
+        read = kernel_regression(queries, keys, values, bandwidth, reach, dropout=dropout)
         if context.reads is not None:
-            context.reads.append(self._shown(queries, keys, values, read, access, self.traces(source)))
+            context.reads.append(self._shown(queries, keys, values, read, reach, self.traces(source)))
         return read
 
-    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, access: dict, traces: dict) -> Read:
+    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, reach: Reach, traces: dict) -> Read:
         """The read, with the bandwidth that follows from how many pairs each position may read."""
-        bandwidth, time, slots = self.bandwidth(), queries.shape[2], keys.shape[2]
-        stored = slots - time if access["stored"] is None else access["stored"]
-        first, end = span = readable(time, stored, access["start"], access["delay"], self.window, queries.device)
-        beta = bandwidth.at((end - first).clamp(min=0).expand(queries.shape[0], time)).expand(queries.shape[:3])
+        bandwidth, (first, end) = self.bandwidth(), reach.span(queries, keys)
+        beta = bandwidth.at(end - first).expand(queries.shape[:3])
         own = dict(values=plain(values), answer=read, traces={"bandwidth": beta} | traces)
         own["pull"] = lambda direction, _: self._split(direction @ self.out_proj.weight.to(direction.dtype))
-        rows = partial(weights_at, queries, keys, bandwidth, **access)
-        return Read(self.name, self.layer_index, rows, slots, span, **own)
+        rows = partial(weights_at, queries, keys, bandwidth, reach)
+        return Read(self.name, self.layer_index, rows, keys.shape[2], (first, end), **own)
 
     def traces(self, source: Any) -> dict[str, Tensor]:
         """What `keys` is made from, as numbers over time."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mosaics.memories.contract import Common, Context, Layout, Memory, Read, head_width, linear_flops, register
 from mosaics.memories.mosaic.common import KeyState, key_state_bytes, widened
 from mosaics.memories.mosaic.leaky_contextual import SPEED, LeakyKeys, reset_map
-from mosaics.ops.kernel_regression import kernel_regression, weights_at
+from mosaics.ops.kernel_regression import ALL_PAIRS, kernel_regression, weights_at
 
 
 @register("kernel_persistent")
@@ -84,14 +84,14 @@ class KernelPersistentMemory(Memory):
         )
         keys, values = self.pair_keys.to(queries.dtype), self.pair_values.to(queries.dtype)
         bandwidth = self.key_extractor.bandwidth()
-        read = kernel_regression(queries, keys, values, bandwidth, delay=None, dropout=self.read_dropout()).mean(0)
+        read = kernel_regression(queries, keys, values, bandwidth, ALL_PAIRS, dropout=self.read_dropout()).mean(0)
         length = (SPEED * widened(self.value_scale)).exp().to(read.dtype)[:, None, None]
         if context.reads is not None:
             asked, answer = queries.unflatten(2, (batch, time)), read.unflatten(1, (batch, time)).transpose(0, 1)
 
             def rows(positions: slice) -> tuple[Tensor, int]:
                 some = asked[:, :, :, positions]
-                found, _ = weights_at(some.flatten(2, 3), keys, bandwidth, slice(None), delay=None)
+                found, _ = weights_at(some.flatten(2, 3), keys, bandwidth, ALL_PAIRS, slice(None))
                 found = found / self.options.num_banks
                 return found.unflatten(2, some.shape[2:4]).permute(2, 1, 3, 0, 4).flatten(3), 0
 

@@ -20,7 +20,7 @@ from mosaics.memories.contract import (
     register,
 )
 from mosaics.memories.fast_weights.common import ShortConvolution
-from mosaics.ops.kernel_regression import Bandwidth, kernel_regression, weights_at
+from mosaics.ops.kernel_regression import ALL_PAIRS, Bandwidth, kernel_regression, weights_at
 
 
 @dataclass
@@ -86,13 +86,13 @@ class GAMMemory(Memory):
         queries, bank = x.flatten(0, 1)[None, None], self.bank.to(x.dtype)[None, None]
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = Bandwidth(torch.full((1,), self.options.bandwidth, dtype=wide, device=x.device))
-        read = kernel_regression(queries, bank, bank, scale, delay=None, dropout=self.read_dropout())
+        read = kernel_regression(queries, bank, bank, scale, ALL_PAIRS, dropout=self.read_dropout())
         gates = self.gate_proj(x).sigmoid().chunk(2, dim=-1)
         if context.reads is not None:
 
             def rows(positions: slice) -> tuple[Tensor, int]:
                 some = x[:, positions]
-                found, _ = weights_at(some.flatten(0, 1)[None, None], bank, scale, slice(None), delay=None)
+                found, _ = weights_at(some.flatten(0, 1)[None, None], bank, scale, ALL_PAIRS, slice(None))
                 return found[0, 0].unflatten(0, some.shape[:2])[:, None], 0
 
             context.reads.append(

@@ -59,7 +59,7 @@ def deep_attention(
         log_decay: \( \log \alpha \), at most 0, `(batch, heads, time)`; None: 0.
         scale: s, at least 0, `(heads,)`; None: 1 / sqrt(width).
         shift: c, `(heads,)`; None: 0.
-        start: as in `mosaics.ops.kernel_regression.kernel_regression`.
+        start: as in `mosaics.ops.kernel_regression.Reach`.
         state: of the calls before, with all their pairs.
         form: force one of `FORMS`; `naive` has Taylor's features up to a degree and takes no state.
 

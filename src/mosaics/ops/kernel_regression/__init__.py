@@ -3,6 +3,8 @@ r"""Kernel regression over stored pairs: `kernel_regression`. The mathematics is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from mosaics.ops import Faster, has_numbers, run
 from mosaics.ops.kernel_regression import blockwise, naive
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.merging import merged
 from mosaics.ops.kernel_regression.naive import check_read, weights, weights_at
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
+from mosaics.ops.kernel_regression.reach import ALL_PAIRS, Reach
 
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
 INEXACT = Faster(__name__, "bounded")  # for `Sketched` keys
@@ -27,12 +30,13 @@ LONG = 1 << 14  # slots
 HUGE = 1e30  # a key as large may make a logit infinite
 
 __all__ = [
+    "ALL_PAIRS",
     "FORMS",
     "Bandwidth",
     "Narrow",
+    "Reach",
     "kernel_regression",
     "merged",
-    "readable",
     "weights",
     "weights_at",
     "widened",
@@ -44,11 +48,8 @@ def kernel_regression(
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
     form: str | None = None,
@@ -56,25 +57,17 @@ def kernel_regression(
     r"""What a memory answers: \( f(k_t) = \sum_i \mathrm{softmax}_i(\beta(n_t)\, k_t^\top k_i)\, v_i \) over the pairs
     that t may read.
 
-    Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs t-window+1 ... t-delay of its
-    own document; without any it answers exactly 0.
+    Source: Memory Mosaics v2, equations 3, 4, 6 and 10. Position t reads the n_t pairs that `reach` gives it; without
+    any it answers exactly 0.
 
     Args:
         queries: `(batch, heads, time, width)`; for Memory Mosaics the keys of the same positions.
-        keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions. If
-            they are `sketch.Sketched`, the answer to one query on a processor may be wrong by as much as they say,
-            unless a form is forced.
+        keys: `(batch, heads, slots, width)`: the pairs of earlier calls, then one for each of the `time` positions, or
+            a fixed set. If they are `sketch.Sketched`, the answer to one query on a processor may be wrong by as much
+            as they say, unless a form is forced.
         values: `(batch, heads, slots, value width)`.
         bandwidth: beta as a function of n.
-        delay: how far back the newest readable pair lies; at least 0 (1 is strictly causal). None: the slots are no
-            positions but a fixed set of pairs, and every position reads them all. In a graph it may be a tensor of one
-            integer.
-        window: a pair this far back or farther is out of reach; None is no limit.
-        start: `(batch, time)`, integers, where the document of each position begins, counted from the first position of
-            this call (negative: so many pairs before it; never decreasing); None: all stored pairs and positions are
-            one document.
-        stored: `(batch,)`, the slot in which the pair of each row's first position lies, where more slots follow those
-            of this call: what is in them is not read. None: the last slots are those of this call.
+        reach: which pairs each position may read.
         dropout: probability with which a weight is set to 0, the others growing to make up for it.
         log_sum: whether to return the logarithm of the sum of weights \( \sum_i e^{\beta k_t^\top k_i} \) as well, with
             which reads over several stores can be `merged`. No weight is dropped from that sum.
@@ -90,33 +83,30 @@ def kernel_regression(
             this input.
     """
     sketched, keys = keys, getattr(keys, "exact", keys)
-    check_read(queries, keys, values, bandwidth, delay, window, start, stored)
+    check_read(queries, keys, values, bandwidth, reach)
     if not 0 <= dropout < 1:
         raise ValueError(f"The dropout is {dropout}; give a probability of at least 0 and below 1.")
     if queries.numel() == 0 or keys.shape[2] == 0:
         form = "naive"  # nothing is asked, or nothing stored
-    one = form is None and not isinstance(delay, Tensor)
-    if one and sketched is not keys and stored is None:
+    one = form is None and not isinstance(reach.delay, Tensor)
+    if one and sketched is not keys and reach.stored is None:
         if INEXACT.pays("bounded", queries, sketched, values, bandwidth, dropout):
-            access = dict(delay=delay, window=window, start=start, log_sum=log_sum)
-            op = "kernel_regression"
-            return run(INEXACT.functions(), "bounded", op, queries, sketched, values, bandwidth, **access)
+            given = queries, sketched, values, bandwidth, reach
+            return run(INEXACT.functions(), "bounded", "kernel_regression", *given, log_sum=log_sum)
     if one and FASTER.pays("single", queries, keys, values, bandwidth, dropout):
         form = "single"
     if form is None:
-        form = _fastest(queries, keys, values, delay, window, start, stored, dropout)
+        form = _fastest(queries, keys, values, reach, dropout)
         form = form if form in FORMS and not (log_sum and form == "shifted") else "blockwise"
     if form not in ("single", "sliced"):
         keys, values = widened(keys), widened(values)
-    access = dict(delay=delay, window=window, start=start, dropout=dropout, log_sum=log_sum)
-    if stored is not None:
-        if form not in FILLED:
-            raise ValueError(f"The {form} form reads slots that are all filled; use {' or '.join(FILLED)}.")
-        access["stored"] = stored
-    read = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
-    if form == "single" or delay is None or _is_sound(read[0] if log_sum else read):
+    if reach.stored is not None and form not in FILLED:
+        raise ValueError(f"The {form} form reads slots that are all filled; use {' or '.join(FILLED)}.")
+    ask = partial(run, FORMS, form, "kernel_regression", dropout=dropout, log_sum=log_sum)
+    read = ask(queries, keys, values, bandwidth, reach)
+    if form == "single" or reach.delay is None or _is_sound(read[0] if log_sum else read):
         return read
-    return _without_unreadable(read, form, queries, widened(keys), widened(values), bandwidth, access)
+    return _without_unreadable(read, ask, queries, widened(keys), widened(values), bandwidth, reach)
 
 
 def _is_sound(read: Tensor) -> bool:
@@ -131,29 +121,27 @@ def _is_sound(read: Tensor) -> bool:
 
 def _without_unreadable(
     read: Tensor | tuple[Tensor, Tensor],
-    form: str,
+    ask: Callable[..., Any],
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
-    access: dict[str, Any],
+    reach: Reach,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What was `read`, where it is no number because of a pair that its position may not read: 0 times NaN is NaN, and
     most forms multiply what they mask by 0."""
-    time, slots = queries.shape[2], keys.shape[2]
     bad = ~((keys.abs() < HUGE).all(-1) & values.isfinite().all(-1))
     if not bad.any():
         return read
-    stored = access.get("stored", slots - time)
-    first, end = readable(time, stored, access["start"], access["delay"], access["window"], keys.device)
+    first, end = reach.span(queries, keys)
     before = F.pad(bad.cumsum(-1), (1, 0))  # bad pairs before each slot
-    at = (x.clamp(0, slots).expand(len(queries), time)[:, None].expand(queries.shape[:3]) for x in (end, first))
+    at = (torch.atleast_2d(x.clamp(0, keys.shape[2]))[:, None].expand(queries.shape[:3]) for x in (end, first))
     reads_bad = torch.gt(*(before.gather(-1, x) for x in at))
     keys, values = (x.masked_fill(bad[..., None], 0) for x in (keys, values))
-    sound = run(FORMS, form, "kernel_regression", queries, keys, values, bandwidth, **access)
+    sound = ask(queries, keys, values, bandwidth, reach)
     if not reads_bad.any():
         return sound
-    if access["log_sum"]:
+    if isinstance(read, tuple):
         return torch.where(reads_bad[..., None], read[0], sound[0]), torch.where(reads_bad, read[1], sound[1])
     return torch.where(reads_bad[..., None], read, sound)
 
@@ -162,12 +150,10 @@ def _fastest(
     queries: Tensor,
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
-    delay: int | Tensor | None,
-    window: int | None,
-    start: Tensor | None,
-    stored: Tensor | None,
+    reach: Reach,
     dropout: float,
 ) -> str:
+    delay, window, start, stored = reach
     time = queries.shape[2]
     if isinstance(keys, Narrow) and time < FEW and stored is None:
         return "sliced"  # the others would widen all that is stored

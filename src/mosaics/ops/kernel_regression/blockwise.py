@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mosaics.ops import eager_on_cpu
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
+from mosaics.ops.kernel_regression.reach import Reach, is_empty, outside
 
 BLOCK = 128
 
@@ -22,22 +23,18 @@ def kernel_regression(
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 in tiles; see `mosaics.ops.kernel_regression.kernel_regression`."""
-    time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time if stored is None else stored, start, delay, window, keys.device)
-    beta = bandwidth.at((end - first).clamp(min=0))
+    first, end = reach.span(queries, keys)
+    beta = bandwidth.at(end - first)
     # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so the scaled query stays in float32.
     scaled = beta[..., None].to(_tile_dtype(queries)) * queries
     # A tile of as many queries as the window is wide computes twice what is read; wider ones compute more.
-    block = BLOCK if window is None else min(BLOCK, max(window, 32))
+    block = BLOCK if reach.window is None else min(BLOCK, max(reach.window, 32))
     # What is dropped is drawn again in the backward pass, tile by tile, from this seed.
     drop = (dropout, int(torch.randint(2**62, ())) if dropout else 0)
     read, logs = _Blockwise.apply(scaled, keys, values, first, end, block, drop, log_sum)
@@ -67,14 +64,8 @@ def tiles(
         for rows, low in groups:
             if high <= low:
                 continue
-            slot = torch.arange(low, high, device=first.device)
-            tile_first, tile_end = (
-                (block_first, block_end) if first.dim() == 1 else (block_first[rows], block_end[rows])
-            )
-            masked = (slot < tile_first[..., None]) | (slot >= tile_end[..., None])
-            empty = (tile_end <= tile_first)[..., None]
-            if first.dim() == 2:
-                masked, empty = masked[:, None], empty[:, None]
+            tile = (block_first, block_end) if first.dim() == 1 else (block_first[rows], block_end[rows])
+            masked, empty = outside(*tile, low, high), is_empty(*tile)[..., None]
             if not bool(empty.any()):
                 empty = None
             # Added to the logits: a fifth of the time of a masked fill on a CPU. Who reads nothing is answered 0 below.

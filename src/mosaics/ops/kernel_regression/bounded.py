@@ -12,6 +12,7 @@ from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression import single
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.narrow import Narrow
+from mosaics.ops.kernel_regression.reach import Reach
 from mosaics.ops.kernel_regression.sketch import Sketched
 
 
@@ -25,11 +26,8 @@ def kernel_regression(
     keys: Sketched,
     values: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
     counts: Tensor | None = None,
@@ -51,9 +49,7 @@ def kernel_regression(
     if reason or not single.available():
         raise ValueError(f"A bounded read can't be had: {reason or 'there is no C++ compiler'}; read all pairs.")
 
-    call = single.prepared(
-        queries, *single.parts_of(keys.exact, values), *bandwidth, start, stored, delay, window, log_sum
-    )
+    call = single.prepared(queries, *single.parts_of(keys.exact, values), *bandwidth, *reach, log_sum)
     parts = [dense(keys.data), *(None if x is None else dense(x.mT) for x in (keys.scale, keys.radius))]
     sketched = [x for part in parts for x in ([None, None] if part is None else strided(part))]
     numbers = byref(c_double(keys.tolerance)), byref(c_int64(keys.data.shape[2]))

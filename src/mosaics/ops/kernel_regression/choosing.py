@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaics.ops import FLOATS, check
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, kernel_regression
 from mosaics.ops.kernel_regression.united import bandwidth_at
 
 _AT_ONCE = 1 << 22  # weights that are held
@@ -23,10 +23,7 @@ def largest_shares(
     radius: Tensor,
     sizes: Tensor,
     bandwidth: Bandwidth,
-    *,
-    delay: int | Tensor,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
+    reach: Reach,
 ) -> Tensor:
     """The largest share of the weight that each document of a store may have, by a sketch of its keys: a weight has a
     least and a largest value (`sketch.Sketched`).
@@ -40,9 +37,7 @@ def largest_shares(
         radius: `(1, heads, documents, 1)`, how far a key of the document is from that at most.
         sizes: `(documents,)`, integers, the pairs of each.
         bandwidth: as there.
-        delay: of the context, as there.
-        start: of the context, as there.
-        stored: of the context, as there.
+        reach: as there.
 
     Returns:
         `(positions, documents)`, float64, every head of every position of every row; not a number where a key is none.
@@ -57,12 +52,11 @@ def largest_shares(
     check("largest_shares", queries.device, given)
     if not slots or int(sizes.sum()) != slots:
         raise ValueError(f"The sizes of the documents make {int(sizes.sum())} of {slots} pairs; give at least 1.")
-    access = dict(delay=delay, start=start, stored=stored)
     keys = getattr(keys, "exact", keys)
-    beta = bandwidth_at(queries, keys, slots, bandwidth, **access)
+    beta = bandwidth_at(queries, keys, slots, bandwidth, reach)
     asked = beta[..., None] * queries.to(beta.dtype)
     once = Bandwidth(beta.new_ones(heads))
-    own = kernel_regression(asked, keys, values, once, log_sum=True, **access)[1]
+    own = kernel_regression(asked, keys, values, once, reach, log_sum=True)[1]
     asked, own = asked.transpose(0, 1).flatten(1, 2).float(), own.transpose(0, 1).flatten(1, 2).float()
     owner = torch.arange(len(sizes), device=data.device).repeat_interleave(sizes)
     unsure = scale[0].amax(1, keepdim=True).float() * (127 * width**0.5 * (width + 8) * 2**-23)  # of what is rounded

@@ -12,7 +12,8 @@ from torch.library import custom_op
 
 from mosaics.ops import has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
+from mosaics.ops.kernel_regression.reach import Reach, is_empty
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -38,11 +39,8 @@ def kernel_regression(
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,10 +54,10 @@ def kernel_regression(
     if not available():
         raise ValueError("The compiled form needs a C++ compiler (the log says more); use the blockwise form.")
     batch, heads, time = queries.shape[:3]
-    first, end = readable(time, keys.shape[2] - time if stored is None else stored, start, delay, window, keys.device)
+    first, end = reach.span(queries, keys)
     # beta reaches 148 at 32k pairs: as a bfloat16 it would move a logit by 0.25, so all is float32 at least.
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    beta = bandwidth.at((end - first).clamp(min=0)).to(dtype).expand(batch, heads, time)
+    beta = bandwidth.at(end - first).to(dtype).expand(batch, heads, time)
     wide = (x.to(dtype) for x in (queries, keys, values))
     read, *_, logs = OPERATOR(*wide, beta, first, end, log_sum)
     return (read.to(values.dtype), logs) if log_sum else read.to(values.dtype)
@@ -83,13 +81,8 @@ def _forward(
         shift.copy_(torch.where(far, total, shift))
         _call("forward", *given, False)
     if log_sum:
-        torch.add(shift, total.log(), out=logs).masked_fill_(_nothing(first, end), -torch.inf)
+        torch.add(shift, total.log(), out=logs).masked_fill_(is_empty(first, end), -torch.inf)
     return out, total, shift, logs
-
-
-def _nothing(first: Tensor, end: Tensor) -> Tensor:
-    """`(batch or 1, 1, time)`, which queries read nothing."""
-    return (end <= first).view(-1, 1, end.shape[-1])
 
 
 def _empty(queries: Tensor, values: Tensor, log_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +111,7 @@ def _backward(
     beta, first, end = beta.contiguous(), first.contiguous(), end.contiguous()
     grad = torch.zeros_like(out) if grad is None else dense(grad)
     if grad_logs is not None:
-        grad_logs = grad_logs.masked_fill(_nothing(first, end), 0).contiguous()
+        grad_logs = grad_logs.masked_fill(is_empty(first, end), 0).contiguous()
     grads = _empty_grads(queries, keys, values, beta)
     _call("backward", queries, keys, values, beta, shift, first, end, out, total, grad, grad_logs, *grads)
     return grads

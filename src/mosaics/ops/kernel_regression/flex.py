@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
+from mosaics.ops.kernel_regression.reach import Reach, is_empty
 
 BLOCK = 128
 SMALLEST = 1e-6  # of what a query may be divided by
@@ -28,10 +29,8 @@ def kernel_regression(
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | None,
-    window: int | None = None,
-    start: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,17 +44,16 @@ def kernel_regression(
     if dropout:
         raise ValueError("The flex form has no dropout; use the blockwise form.")
     batch, heads, time = queries.shape[:3]
-    slots = keys.shape[2]
-    first, end = readable(time, slots - time, start, delay, window, keys.device)
+    first, end = reach.span(queries, keys)
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    beta = bandwidth.at((end - first).clamp(min=0)).to(wide).expand(batch, heads, time)
+    beta = bandwidth.at(end - first).to(wide).expand(batch, heads, time)
     # The kernel multiplies its float32 logits by beta: no query is rounded. It gives beta no gradient: that comes
     # through the queries, which are multiplied by 1, as q . dq / beta. A beta near 0 is left to the queries.
     fixed = beta.detach().contiguous()
     if torch.is_grad_enabled() and beta.requires_grad:
         fixed = torch.where(fixed.abs() < SMALLEST, SMALLEST, fixed)
         queries = queries * (beta / fixed).to(queries.dtype)[..., None]
-    blocks = _block_mask(first, end, batch, slots)
+    blocks = _block_mask(first, end, batch, keys.shape[2])
     scale = lambda score, b, h, q, kv: score * fixed[b, h, q]  # noqa: E731
     attend = _compiled() if queries.is_cuda and not torch.compiler.is_compiling() else flex_attention
     common = torch.promote_types(queries.dtype, values.dtype)
@@ -64,7 +62,7 @@ def kernel_regression(
         return attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0).to(values.dtype)
     aux = AuxRequest(lse=True)
     read, aux = attend(*alike, score_mod=scale, block_mask=blocks, scale=1.0, return_aux=aux)
-    return read.to(values.dtype), aux.lse.to(wide).masked_fill((end <= first).view(-1, 1, time), -torch.inf)
+    return read.to(values.dtype), aux.lse.to(wide).masked_fill(is_empty(first, end), -torch.inf)
 
 
 @cache

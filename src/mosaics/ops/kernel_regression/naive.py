@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops import FLOATS, INTEGERS, check
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
+from mosaics.ops.kernel_regression.reach import Reach, is_empty, outside
 
 NARROW = (torch.int8, *FLOATS)
 FARTHEST = 2**62  # positions; what they are added to stays within 64 bits
@@ -19,16 +20,14 @@ def check_read(
     keys: Tensor | Narrow,
     values: Tensor | Narrow | None,
     bandwidth: Bandwidth,
-    delay: int | Tensor | None,
-    window: int | None,
-    start: Tensor | None,
-    stored: Tensor | None = None,
+    reach: Reach,
 ) -> None:
     """Refuse a read that is none; see `mosaics.ops.kernel_regression.kernel_regression`.
 
     Raises:
         ValueError: as there.
     """
+    delay, window, start, stored = reach
     if delay is None and any(x is not None for x in (window, start, stored)):
         raise ValueError("A fixed set of pairs has no positions; leave out the window and the start.")
     for x, least in ((delay, 0), (window, 1)):
@@ -63,11 +62,7 @@ def weights(
     queries: Tensor,
     keys: Tensor | Narrow,
     bandwidth: Bandwidth,
-    *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
+    reach: Reach,
 ) -> Tensor:
     """Weights `(batch, heads, time, slots)` of each query on each pair; a row sums to 1, or to 0 without pairs.
 
@@ -75,20 +70,16 @@ def weights(
         ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
     """
     keys = getattr(keys, "exact", keys)  # without a sketch
-    check_read(queries, keys, None, bandwidth, delay, window, start, stored)
-    return _weights(*_logits(queries, keys, bandwidth, delay, window, start, stored))
+    check_read(queries, keys, None, bandwidth, reach)
+    return _weights(*_logits(queries, keys, bandwidth, reach))
 
 
 def weights_at(
     queries: Tensor,
     keys: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     positions: slice,
-    *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """`weights` of some positions, over the slots that one of them at least may read. What masks is added to the
     logits: a masked fill of all heads takes several times as long.
@@ -100,19 +91,16 @@ def weights_at(
     Raises:
         ValueError: as `mosaics.ops.kernel_regression.kernel_regression`.
     """
-    check_read(queries, keys, None, bandwidth, delay, window, start, stored)
-    time, slots = queries.shape[2], keys.shape[2]
-    ranges = readable(time, slots - time if stored is None else stored, start, delay, window, queries.device)
-    first, end = (x[..., positions] for x in ranges)
+    check_read(queries, keys, None, bandwidth, reach)
+    slots = keys.shape[2]
+    first, end = (x[..., positions] for x in reach.span(queries, keys))
     low = min(int(first.min()), slots - 1)
     high = max(low + 1, min(int(end.max()), slots))
     keys = widened(keys.cut(low, high) if isinstance(keys, Narrow) else keys[:, :, low:high])
     wide = torch.promote_types(queries.dtype, torch.float32)
-    beta = bandwidth.at((end - first).clamp(min=0))
-    slot = torch.arange(low, high, device=keys.device)
-    outside, empty = (slot < first[..., None]) | (slot >= end[..., None]), (end <= first)[..., None]
-    bias = torch.zeros_like(outside, dtype=wide).masked_fill_(outside, -torch.inf).masked_fill_(empty, 0.0)
-    bias, empty = (x if x.dim() == 2 else x[:, None] for x in (bias, empty))
+    beta = bandwidth.at(end - first)
+    masked, empty = outside(first, end, low, high), is_empty(first, end)[..., None]
+    bias = torch.zeros_like(masked, dtype=wide).masked_fill_(masked, -torch.inf).masked_fill_(empty, 0.0)
     logits = ((beta[..., None] * queries[:, :, positions].to(wide)) @ keys.to(wide).mT).add_(bias)
     return logits.softmax(-1).masked_fill_(empty, 0.0) if bool(empty.any()) else logits.softmax(-1), low
 
@@ -121,28 +109,16 @@ def _weights(logits: Tensor, empty: Tensor) -> Tensor:
     return logits.softmax(-1).masked_fill(empty, 0.0)
 
 
-def _logits(
-    queries: Tensor,
-    keys: Tensor | Narrow,
-    bandwidth: Bandwidth,
-    delay: int | Tensor | None,
-    window: int | None,
-    start: Tensor | None,
-    stored: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _logits(queries: Tensor, keys: Tensor | Narrow, bandwidth: Bandwidth, reach: Reach) -> tuple[Tensor, Tensor]:
     """-inf where a query may not read, and which queries `(..., time, 1)` read nothing: theirs are 0."""
     keys = widened(keys)
-    time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time if stored is None else stored, start, delay, window, keys.device)
-    slot = torch.arange(slots, device=keys.device)
-    allowed = (slot >= first[..., None]) & (slot < end[..., None])
-    allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    first, end = reach.span(queries, keys)
+    masked = outside(first, end, 0, keys.shape[2])
     wide = torch.promote_types(queries.dtype, torch.float32)
     queries, keys = queries.to(wide), keys.to(wide)
-    beta = bandwidth.at((end - first).clamp(min=0))
-    logits = beta[..., None] * (queries @ keys.transpose(-1, -2))
-    logits = logits.masked_fill(~allowed, -torch.inf)
-    empty = ~allowed.any(-1, keepdim=True)
+    logits = bandwidth.at(end - first)[..., None] * (queries @ keys.transpose(-1, -2))
+    logits = logits.masked_fill(masked, -torch.inf)
+    empty = masked.all(-1, keepdim=True)
     return logits.masked_fill(empty, 0.0), empty
 
 
@@ -151,17 +127,14 @@ def kernel_regression(
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | Tensor | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Equation 4 of Memory Mosaics v2 as a T x T matrix; see `mosaics.ops.kernel_regression.kernel_regression`."""
     dtype = values.dtype
-    logits, empty = _logits(queries, keys, bandwidth, delay, window, start, stored)
+    logits, empty = _logits(queries, keys, bandwidth, reach)
     read = F.dropout(_weights(logits, empty), dropout)
     read = (read @ values.to(read.dtype)).to(dtype)
     return (read, logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)) if log_sum else read

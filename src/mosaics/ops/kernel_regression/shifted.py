@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.blockwise import BLOCK
+from mosaics.ops.kernel_regression.reach import Reach
 
 
 def pays(start: Tensor | None) -> bool:
@@ -22,10 +23,8 @@ def kernel_regression(
     keys: Tensor,
     values: Tensor,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | None,
-    window: int | None = None,
-    start: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -39,11 +38,11 @@ def kernel_regression(
     """
     if log_sum:
         raise ValueError("The shifted form has no sums of weights; use the blockwise form.")
-    time = queries.shape[2]
-    if delay is not None and (window is not None or keys.shape[2] != time):
+    time, delay, start = queries.shape[2], reach.delay, reach.start
+    if delay is not None and (reach.window is not None or keys.shape[2] != time):
         raise ValueError("The shifted form reads whole documents without a window; use the blockwise form.")
-    first, end = readable(time, keys.shape[2] - time, start, delay, None, keys.device)
-    beta = bandwidth.at((end - first).clamp(min=0))
+    first, end = reach.span(queries, keys)
+    beta = bandwidth.at(end - first)
     # In the queries' dtype, which the fused kernels ask for: in bfloat16 this moves a logit by up to beta / 512.
     scaled = beta[..., None].to(queries.dtype) * queries
     dtype, keys, values = values.dtype, keys.to(queries.dtype), values.to(queries.dtype)

@@ -15,6 +15,7 @@ from mosaics.ops import cast, has_numbers
 from mosaics.ops.compiling import dense, library, plain, strided
 from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.narrow import Narrow
+from mosaics.ops.kernel_regression.reach import Reach
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 STORED = (torch.float32, torch.bfloat16, torch.int8)  # what a float32 query may be asked of
@@ -61,11 +62,8 @@ def kernel_regression(
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | None,
-    window: int | None = None,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,7 +78,7 @@ def kernel_regression(
             f"The single form can't be used: {reason or 'there is no C++ compiler'}; leave out the form for another."
         )
     read = OPERATOR if torch.compiler.is_compiling() else _read
-    out, logs = read(queries, *parts_of(keys, values), *bandwidth, start, stored, delay, window, log_sum)
+    out, logs = read(queries, *parts_of(keys, values), *bandwidth, *reach, log_sum)
     out = cast(out, values.dtype)
     return (out, logs) if log_sum else out
 
@@ -111,10 +109,10 @@ def prepared(
     base: Tensor,
     slope: Tensor | None,
     exponent: Tensor | None,
-    start: Tensor | None,
-    stored: Tensor | None,
     delay: int | None,
     window: int | None,
+    start: Tensor | None,
+    stored: Tensor | None,
     log_sum: bool,
 ) -> Prepared:
     """The call that reads one query of each row and head."""
@@ -164,7 +162,7 @@ OPERATOR = custom_op(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor queries, Tensor keys, Tensor? key_scale, Tensor values, Tensor? value_scale, Tensor base, "
-    "Tensor? slope, Tensor? exponent, Tensor? start, Tensor? stored, SymInt? delay, SymInt? window, "
+    "Tensor? slope, Tensor? exponent, SymInt? delay, SymInt? window, Tensor? start, Tensor? stored, "
     "bool log_sum) -> (Tensor, Tensor)",
 )
 

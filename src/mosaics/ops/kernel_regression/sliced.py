@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.ops import eager_on_cpu
-from mosaics.ops.kernel_regression.bandwidth import Bandwidth, readable
+from mosaics.ops.kernel_regression.bandwidth import Bandwidth
 from mosaics.ops.kernel_regression.narrow import Narrow
+from mosaics.ops.kernel_regression.reach import Reach, outside
 
 BLOCK = 128  # queries
 SLICE = 4096  # slots
@@ -25,10 +26,8 @@ def kernel_regression(
     keys: Tensor | Narrow,
     values: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
-    delay: int | None,
-    window: int | None = None,
-    start: Tensor | None = None,
     dropout: float = 0.0,
     log_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -37,11 +36,10 @@ def kernel_regression(
     The softmax of what was read so far is kept as its maximum, its sum and its sum of values (Milakov and Gimelshein,
     "Online normalizer calculation for softmax", arXiv 1805.02867).
     """
-    time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time, start, delay, window, queries.device)
-    beta = bandwidth.at((end - first).clamp(min=0))
+    first, end = reach.span(queries, keys)
+    beta = bandwidth.at(end - first)
     scaled = beta[..., None].to(torch.promote_types(queries.dtype, torch.float32)) * queries
-    blocks = (slice(begin, begin + BLOCK) for begin in range(0, time, BLOCK))
+    blocks = (slice(begin, begin + BLOCK) for begin in range(0, queries.shape[2], BLOCK))
     read = [_read(scaled[:, :, b], keys, values, first[..., b], end[..., b], dropout) for b in blocks]
     answer = torch.cat([x for x, _ in read], dim=2).to(values.dtype)
     return (answer, torch.cat([log for _, log in read], dim=2)) if log_sum else answer
@@ -64,9 +62,7 @@ def _read(
         if key_scale is not None:
             logits = logits * key_scale.mT
         if begin not in free or stop not in free:
-            slot = torch.arange(begin, stop, device=queries.device)
-            outside = (slot < first[..., None]) | (slot >= end[..., None])
-            logits = logits.masked_fill(outside if outside.dim() == 2 else outside[:, None], -torch.inf)
+            logits = logits.masked_fill(outside(first, end, begin, stop), -torch.inf)
         higher = torch.maximum(top, logits.detach().amax(-1, keepdim=True))
         weights, fade = F.threshold(logits - higher, smallest, -torch.inf).exp(), (top - higher).exp()
         total, top = total * fade + weights.sum(-1, keepdim=True), higher

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mosaics.ops import FLOATS, check
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, kernel_regression, merged, readable, widened
+from mosaics.ops.kernel_regression import ALL_PAIRS, Bandwidth, Narrow, Reach, kernel_regression, merged, widened
+from mosaics.ops.kernel_regression.reach import outside
 
 
 def united_regression(
@@ -16,12 +17,10 @@ def united_regression(
     store_keys: Tensor | Narrow,
     store_values: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
     sizes: Tensor | None = None,
     offsets: Tensor | None = None,
-    delay: int | Tensor,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     dropout: float = 0.0,
     total: int | None = None,
     form: str | None = None,
@@ -38,14 +37,12 @@ def united_regression(
         store_keys: `(1, heads, store slots, width)`: every row and position reads them all.
         store_values: `(1, heads, store slots, value width)`.
         bandwidth: beta as a function of the number of pairs, those of the store and of the context together.
+        reach: which pairs of the context each position may read.
         sizes: `(store slots,)`, integers, how many pairs each slot of the store stands for, all with its key and value;
             None: one each.
         offsets: `(1, heads, store slots, 1)`, what is added to the product of each key of the store with a query; None:
             nothing.
-        delay: of the context, as for `kernel_regression`.
-        start: of the context, as there.
-        stored: of the context, as there.
-        dropout: as there.
+        dropout: as for `kernel_regression`.
         total: N, where the store is a part of the one that counts; None: all pairs that are given.
         form: `"naive"` lists all pairs, `"merged"` reads the two apart; by default the latter.
 
@@ -56,20 +53,19 @@ def united_regression(
         ValueError: as `kernel_regression`, or the store has other heads or widths.
     """
     keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
-    access = dict(delay=delay, start=start, stored=stored)
-    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, **access)
+    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, reach)
     _check_store(queries, values, store_keys, store_values, sizes, offsets)
     if form == "naive":
         if dropout:
             raise ValueError("The naive form of a united read has no dropout; leave out the form.")
-        own, of_store = _weights(queries, keys, store_keys, beta, sizes, offsets, **access)
+        own, of_store = _weights(queries, keys, store_keys, beta, reach, sizes, offsets)
         values, store_values = widened(values), widened(store_values)
         return (own @ values.to(own.dtype) + of_store @ store_values.to(own.dtype)).to(values.dtype)
     if form not in (None, "merged"):
         raise ValueError(f"united_regression has no form {form!r}; choose naive or merged.")
     scaled = beta[..., None] * queries.to(beta.dtype)
     once = Bandwidth(beta.new_ones(queries.shape[1]))
-    own = kernel_regression(scaled, keys, values, once, dropout=dropout, log_sum=True, **access)
+    own = kernel_regression(scaled, keys, values, once, reach, dropout=dropout, log_sum=True)
     batch, _, time = queries.shape[:3]
     asked = scaled
     if offsets is not None:  # one more number of every query is beta
@@ -82,7 +78,7 @@ def united_regression(
         store_keys = torch.cat([store_keys, logs], dim=-1)
     # Every position reads the same pairs, so rows are one long row.
     asked = asked.transpose(0, 1).flatten(1, 2)[None]
-    read, log_sum = kernel_regression(asked, store_keys, store_values, once, delay=None, dropout=dropout, log_sum=True)
+    read, log_sum = kernel_regression(asked, store_keys, store_values, once, ALL_PAIRS, dropout=dropout, log_sum=True)
     rows = (read[0].unflatten(1, (batch, time)).transpose(0, 1), log_sum[0].unflatten(1, (batch, time)).transpose(0, 1))
     return merged(own, rows)[0]
 
@@ -92,24 +88,17 @@ def united_weights(
     keys: Tensor | Narrow,
     store_keys: Tensor | Narrow,
     bandwidth: Bandwidth,
+    reach: Reach,
     *,
     sizes: Tensor | None = None,
     offsets: Tensor | None = None,
-    delay: int | Tensor,
-    start: Tensor | None = None,
-    stored: Tensor | None = None,
     total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights `(batch, heads, time, slots)` on the pairs of the context and `(batch, heads, time, store slots)` on
     those of the store; the rows of both together sum to 1, or to 0 where there is no pair."""
     keys = getattr(keys, "exact", keys)  # of keys with a sketch: beside a store all are read
-    access = dict(delay=delay, start=start, stored=stored)
-    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, **access)
-    return _weights(queries, keys, store_keys, beta, sizes, offsets, **access)
-
-
-def _slots(keys: Tensor | Narrow, time: int, stored: Tensor | None) -> int | Tensor:
-    return keys.shape[2] - time if stored is None else stored
+    beta = bandwidth_at(queries, keys, _total(store_keys, sizes, total), bandwidth, reach)
+    return _weights(queries, keys, store_keys, beta, reach, sizes, offsets)
 
 
 def _total(store_keys: Tensor | Narrow, sizes: Tensor | None, total: int | None) -> int | Tensor:
@@ -123,14 +112,11 @@ def bandwidth_at(
     keys: Tensor | Narrow,
     total: int | Tensor,
     bandwidth: Bandwidth,
-    delay: int | Tensor,
-    start: Tensor | None,
-    stored: Tensor | None,
+    reach: Reach,
 ) -> Tensor:
     """beta of each position, `(heads, time)` or `(batch, heads, time)`, in float32 or wider, beside a store of `total`
     pairs."""
-    time = queries.shape[2]
-    first, end = readable(time, _slots(keys, time, stored), start, delay, None, queries.device)
+    first, end = reach.span(queries, keys)
     count = (end - first).clamp(min=0) + total
     return bandwidth.at(count).to(torch.promote_types(queries.dtype, torch.float32))
 
@@ -140,21 +126,15 @@ def _weights(
     keys: Tensor | Narrow,
     store_keys: Tensor | Narrow,
     beta: Tensor,
+    reach: Reach,
     sizes: Tensor | None,
     offsets: Tensor | None,
-    delay: int | Tensor,
-    start: Tensor | None,
-    stored: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All pairs listed, those of the store behind those of the context."""
-    time = queries.shape[2]
     keys, store_keys = widened(keys).to(beta.dtype), widened(store_keys).to(beta.dtype)
-    first, end = readable(time, _slots(keys, time, stored), start, delay, None, queries.device)
-    slot = torch.arange(keys.shape[2], device=keys.device)
-    allowed = (slot >= first[..., None]) & (slot < end[..., None])
-    allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    masked = outside(*reach.span(queries, keys), 0, keys.shape[2])
     scaled = beta[..., None] * queries.to(beta.dtype)
-    own, of_store = (scaled @ keys.mT).masked_fill(~allowed, -torch.inf), scaled @ store_keys.mT
+    own, of_store = (scaled @ keys.mT).masked_fill(masked, -torch.inf), scaled @ store_keys.mT
     if offsets is not None:
         of_store = of_store + beta[..., None] * offsets.to(beta.dtype).mT
     if sizes is not None:

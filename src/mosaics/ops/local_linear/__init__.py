@@ -64,7 +64,7 @@ def local_linear(
         iterations: of conjugate gradients, in each of both passes. After as many as keys are wide the solution is exact
             but for rounding; the gradient is exact as far as the solution is.
         scale: s; None: 1 / sqrt(width).
-        start: as in `mosaics.ops.kernel_regression.kernel_regression`.
+        start: as in `mosaics.ops.kernel_regression.Reach`.
         dropout: probability with which what a pair adds is left out, the others growing to make up for it.
         form: force one of `FORMS`: `naive` is the closed form, for up to 512 positions; by default `blockwise`.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosaics.ops.kernel_regression import readable
+from mosaics.ops.kernel_regression import Reach
 from mosaics.ops.kernel_regression.blockwise import dropout_factors, tiles
 
 BLOCK = 128
@@ -41,8 +41,7 @@ def local_linear(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """See `mosaics.ops.local_linear.local_linear`."""
-    time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time, start, 0, None, keys.device)
+    first, end = Reach(0, start=start).span(queries, keys)
     # What is dropped is drawn again in the backward pass, tile by tile, from this seed.
     drop = (dropout, int(torch.randint(2**62, ())) if dropout else 0)
     plan = _Plan(scale, relative, iterations, drop)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaics.ops.kernel_regression import readable
+from mosaics.ops.kernel_regression import Reach
+from mosaics.ops.kernel_regression.reach import outside
 
 
 def local_linear(
@@ -22,12 +23,8 @@ def local_linear(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """See `mosaics.ops.local_linear.local_linear`; exact, so it takes no `iterations` and leaves no residual."""
-    time, slots = queries.shape[2], keys.shape[2]
-    first, end = readable(time, slots - time, start, 0, None, keys.device)
-    slot = torch.arange(slots, device=keys.device)
-    outside = (slot < first[..., None]) | (slot >= end[..., None])
-    logits = scale * (queries @ keys.mT)
-    logits = logits.masked_fill(outside if outside.dim() == 2 else outside[:, None], -torch.inf)
+    masked = outside(*Reach(0, start=start).span(queries, keys), 0, keys.shape[2])
+    logits = (scale * (queries @ keys.mT)).masked_fill(masked, -torch.inf)
     weights = logits.softmax(-1)
     if probe is not None:
         mean = weights @ keys
