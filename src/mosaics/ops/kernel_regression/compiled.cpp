@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 #ifdef __SSE__
@@ -18,15 +19,37 @@
 
 namespace {
 
+// A product keeps ROWS x PANEL sums, PANEL vectors and a scalar in registers: x86 has 32 with AVX-512, else 16. Where
+// they do not fit, vectors are read from memory for each row, and loads limit it.
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, ROWS = 6;
+constexpr int BYTES = 64, PANEL = 4;
 #elif defined(__AVX__)
-constexpr int BYTES = 32, ROWS = 3;
+constexpr int BYTES = 32, PANEL = 2;
+#elif defined(__SSE__)
+constexpr int BYTES = 16, PANEL = 2;
 #else
-constexpr int BYTES = 16, ROWS = 6;
+constexpr int BYTES = 16, PANEL = 4;
 #endif
-constexpr int64_t QUERIES = 48, SLOTS = 128, PANEL = 4;  // of a tile; vectors of a panel
-constexpr int64_t TOGETHER = 16;                         // blocks of queries that share the packing of a span
+constexpr int ROWS = 6;
+constexpr int64_t QUERIES = 48, SLOTS = 128;  // of a tile
+constexpr int64_t TOGETHER = 16;              // blocks of queries that share the packing of a span
+
+// Memory that begins with a line of the cache: a vector that lies in two lines is two loads.
+template <typename T>
+struct Allocator {
+    using value_type = T;
+    static constexpr std::align_val_t line{64};
+    Allocator() = default;
+    template <typename U>
+    Allocator(const Allocator<U>&) {}
+    T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
+    void deallocate(T* data, std::size_t) { ::operator delete(data, line); }
+    bool operator==(const Allocator&) const { return true; }
+    bool operator!=(const Allocator&) const { return false; }
+};
+
+template <typename T>
+using Buffer = std::vector<T, Allocator<T>>;
 
 template <typename T>
 struct Vector {
@@ -56,8 +79,8 @@ T dot(const T* a, const T* b, int64_t count) {
 }
 
 template <typename T>
-int64_t padded(int64_t width) {
-    constexpr int64_t w = Vector<T>::width;
+int64_t padded(int64_t width, int64_t vectors = 1) {  // to a multiple of so many vectors
+    const int64_t w = vectors * Vector<T>::width;
     return (width + w - 1) / w * w;
 }
 
@@ -94,6 +117,7 @@ void strip(int64_t rows, int64_t depth, const T* a, int64_t row, int64_t step, c
            int64_t ldc, bool add) {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS) kernel<T, ROWS, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 4 <= rows; i += 4) kernel<T, 4, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
     for (; i + 2 <= rows; i += 2) kernel<T, 2, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
     for (; i < rows; i++) kernel<T, 1, N>(depth, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
 }
@@ -108,28 +132,37 @@ void product(int64_t rows, int64_t from, int64_t to, int64_t depth, const T* a, 
         next = std::min(from / p * p + p, to);
         const T* right = b + from / p * panel + from % p;
         switch ((next - from) / w) {
-            case 4: strip<T, 4>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
-            case 3: strip<T, 3>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
+            case 4: strip<T, std::min(PANEL, 4)>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
+            case 3: strip<T, std::min(PANEL, 3)>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
             case 2: strip<T, 2>(rows, depth, a, row, step, right, ldb, c + from, ldc, add); break;
             default: strip<T, 1>(rows, depth, a, row, step, right, ldb, c + from, ldc, add);
         }
     }
 }
 
-// exp of `count` numbers between LOWEST and HIGHEST, others moved there: what lies below is no normal float32.
+// Takes `shift` from `count` numbers, and makes exp of what is left between LOWEST and HIGHEST, of others as if they
+// were there: what lies below is no normal float32. `out` may be `x`, which is then lost.
 constexpr double LOWEST = -80, HIGHEST = 64;
 
-inline void exponentials(const double* x, double* out, int64_t count) {
-    for (int64_t i = 0; i < count; i++) out[i] = std::exp(std::min(std::max(x[i], LOWEST), HIGHEST));
+inline void exponentials(double* x, double shift, double* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        x[i] -= shift;
+        out[i] = std::exp(std::min(std::max(x[i], LOWEST), HIGHEST));
+    }
 }
 
-inline void exponentials(const float* x, float* out, int64_t count) {
+inline void exponentials(float* x, float shift, float* out, int64_t count) {
     using V = Vector<float>::type;
     constexpr int64_t w = Vector<float>::width;
     for (int64_t i = 0; i < count; i += w) {
-        V v = *(V*)(x + i);
-        v = v < (float)LOWEST ? V{} + (float)LOWEST : v;
-        v = v > (float)HIGHEST ? V{} + (float)HIGHEST : v;
+        V v = *(V*)(x + i) -= shift;
+        const V low = V{} + (float)LOWEST, high = V{} + (float)HIGHEST;
+#if defined(__AVX__) && !defined(__AVX512F__)  // what GCC makes of the lines below takes thrice as long; NaN stays NaN
+        v = (V)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#else
+        v = v < low ? low : v;
+        v = v > high ? high : v;
+#endif
         // v = n log 2 + r with |r| <= log(2) / 2; adding 1.5 * 2^23 rounds to an integer.
         const V magic = V{} + 12582912.0f, shifted = v * 1.44269504f + magic, n = shifted - magic;
         const V r = (v - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -142,8 +175,10 @@ inline void exponentials(const float* x, float* out, int64_t count) {
 #ifdef __AVX512F__
         *(V*)(out + i) = (V)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-        typedef int32_t I __attribute__((vector_size(BYTES)));
-        const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+        typedef uint32_t I __attribute__((vector_size(BYTES)));
+        I exponent;  // n lies in the lowest bits of `shifted`
+        std::memcpy(&exponent, &shifted, BYTES);
+        exponent = (exponent << 23) + (127u << 23);
         V scale;
         std::memcpy(&scale, &exponent, BYTES);
         *(V*)(out + i) = p * scale;
@@ -184,14 +219,22 @@ struct Sizes {
     int64_t batch, heads, time, slots, width, value_width, lines, threads;
 };
 
-// Rows of `x` from `begin`, `count` of them (then zeros), side by side: out[row][column].
+// Rows of `x` from `begin`, `count` of them (then zeros), side by side: out[row][column], `wide` columns.
 template <typename T>
-void rows_of(const T* x, int64_t stride, int64_t begin, int64_t count, int64_t room, int64_t width, T* out) {
-    const int64_t wide = padded<T>(width);
+void rows_of(const T* x, int64_t stride, int64_t begin, int64_t count, int64_t room, int64_t width, int64_t wide,
+             T* out) {
     for (int64_t i = 0; i < room; i++) {
         if (i < count) std::memcpy(out + i * wide, x + (begin + i) * stride, width * sizeof(T));
         std::fill(out + i * wide + (i < count ? width : 0), out + (i + 1) * wide, T(0));
     }
+}
+
+// The same in panels: out[column / p][row][column % p].
+template <typename T>
+void panels_of(const T* x, int64_t stride, int64_t begin, int64_t count, int64_t width, T* out) {
+    constexpr int64_t p = PANEL * Vector<T>::width;
+    for (int64_t from = 0; from < width; from += p, out += SLOTS * p)
+        rows_of<T>(x + from, stride, begin, count, SLOTS, std::min(p, width - from), p, out);
 }
 
 // The same transposed, in panels: out[row / p][column][row % p].
@@ -232,9 +275,8 @@ struct Tile {
     void weights(int64_t width, const T* queries, const T* keys, const T* shift, T* logs, T* out) const {
         logits(width, queries, keys, logs);
         for (int64_t i = 0; i < rows; i++) {
-            T *log = logs + i * SLOTS, *row = out + i * SLOTS;
-            for (int64_t j = from; j < to; j++) log[j] -= shift[i];
-            exponentials(log + from, row + from, to - from);
+            T* row = out + i * SLOTS;
+            exponentials(logs + i * SLOTS + from, shift[i], row + from, to - from);
             std::fill(row + from, row + begin(i), T(0));
             std::fill(row + stop(i), row + to, T(0));
         }
@@ -269,7 +311,7 @@ template <typename T>
 void scaled(const Array<T>& queries, int64_t b, int64_t h, const T* beta, int64_t begin, int64_t count, int64_t width,
             T* out) {
     const int64_t wide = padded<T>(width);
-    rows_of<T>(queries.at(b, h), queries.stride[2], begin, count, count, width, out);
+    rows_of<T>(queries.at(b, h), queries.stride[2], begin, count, count, width, wide, out);
     for (int64_t i = 0; i < count; i++)
         for (int64_t d = 0; d < width; d++) out[i * wide + d] *= beta[begin + i];
 }
@@ -282,13 +324,13 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
     int64_t together = TOGETHER;  // fewer, where threads would have nothing to do
     while (together > 1 && lines * ((s.time + together * QUERIES - 1) / (together * QUERIES)) < s.threads) together /= 2;
     const int64_t span = together * QUERIES, parts = (s.time + span - 1) / span;
-    constexpr int64_t w = Vector<T>::width;
+    constexpr int64_t w = Vector<T>::width, p = PANEL * w;
     using V = typename Vector<T>::type;
 #pragma omp parallel num_threads(s.threads)
     {
         FlushDenormals flush;
-        std::vector<T> asked(span * wide), answer(span * value_wide), sums(span * w), packed_keys(SLOTS * s.width),
-            packed_values(SLOTS * value_wide), tile(QUERIES * SLOTS);
+        Buffer<T> asked(span * wide), answer(span * value_wide), sums(span * w), packed_keys(SLOTS * s.width),
+            packed_values(SLOTS * padded<T>(s.value_width, PANEL)), tile(QUERIES * SLOTS);
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < lines * parts; unit++) {
             // The last queries have the most to read: they come first.
@@ -305,8 +347,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                 const int64_t filled = std::min(SLOTS, s.slots - left);
                 columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, packed_keys.data());
                 if (!only_largest)
-                    rows_of<T>(values.at(b, h), values.stride[2], left, filled, SLOTS, s.value_width,
-                               packed_values.data());
+                    panels_of<T>(values.at(b, h), values.stride[2], left, filled, s.value_width, packed_values.data());
                 for (int64_t i = 0; i < count; i += QUERIES) {
                     const int64_t rows = std::min(QUERIES, count - i);
                     const Tile<T> t(rows, left, from + i, to + i);
@@ -324,8 +365,8 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                         for (int64_t j = t.from; j < t.to; j += w) sum += *(V*)&tile[r * SLOTS + j];
                     }
                     product<T>(rows, 0, value_wide, t.to - t.from, tile.data() + t.from, SLOTS, 1,
-                               packed_values.data() + t.from * value_wide, value_wide, PANEL * Vector<T>::width,
-                               answer.data() + i * value_wide, value_wide, true);
+                               packed_values.data() + t.from * p, p, SLOTS * p, answer.data() + i * value_wide,
+                               value_wide, true);
                 }
             }
             for (int64_t i = 0; i < count; i++) {
@@ -348,7 +389,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
 // these for each query, and the gradients of queries (times beta) so far.
 template <typename T>
 struct OfLine {
-    std::vector<T> asked, answer_grad, along, of_sum, asked_grad;
+    Buffer<T> asked, answer_grad, along, of_sum, asked_grad;
     std::vector<OfBeta> of_beta;
 
     OfLine(int64_t time, int64_t wide, int64_t value_wide)
@@ -377,7 +418,8 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
         std::fill(&of.asked_grad[i * wide], of.asked_grad.data() + stop * wide, T(0));
         std::fill(&of.of_beta[i], of.of_beta.data() + stop, OfBeta{});
         // The weights below are not divided by their sum; this is.
-        rows_of<T>(grad.at(b, h), grad.stride[2], i, stop - i, stop - i, s.value_width, &of.answer_grad[i * value_wide]);
+        rows_of<T>(grad.at(b, h), grad.stride[2], i, stop - i, stop - i, s.value_width, value_wide,
+                   &of.answer_grad[i * value_wide]);
         for (; i < stop; i++) {
             const T inverse = 1 / totals[line * s.time + i];
             T* row = &of.answer_grad[i * value_wide];
@@ -403,9 +445,10 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
 #pragma omp parallel num_threads(s.threads)
     {
         FlushDenormals flush;
-        std::vector<T> key_columns(SLOTS * s.width), key_rows(SLOTS * wide), value_columns(SLOTS * s.value_width);
-        std::vector<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
-        std::vector<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS), logs(QUERIES * SLOTS);
+        Buffer<T> key_columns(SLOTS * s.width), key_rows(SLOTS * padded<T>(s.width, PANEL));
+        Buffer<T> value_columns(SLOTS * s.value_width);
+        Buffer<T> key_grad(SLOTS * wide), value_grad(SLOTS * value_wide);
+        Buffer<T> tile(QUERIES * SLOTS), tile_grad(QUERIES * SLOTS), logs(QUERIES * SLOTS);
 
         const auto read = [&](OfLine<T>& of, int64_t line, int64_t span) {
             const int64_t b = line / s.heads, h = line % s.heads, left = span * SLOTS;
@@ -413,7 +456,7 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
             const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time;
             const int64_t filled = std::min(SLOTS, s.slots - left);
             columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, key_columns.data());
-            rows_of<T>(keys.at(b, h), keys.stride[2], left, filled, SLOTS, s.width, key_rows.data());
+            panels_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, key_rows.data());
             columns_of<T>(values.at(b, h), values.stride[2], left, filled, s.value_width, value_columns.data());
             std::fill(key_grad.begin(), key_grad.end(), T(0));
             std::fill(value_grad.begin(), value_grad.end(), T(0));
@@ -434,8 +477,8 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
                 for (int64_t r = 0; r < rows; r++)
                     t.softmax_backward(r, tile.data(), logs.data(), of.along[i + r], of.of_sum[i + r],
                                        totals[line * s.time + i + r], tile_grad.data(), of.of_beta[i + r]);
-                product<T>(rows, 0, wide, count, tile_grad.data() + t.from, SLOTS, 1, key_rows.data() + t.from * wide,
-                           wide, p, &of.asked_grad[i * wide], wide, true);
+                product<T>(rows, 0, wide, count, tile_grad.data() + t.from, SLOTS, 1, key_rows.data() + t.from * p, p,
+                           SLOTS * p, &of.asked_grad[i * wide], wide, true);
                 if (shared) turn[line * blocks + block].store(span + 1, std::memory_order_release);
                 product<T>(count, 0, wide, rows, tile_grad.data() + t.from, 1, SLOTS, query, wide, p,
                            key_grad.data() + t.from * wide, wide, true);
