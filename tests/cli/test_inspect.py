@@ -36,6 +36,7 @@ def test_inspect_writes_a_page_and_its_numbers(inspected, small_run, tmp_path):
     found = model.inspect(ids)
     expected = found.forecasts.of_next[:-1]
     assert torch.allclose(torch.tensor(tables["tokens"][0]["log_prob"][1:]), expected, rtol=1e-5)
+    assert tables["forecasts"][0]["position"][:6] == [1] * 5 + [2]
     gained = torch.tensor(tables["tokens"][0]["log_prob without long_term"][1:])
     assert torch.allclose(expected - gained, found.gain("long_term")[:-1], atol=1e-5)
     pairs = [p for p in tables["pairs"] if (p["memory"], p["layer"], p["head"]) == ("long_term", 1, 0)]
@@ -43,6 +44,11 @@ def test_inspect_writes_a_page_and_its_numbers(inspected, small_run, tmp_path):
     there = read.found[0] >= 0
     assert pairs[0]["found"] == read.found[0][there].tolist()
     assert torch.allclose(torch.tensor(pairs[0]["weight"]), read.weights[0][there], rtol=1e-5)
+    (held,) = (p for p in tables["averages"] if (p["memory"], p["layer"], p["head"]) == ("short_term", 0, 1))
+    average = next(a for a in found.averages if (a.memory, a.layer_index) == ("short_term", 0))
+    there = average.found[1] >= 0
+    assert held["found"] == average.found[1][there].tolist() and held["position"] == there.nonzero()[:, 0].tolist()
+    assert torch.allclose(torch.tensor(held["share"]), average.shares[1][there], rtol=1e-5)
 
 
 def test_inspect_writes_parquet_with_the_same_rows(inspected, tmp_path):

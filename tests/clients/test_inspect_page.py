@@ -1,5 +1,6 @@
 """The page in a real browser: Chromium, driven by Playwright."""
 
+import re
 import shutil
 
 import pytest
@@ -114,6 +115,26 @@ def test_page_marks_what_was_read_for_the_word_under_the_pointer(opened, found):
     first = view.eval_on_selector_all("#found tr:nth-child(2) td", "xs => xs.map(x => x.textContent)")
     assert first[3] == str(59 - strongest[1])
     assert said == []
+
+
+def test_page_says_what_the_key_of_the_chosen_head_holds(opened, found, texts):
+    view, said = opened()
+    view.click("#map tr:nth-child(3) td:nth-child(3) button")  # head 1 of the second memory
+    average = found.averages[1]
+    for token in (40, 70):
+        view.keyboard.press("Escape")
+        view.hover(f"#t{token}")
+        there = average.found[1, token - 1] >= 0
+        places = average.found[1, token - 1][there].tolist()
+        shown = view.eval_on_selector_all("#held .held", "xs => xs.map(x => x.textContent)")
+        assert shown == [texts[place].strip("\n") for place in places] and places
+        text = view.inner_text("#held")
+        percents = [float(x) for x in re.findall(r"([\d.]+) %", text)][: len(places)]
+        assert percents == pytest.approx((100 * average.shares[1, token - 1][there]).tolist(), abs=0.8)
+        assert [int(x) for x in re.findall(r"\((\d+) back\)", text)] == [token - 1 - p for p in places if p < token - 1]
+    view.focus("#text")
+    view.keyboard.press("Home")
+    assert view.inner_text("#held") == "" and said == []
 
 
 def test_page_is_used_by_keyboard(opened):

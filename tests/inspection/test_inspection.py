@@ -10,6 +10,7 @@ from helpers import relative_error, tiny_model, tokens
 from mosaics.inspection import inspect, inspection
 from mosaics.models import PRESETS, MosaicConfig
 from mosaics.models.memory_file import read_context
+from mosaics.ops.kernel_regression import compiled
 
 TINY = [name for name in PRESETS if name.endswith(("-tiny", "-nano")) and MosaicConfig.from_preset(name).around is None]
 TIME, ALL = 21, 600
@@ -106,6 +107,54 @@ def test_inspect_effects_of_pairs_sum_to_those_of_heads_and_these_to_that_of_the
         assert relative_error(effect, found.effects[layer, name][:-1]) < 1e-9
 
 
+@torch.no_grad()
+def test_inspect_says_of_what_tokens_keys_are_averages(model, monkeypatch):
+    raw, keys, handles = {}, {}, []
+
+    def kept(of, place, x):  # that of the first pass, which is that of the whole model
+        of.setdefault(place, x[0])
+        return x
+
+    for memory in model.model.stack.memories():
+        place, of = (memory.layer_index, memory.name), getattr(memory, "key_extractor", memory)
+        if not hasattr(of, "decay") and not hasattr(of, "key_decay"):
+            continue
+        proj = of.key_proj if of is memory else of.proj
+        handles.append(proj.register_forward_hook(lambda _, __, y, place=place: kept(raw, place, y)))
+        called = memory.keys if of is memory else of.forward
+        owner, name = (memory, "keys") if of is memory else (of, "forward")
+        monkeypatch.setattr(owner, name, lambda *x, f=called, place=place: kept(keys, place, f(*x)))
+    monkeypatch.setattr(inspection, "HELD", TIME)
+    monkeypatch.setattr(inspection, "LEAST", 0.0)
+    whole = model.inspect(tokens(1, TIME)).averages
+    for handle in handles:
+        handle.remove()
+    assert [(average.layer_index, average.memory) for average in whole] == list(raw)
+    for average in whole:
+        place = average.layer_index, average.memory
+        assert relative_error(average.shares.sum(-1), torch.ones(average.shares.shape[:2]).double()) < 1e-9
+        held = torch.zeros(*average.shares.shape[:2], TIME).double()
+        held.scatter_add_(-1, average.found.clamp(min=0), average.shares)
+        assert not held.triu(1).any()
+        expected = held @ raw[place].unflatten(-1, (len(held), -1)).transpose(0, 1)
+        expected = torch.nn.functional.normalize(expected, dim=-1)
+        assert relative_error(keys[place], expected) < 1e-9
+
+
+def test_held_is_what_gates_times_decays_say():
+    gate, decay = 3 * torch.randn(3, 90).double(), -torch.rand(3, 90).double()
+    decay[0, 40] = -torch.inf  # forgets all
+    found, shares = inspection._held(gate, decay)
+    weights = torch.zeros(3, 90, 90).double()
+    for t in range(90):
+        weights[:, t] = weights[:, t - 1] * decay[:, t, None].exp() if t else 0
+        weights[:, t, t] = gate[:, t].exp()
+    expected = (weights / weights.sum(-1, keepdim=True)).topk(4, dim=-1)
+    there = expected.values >= 0.005
+    assert torch.equal(found, torch.where(there, expected.indices, -1)) and 0.2 < there.double().mean() < 1
+    assert relative_error(shares, expected.values * there) < 1e-9
+
+
 def test_inspect_shows_what_memories_declare(model, found):
     for shown in found.shown:
         for trace in shown.traces.values():
@@ -126,11 +175,13 @@ def plain(memory):
 def test_inspect_in_blocks_is_inspect_at_once(model, found, monkeypatch):
     monkeypatch.setattr(inspection, "BLOCK", 5)
     monkeypatch.setattr(inspection, "PIECE", 4)
+    monkeypatch.setattr(compiled, "pays", lambda queries: False)  # from weights that are written out
     cut = model.inspect(tokens(1, TIME), top=3)
     for own, whole in zip(cut.reads, found.reads, strict=True):
         assert relative_error(own.weights, whole.weights[..., :3]) < 1e-9
         assert relative_error(own.head_effects[:, :-1], whole.head_effects[:, :-1]) < 1e-9
         assert relative_error(own.effective, whole.effective) < 1e-9
+        assert torch.equal(own.found, whole.found[..., :3]) and torch.equal(own.pairs, whole.pairs)
         for one, other in zip(own.numbers, whole.numbers, strict=True):
             assert one.kind == other.kind and torch.allclose(
                 torch.tensor(one[:-1]), torch.tensor(other[:-1]), equal_nan=True
@@ -150,9 +201,41 @@ def test_inspect_after_a_context_is_inspect_of_the_whole(model, found):
         clear = whole.weights[:, begun:] > 1e-6  # others may change places
         assert torch.equal(own.found[clear], whole.found[:, begun:][clear])
         assert relative_error(own.head_effects[:, :-1], whole.head_effects[:, begun:-1]) < 1e-9
+    for own in after.averages:
+        assert (own.found[:, 0, 0] == begun).all() and ((own.found < 0) | (own.found >= begun)).all()
     for own, whole in zip(after.shown, found.shown, strict=True):
         for name, trace in own.traces.items():
             assert relative_error(trace, whole.traces[name][:, begun:]) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["memory-mosaics-v2-tiny", "transformer-tiny"])
+def test_inspect_numbers_of_heads_are_means_over_positions(preset):
+    model, ids = tiny_model(preset=preset), tokens(1, 60) % 7
+    found, now, place = model.inspect(ids), ids[0], torch.arange(60)
+    back = place[:, None] - place
+    same = (now[:, None] == now) & (back > 0)
+    behind = (now[:, None] == now.roll(1)) & (back > 0) & (place > 0)
+    for read, own in zip(model.read_weights(ids), found.reads, strict=True):
+        weights, count = read.weights[0], own.pairs
+        first, end = (x.expand(60) if x.dim() == 1 else x[0] for x in read.span)
+        there = (place >= first[:, None]) & (place < end[:, None])
+        assert torch.equal(count, there.sum(-1))
+        for head, numbers in enumerate(own.numbers):
+            each = weights[head]
+            both = []
+            for mask in (same, behind):
+                chance = (mask & there).sum(-1) / count.clamp(min=1)
+                both.append((float((each * mask).sum(-1)[chance > 0].mean()), float(chance[chance > 0].mean())))
+            expected = dict(
+                near=(each * (back <= found.near)).sum(-1)[count > 0].mean(),
+                evenness=(own.effective[head] / count.clamp(min=1))[count > 1].mean(),
+                repeats=max(both)[0],
+                repeats_by_chance=max(both)[1],
+                distance=(each * back).sum(-1)[count > 0].mean(),
+            )
+            for name, value in expected.items():
+                assert getattr(numbers, name) == pytest.approx(float(value), rel=1e-6), name
 
 
 def test_inspect_refuses_what_is_no_text():

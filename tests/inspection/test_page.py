@@ -11,7 +11,7 @@ import torch
 
 from helpers import tiny_model, tokens
 from mosaics.inspection import page as pages
-from mosaics.inspection.page import page, summary
+from mosaics.inspection.page import gains, page, summary
 from mosaics.inspection.text import pieces
 
 HOSTILE = [
@@ -65,6 +65,13 @@ def test_page_has_the_numbers_of_the_inspection(found, texts):
         for name, line in (("effective", read.effective), ("near", read.near), ("effect", read.head_effects)):
             drawn = unpacked(data, f"line:{name}{number}").reshape(len(read.numbers), data["points"])
             assert np.allclose(drawn, line.numpy(), rtol=1e-6, equal_nan=True)
+    for number, (shown, average) in enumerate(zip(data["averages"], found.averages, strict=True)):
+        assert (shown["memory"], shown["layer"]) == (average.memory, average.layer_index)
+        back = unpacked(data, f"held{number}").reshape(average.found.shape).astype(int) - 1
+        expected = np.where(average.found.numpy() >= 0, np.arange(TIME)[None, :, None] - average.found.numpy(), -1)
+        assert (back == expected).all() and (back > 0).any()
+        share = unpacked(data, f"share{number}").reshape(back.shape) / 200
+        assert np.abs(share - average.shares.numpy()).max() <= 0.0026
     for name, forecasts in {"": found.forecasts, **found.without}.items():
         assert np.allclose(unpacked(data, f"next:{name}"), forecasts.of_next.numpy(), equal_nan=True)
         expected = forecasts.log_probs.exp().numpy().flatten()
@@ -102,6 +109,18 @@ def test_summary_names_the_word_that_the_far_memory_gave_most(found, texts):
     token, featured, said = summary(found, texts)
     assert featured == "long_term" and token == int(gain.argmax()) + 1
     assert said.startswith("The long-term memory gave") and f"{gain.max():.1f} nats" in said
+
+
+def test_gains_say_the_surprise_with_and_without_each_memory(found):
+    said = gains(found)
+    assert f"by {-found.forecasts.of_next[:-1].mean():.2f} nats" in said
+    for name, forecasts in found.without.items():
+        assert f"without the {name.replace('_', '-')} memory {-forecasts.of_next[:-1].mean():.2f}" in said
+
+
+def test_binned_is_the_mean_of_what_is_a_number():
+    values = torch.tensor([[1.0, 3.0, torch.nan, 5.0, torch.nan, torch.nan]])
+    assert np.array_equal(pages.binned(values, 3), np.array([[2.0, 5.0, np.nan]]), equal_nan=True)
 
 
 def test_page_of_a_model_of_one_kind_and_of_one_token():

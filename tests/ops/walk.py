@@ -12,7 +12,7 @@ import torch
 from mosaics.memories import Block, Common, Context, Layout, Memory
 from mosaics.memories.contract import one_token
 from mosaics.ops import compiling
-from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, compiled, kernel_regression, single
+from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, compiled, kernel_regression, single, summary
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.leaky_average import compiled as leaky_compiled
 from mosaics.ops.unit_values import compiled as unit_compiled
@@ -114,6 +114,13 @@ def walk_read(draw: random.Random) -> None:
     answers = [joined(kernel_regression(*one, log_sum=log_sum, form=form)) for form in ("single", "naive")]
     if ordinary:
         check(answers)
+    if delay is not None and ordered:
+        wanted = draw.choice([1, 4, 200]), draw.choice([0, 7, 10**6]), torch.randint(-1, 9, (1 + stored + time,))
+        forms = ("compiled", "naive")
+        given = (*leaves[:2], Bandwidth(*bandwidth), Reach(delay, window, start), *wanted)
+        found = [summary(*given, form=form)[1:] for form in forms]
+        if ordinary:
+            check(*zip(*found, strict=True))
 
 
 def walk_keys(draw: random.Random) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from mosaics.inspection.inspection import Inspection
 
 FORMAT = "mosaics-inspection-1"
-NAMES = ("tokens", "forecasts", "effects", "heads", "reads", "pairs", "traces", "maps")
+NAMES = ("tokens", "forecasts", "effects", "heads", "reads", "pairs", "traces", "maps", "averages")
 
 
 class Part(NamedTuple):
@@ -81,6 +81,12 @@ def tables(inspection: Inspection, texts: list[str] | None = None) -> Iterator[P
                 "effect": read.effects[head][there].numpy(),
             }
             yield Part("pairs", own, pairs)
+    for average in i.averages:
+        for head, found in enumerate(average.found):
+            own = {"memory": average.memory, "layer": average.layer_index, "head": head}
+            there = found >= 0
+            columns = {"position": np.repeat(positions, there.sum(-1).numpy()), "found": found[there].numpy()}
+            yield Part("averages", own, columns | {"share": average.shares[head][there].numpy()})
     for shown in i.shown:
         about = {"memory": shown.memory, "layer": shown.layer_index}
         for name, trace in shown.traces.items():

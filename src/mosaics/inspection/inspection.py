@@ -17,8 +17,10 @@ from mosaics.memories import Context, Read
 BLOCK = 128  # positions whose weights are held at once
 PART = 64  # weights in which the largest are looked for together
 PIECE = 1024  # positions whose logits are held at once
-LOOKED_AT = 2048  # positions that the numbers of a head are averaged over, about
+LOOKED_AT = 2048  # positions whose distances and repeats are made from weights that are written out, about
 NEAR = 64  # tokens back that count as near where no memory of the model has a window
+HELD = 4  # tokens kept of what an average holds
+LEAST = 0.005  # share of an average from which on a token is kept
 LIKELIEST = 5  # next tokens of a forecast
 
 
@@ -105,6 +107,25 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Average:
+    """What the leaky average behind the keys of a memory holds after each token of the text.
+
+    Attributes:
+        memory: its name in the block.
+        layer_index: the block's index, from 0.
+        found: `(heads, time, 4)`, the positions that weigh most in it, the heaviest first, those of the context before
+            the text counted; -1 where there are fewer, or they have less than 0.5 %.
+        shares: `(heads, time, 4)`, of the weights of all tokens of the text, gates times decays; 0 where there is none.
+            What a context before the text left is not counted.
+    """
+
+    memory: str
+    layer_index: int
+    found: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a mosaic did with a text. Entry t of a dimension of time is what it did after reading token t, which is to
     expect token t + 1.
@@ -121,6 +142,7 @@ class Inspection:
             so that all sum to that logit. NaN after the last token.
         reads: of every memory that shows pairs, in their order.
         shown: of every memory that declares traces or maps.
+        averages: of every memory whose keys are leaky averages.
     """
 
     ids: Tensor
@@ -131,6 +153,7 @@ class Inspection:
     effects: dict[tuple[int | None, str], Tensor]
     reads: list[MemoryReads]
     shown: list[Shown]
+    averages: list[Average]
 
     def gain(self, name: str) -> Tensor:
         """`(time,)`: by how many nats the token that came next is likelier with a memory than without it."""
@@ -205,7 +228,8 @@ def inspect(
     for effect in parts.values():
         effect[-1] = math.nan
     parts = {key: effect.cpu() for key, effect in parts.items()}
-    return Inspection(ids[0].cpu(), known, digest.near, forecasts, without, parts, digest.reads, digest.shown)
+    own = dict(reads=digest.reads, shown=digest.shown, averages=digest.averages)
+    return Inspection(ids[0].cpu(), known, digest.near, forecasts, without, parts, **own)
 
 
 @contextmanager
@@ -295,6 +319,7 @@ class Digest:
     top: int
     reads: list[MemoryReads] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list)
 
     def append(self, read: Read) -> None:
         """Digest what a memory shows of a pass over one row."""
@@ -304,81 +329,135 @@ class Digest:
             traces = {name: _kept(x[0]) for name, x in read.traces.items()}
             maps = {name: _kept(x[0]) for name, x in read.maps.items()}
             self.shown.append(Shown(read.memory, read.layer_index, traces, maps))
+        if read.recurrence is not None:
+            found, shares = _held(*(x[0].cpu() for x in read.recurrence))
+            found = torch.where(found >= 0, found + self.before, -1)
+            self.averages.append(Average(read.memory, read.layer_index, found, shares))
 
     def _reads(self, read: Read) -> MemoryReads:
-        time = len(self.direction)
-        blocks = [slice(begin, min(begin + BLOCK, time)) for begin in range(0, time, BLOCK)]
-        every = max(1, time // LOOKED_AT)
+        time, device = len(self.direction), self.direction.device
         span = read.span or (torch.zeros(time), torch.full((time,), read.slots))
-        first_of, end_of = (x[0] if x.dim() == 2 else x for x in (x.to(self.direction.device) for x in span))
-        parts: list[dict[str, Tensor]] = []
-        sums: list[Tensor] = []
-        for number, block in enumerate(blocks):
-            weights, first = read.rows(block)
-            weights = weights[0].to(torch.promote_types(weights.dtype, torch.float32))
-            slots = torch.arange(first, first + weights.shape[-1], device=weights.device)
-            # Positions of the text and of the context before it; numbers of pairs that training filled.
-            offset = self.before + time - read.slots if read.contextual else 0
-            pairs = slots + offset
-            own = self.before + torch.arange(block.start, block.stop, device=weights.device)
-            part = _top(weights, pairs, self.top) | _spread(weights)
-            part["near"] = _near_share(weights, pairs, own, self.near) if read.contextual else part["total"] * math.nan
-            if read.values is not None and read.pull is not None:
-                part |= self._effects(read, block, part, offset)
-            parts.append({name: x.cpu() for name, x in part.items()})
-            if number % every == 0:
-                there = (slots >= first_of[block, None]) & (slots < end_of[block, None])
-                sums.append(self._sums(weights, there, pairs if read.contextual else None, own, part))
-        whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-        if "effects" not in whole:
-            whole["effects"] = torch.full_like(whole["weights"], math.nan)
-            whole["head_effects"] = torch.full_like(whole["total"], math.nan)
+        first, end = (x[0] if x.dim() == 2 else x for x in (x.to(device).long() for x in span))
+        # Positions of the text and of the context before it; numbers of pairs that training filled.
+        offset = self.before + time - read.slots if read.contextual else 0
+        digested = self._by_weights if read.summary is None else self._summarised
+        whole = digested(read, offset) | {"pairs": (end - first).clamp(min=0)}
+        numbers = self._numbers(whole, read.contextual, first + offset, end + offset)
+        whole |= self._effects(read, whole, offset)
         whole["effects"][:, -1] = whole["head_effects"][:, -1] = math.nan
+        del whole["distance"], whole["repeats"]
         return MemoryReads(
             read.memory,
             read.layer_index,
             read.contextual,
-            **whole,
-            pairs=(end_of - first_of).clamp(min=0).long().cpu(),
+            **{name: x.cpu() for name, x in whole.items()},
             residual=None if read.residual is None else _kept(read.residual[0]),
-            numbers=[_numbers(head, read.contextual) for head in torch.stack(sums).sum(0).tolist()],
+            numbers=numbers,
         )
 
-    def _effects(self, read: Read, block: slice, part: dict[str, Tensor], offset: int) -> dict[str, Tensor]:
-        """Of the pairs that are kept, and of all together."""
-        wide = self.direction.dtype
-        pulled = read.pull(self.direction[None, block], block)[0]  # (heads, positions, width)
-        values, index = read.values[0], (part["found"] - offset).clamp(min=0)
-        values = values.expand(index.shape[0], -1, -1)
-        found = values.gather(1, index.flatten(1)[..., None].expand(-1, -1, values.shape[-1])).to(wide)
-        found = found.unflatten(1, index.shape[1:])
-        effects = part["weights"].to(wide) * (found * pulled[:, :, None]).sum(-1)
-        answer = read.answer[0][:, block].to(wide)
-        return {"effects": effects, "head_effects": (answer * pulled).sum(-1)}
+    def _summarised(self, read: Read, offset: int) -> dict[str, Tensor]:
+        """What is kept of the weights, as the memory itself says, with positions in the place of slots."""
+        tokens = nn.functional.pad(self.tokens, (1, 0), value=-1)[offset:].to(self.direction.device)
+        found = read.summary(self.top, self.near, tokens)
+        slots, weights, entropy, near, distance, repeats = (x[0] for x in found)
+        total = (weights[..., 0] > 0).to(weights)
+        own = {"total": total, "effective": entropy.exp() * total, "near": near}
+        slots = torch.where(slots >= 0, slots + offset, -1)
+        return own | {"found": slots, "weights": weights, "distance": distance, "repeats": repeats}
 
-    def _sums(
-        self, weights: Tensor, there: Tensor, pairs: Tensor | None, own: Tensor, part: dict[str, Tensor]
-    ) -> Tensor:
-        """`(heads, 11)`, what `_numbers` takes, where `there` says which pairs each position may read."""
-        count = there.sum(-1).expand(weights.shape[:2])
-        reading, several = ((count > least).to(weights) for least in (0, 1))
-        evenness = several * part["effective"] / count.clamp(min=1)
-        columns = [reading, several, evenness]
-        if pairs is None:
-            columns += [torch.zeros_like(reading)] * 8
+    def _by_weights(self, read: Read, offset: int) -> dict[str, Tensor]:
+        """The same from the weights, those of some positions at a time. Distances and repeats, which take longer, are
+        NaN at some positions of a long text."""
+        parts: list[dict[str, Tensor]] = []
+        time, device = len(self.direction), self.direction.device
+        every = max(1, time // LOOKED_AT)
+        tokens = self.tokens.to(device)
+        for number, begin in enumerate(range(0, time, BLOCK)):
+            block = slice(begin, min(begin + BLOCK, time))
+            weights, first = read.rows(block)
+            weights = weights[0].to(torch.promote_types(weights.dtype, torch.float32))
+            pairs = torch.arange(first, first + weights.shape[-1], device=device) + offset
+            part = _top(weights, pairs, self.top) | _spread(weights)
+            part |= dict.fromkeys(("near", "distance"), part["total"] * math.nan)
+            part["repeats"] = part["near"][..., None].expand(-1, -1, 2)
+            if read.contextual:
+                own = self.before + torch.arange(block.start, block.stop, device=device)
+                part["near"] = _near_share(weights, pairs, own, self.near)
+                if number % every == 0:
+                    part["distance"] = part["total"] * own - weights @ pairs.to(weights)
+                    part["repeats"] = _repeats(weights, pairs, own, tokens)
+            parts.append(part)
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+    def _effects(self, read: Read, part: dict[str, Tensor], offset: int) -> dict[str, Tensor]:
+        """Of the pairs that are kept, and of all together."""
+        weights, wide = part["weights"], self.direction.dtype
+        if read.values is None or read.pull is None:
+            return {"effects": torch.full_like(weights, math.nan), "head_effects": part["total"] * math.nan}
+        values, found = read.values[0].expand(len(weights), -1, -1), (part["found"] - offset).clamp(min=0)
+        pairs, heads = [], []
+        for begin in range(0, weights.shape[1], PIECE):
+            piece = slice(begin, min(begin + PIECE, weights.shape[1]))
+            pulled = read.pull(self.direction[None, piece], piece)[0]  # (heads, positions, width)
+            index = found[:, piece]
+            read_of = values.gather(1, index.flatten(1)[..., None].expand(-1, -1, values.shape[-1])).to(wide)
+            along = (read_of.unflatten(1, index.shape[1:]) * pulled[:, :, None]).sum(-1)
+            pairs.append(weights[:, piece].to(wide) * along)
+            heads.append((read.answer[0][:, piece].to(wide) * pulled).sum(-1))
+        return {"effects": torch.cat(pairs, dim=1), "head_effects": torch.cat(heads, dim=1)}
+
+    def _numbers(self, part: dict[str, Tensor], contextual: bool, first: Tensor, end: Tensor) -> list[HeadNumbers]:
+        """Of each head, where a position may read the pairs from `first` to before `end`."""
+        count = part["pairs"]
+        reading, several = count > 0, count > 1
+        means = [_mean(part["near"], reading), _mean(part["effective"] / count.clamp(min=1), several)]
+        if contextual:
+            known = reading & ~part["distance"][0].isnan()
+            chances = self._chances(first, end) / count.clamp(min=1)
+            for shares, chance in zip(part["repeats"].unbind(-1), chances, strict=True):
+                some = known & (chance > 0)
+                means += [_mean(shares, some), _mean(chance.expand_as(shares), some)]
+            means.append(_mean(part["distance"], known))
         else:
-            distance = part["total"] * own - weights @ pairs.to(weights)
-            now = self.tokens.to(own.device)[own]
-            at = self.tokens.to(own.device)[pairs]
-            past = torch.where(pairs > 0, self.tokens.to(own.device)[(pairs - 1).clamp(min=0)], -1)
-            columns += [reading * part["near"], distance]
-            earlier = (pairs < own[:, None]) & (now[:, None] >= 0)
-            masks = [earlier & (tokens == now[:, None]) for tokens in (at, past)]
-            shares = torch.bmm(weights.transpose(0, 1), torch.stack(masks, dim=-1).to(weights)).permute(2, 1, 0)
-            for repeated, share in zip(masks, shares, strict=True):
-                chance = (there & repeated).sum(-1).expand_as(count) / count.clamp(min=1)
-                columns += [(chance > 0).to(weights), (chance > 0) * share, chance]
-        return torch.stack([x.sum(-1) for x in columns], dim=-1).cpu().double()
+            means += [torch.full_like(means[0], math.nan)] * 5
+        return [_reader(*head, bool(reading.any()), contextual) for head in torch.stack(means, dim=1).tolist()]
+
+    def _chances(self, first: Tensor, end: Tensor) -> Tensor:
+        """`(2, time)`: how many of the pairs from `first` to before `end`, and before the position's own, have its
+        token; and how many follow such."""
+        tokens = self.tokens.to(first.device) + 1
+        length = len(tokens)
+        places = (tokens * length + torch.arange(length, device=first.device)).sort().values
+        now, own = tokens[self.before :], torch.arange(self.before, length, device=first.device)
+        end = torch.minimum(end, own)
+
+        def until(place: Tensor) -> Tensor:
+            return torch.searchsorted(places, now * length + place.clamp(min=0))
+
+        found = [(until(end - back) - until(torch.minimum(first, end) - back)) * (now > 0) for back in (0, 1)]
+        return torch.stack(found)
+
+
+def _held(log_gate: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions that weigh most in a leaky average `(heads, time, HELD)`, and their shares.
+
+    A decay is the same for all that came before, so what weighs more among these always will: what weighs most is a
+    running maximum, what weighs second a running maximum of what the first left, and so on.
+    """
+    # The logarithm of each weight, but for what has decayed since the beginning, which is the same for all.
+    level = log_gate.double() - log_decay.double().clamp(min=-1e4).cumsum(-1)
+    left, places, levels, found = level, torch.arange(level.shape[1]).expand_as(level), [], []
+    for _ in range(HELD):
+        most, index = left.cummax(-1)
+        at = places.gather(-1, index)
+        levels.append(most)
+        found.append(at)
+        before, at_before = nn.functional.pad(most, (1, -1), value=-torch.inf), nn.functional.pad(at, (1, -1), value=-1)
+        beaten = left >= before
+        left, places = torch.where(beaten, before, left), torch.where(beaten, at_before, places)
+    shares = (torch.stack(levels, dim=-1) - level.logcumsumexp(-1)[..., None]).exp()
+    none, dtype = shares < LEAST, torch.promote_types(log_gate.dtype, torch.float32)
+    return torch.stack(found, dim=-1).masked_fill(none, -1), shares.masked_fill(none, 0.0).to(dtype)
 
 
 def _kept(x: Tensor) -> Tensor:
@@ -429,21 +508,38 @@ def _near_share(weights: Tensor, pairs: Tensor, own: Tensor, near: int) -> Tenso
     return (weights[..., begin:] * (pairs[begin:] >= own[:, None] - near)).sum(-1)
 
 
-def _numbers(sums: list[float], contextual: bool) -> HeadNumbers:
-    """From sums over positions: how many read, and have several pairs; evenness, share near, distance; and for repeats
-    and what followed them how many have some, the shares read there, and those by chance."""
+def _repeats(weights: Tensor, pairs: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
+    """`(heads, positions, 2)`, the shares read of earlier pairs with the position's token, and of those that follow
+    such."""
+    now, past = tokens[own][:, None], torch.where(pairs > 0, tokens[(pairs - 1).clamp(min=0)], -1)
+    earlier = (pairs < own[:, None]) & (now >= 0)
+    masks = [earlier & (of == now) for of in (tokens[pairs], past)]
+    return torch.bmm(weights.transpose(0, 1), torch.stack(masks, dim=-1).to(weights)).transpose(0, 1)
 
-    def mean(total: float, count: float) -> float:
-        return total / count if count else math.nan
 
-    reading, several = sums[:2]
-    evenness, near, distance = mean(sums[2], several), mean(sums[3], reading), mean(sums[4], reading)
-    both = [(mean(share, count), mean(chance, count)) for count, share, chance in (sums[5:8], sums[8:])]
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    """Of `(heads, time)`, over some of the time."""
+    return x[:, where].double().mean(-1)
+
+
+def _reader(
+    near: float,
+    evenness: float,
+    same: float,
+    same_by_chance: float,
+    behind: float,
+    behind_by_chance: float,
+    distance: float,
+    reading: bool,
+    contextual: bool,
+) -> HeadNumbers:
+    """The numbers of a head, and what kind they make it."""
+    both = (same, same_by_chance), (behind, behind_by_chance)
     repeats, by_chance = max(both, key=lambda one: -1.0 if math.isnan(one[0]) else one[0])
     if not reading:
         kind = "silent"
     elif not contextual:
-        kind, near, distance = "persistent", math.nan, math.nan
+        kind, near = "persistent", math.nan
     elif repeats - by_chance >= 0.3:
         kind = "induction-like"
     elif evenness >= 0.5:

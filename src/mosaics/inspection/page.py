@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mosaics.inspection.inspection import Inspection, MemoryReads
+from mosaics.inspection.inspection import Average, Inspection, MemoryReads
 
 LARGEST = 15_000_000  # bytes of a page
 POINTS = 1000  # of a line over the text
@@ -45,6 +45,7 @@ def page(inspection: Inspection, texts: list[str], word: Callable[[int], str], n
     points = min(len(i.ids), POINTS)
     reads = [_lines(arrays, number, read, points) for number, read in enumerate(i.reads)]
     shown = [_shown(arrays, number, one, points) for number, one in enumerate(i.shown)]
+    averages = [_held(arrays, number, one, before) for number, one in enumerate(i.averages)]
     left_out = _pairs(arrays, i.reads, reads, before)
     used = sorted({int(token) for forecasts in models.values() for token in forecasts.tokens.unique()})
     first, featured, lead = summary(i, texts[before:])
@@ -68,6 +69,7 @@ def page(inspection: Inspection, texts: list[str], word: Callable[[int], str], n
         "without": list(i.without),
         "reads": reads,
         "shown": shown,
+        "averages": averages,
         "featured": featured,
         "first": first,
         "arrays": arrays.packed,
@@ -215,6 +217,15 @@ def _shown(arrays: _Arrays, number: int, shown: Any, points: int) -> dict[str, A
         "maps": list(shown.maps),
         "columns": [shares.shape[1] for shares in shown.maps.values()],
     }
+
+
+def _held(arrays: _Arrays, number: int, average: Average, before: int) -> dict[str, Any]:
+    """How far back the tokens of an average lie, counted from 1, 0 for none; shares in steps of 0.005."""
+    own = before + torch.arange(average.found.shape[1])[None, :, None]
+    back = torch.where(average.found >= 0, own - average.found + 1, 0)
+    arrays.add(f"held{number}", back.numpy(), "u1" if int(back.max()) < 256 else "u2")
+    arrays.add(f"share{number}", average.shares.numpy() * 200, "u1")
+    return {"memory": average.memory, "layer": average.layer_index, "top": average.found.shape[-1]}
 
 
 def _pairs(arrays: _Arrays, found: list[MemoryReads], reads: list[dict[str, Any]], before: int) -> str:

@@ -25,7 +25,16 @@ from mosaics.memories.contract import (
     mean_pairs,
     register,
 )
-from mosaics.ops.kernel_regression import ALL_PAIRS, Bandwidth, Reach, kernel_regression, merged, weights_at, widened
+from mosaics.ops.kernel_regression import (
+    ALL_PAIRS,
+    Bandwidth,
+    Reach,
+    kernel_regression,
+    merged,
+    summary_of,
+    weights_at,
+    widened,
+)
 from mosaics.ops.rotary import SCALINGS, frequencies, rotated
 
 POSITIONS = ("rotary", "alibi", "none")
@@ -193,6 +202,8 @@ class AttentionMemory(Memory):
         contextual = reach.delay is not None
         span = reach.span(queries, keys) if contextual else None
         own = dict(span=span, contextual=contextual, values=widened(values), answer=answer, pull=pull)
+        if contextual and share is None:
+            own["summary"] = summary_of(queries, keys, scale, reach)
         return Read(self.name, self.layer_index, rows, keys.shape[2], **own)
 
     def _shared(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from mosaics.memories.contract import (
 )
 from mosaics.memories.contract import one_token as one
 from mosaics.memories.contract.state import shared
-from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression, weights_at
+from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression, summary_of, weights_at
 from mosaics.ops.kernel_regression import widened as plain
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
 from mosaics.ops.unit_values import unit_values
@@ -194,14 +194,16 @@ class ContextualMemory(Memory):
             return state.store.read_beside(queries, keys, values, bandwidth, reach, context, whose, dropout=dropout)
         read = kernel_regression(queries, keys, values, bandwidth, reach, dropout=dropout)
         if context.reads is not None:
-            context.reads.append(self._shown(queries, keys, values, read, reach, self.traces(source)))
+            context.reads.append(self._shown(queries, keys, values, read, reach, source))
         return read
 
-    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, reach: Reach, traces: dict) -> Read:
+    def _shown(self, queries: Tensor, keys: Any, values: Any, read: Tensor, reach: Reach, source: Any) -> Read:
         """The read, with the bandwidth that follows from how many pairs each position may read."""
         bandwidth, (first, end) = self.bandwidth(), reach.span(queries, keys)
         beta = bandwidth.at(end - first).expand(queries.shape[:3])
-        own = dict(values=plain(values), answer=read, traces={"bandwidth": beta} | traces)
+        own = dict(values=plain(values), answer=read, traces={"bandwidth": beta} | self.traces(source))
+        own["recurrence"] = self.recurrence(source)
+        own["summary"] = summary_of(queries, keys, bandwidth, reach)
         own["pull"] = lambda direction, _: self._split(direction @ self.out_proj.weight.to(direction.dtype))
         rows = partial(weights_at, queries, keys, bandwidth, reach)
         return Read(self.name, self.layer_index, rows, keys.shape[2], (first, end), **own)
@@ -209,6 +211,10 @@ class ContextualMemory(Memory):
     def traces(self, source: Any) -> dict[str, Tensor]:
         """What `keys` is made from, as numbers over time."""
         return {}
+
+    def recurrence(self, source: Any) -> tuple[Tensor, Tensor] | None:
+        """Logarithms of the gates and decays `(batch, heads, time)` of the average that the keys are, if they are."""
+        return None
 
     def document_store(self, state: ContextualState) -> Store | None:
         """All pairs but that of the end-of-text, whose value was never complete; none of a window."""
@@ -268,12 +274,15 @@ class GatedContextualMemory(ContextualMemory):
         return tuple(source), raw_values
 
     def keys(self, source: tuple[Tensor, Tensor, Tensor], layout: Layout, state: ContextualState | None) -> Tensor:
-        raw, gate, decay = source
-        return leaky_keys(self._split(raw), gate.mT, -decay.mT.abs(), layout, state)
+        return leaky_keys(self._split(source[0]), *self.recurrence(source), layout, state)
+
+    def recurrence(self, source: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        _, gate, decay = source
+        return gate.mT, -decay.mT.abs()
 
     def traces(self, source: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        _, gate, decay = source
-        return {"log gate": gate.mT, "decay": (-decay.mT.abs()).exp()}
+        log_gate, log_decay = self.recurrence(source)
+        return {"log gate": log_gate, "decay": log_decay.exp()}
 
     def value_length(self) -> Tensor:
         return widened(self.value_scale).clamp(max=15).exp()
@@ -330,7 +339,7 @@ class GatedContextualMemory(ContextualMemory):
 
 _VECTORS = ("value_mix", "value_scale", "bandwidth_base", "bandwidth_slope", "bandwidth_exponent")
 _WRITTEN = frozenset(("forward", "maps", "keys", "values", "value_length", "bandwidth", "_read", "_split"))
-_WRITTEN |= {"read_dropout", "unit_norm_eps"}
+_WRITTEN |= {"recurrence", "read_dropout", "unit_norm_eps"}
 
 
 @cache

@@ -44,8 +44,12 @@ class LeakyKeys(nn.Module):
     def forward(self, x: Tensor, layout: Layout, state: KeyState | None) -> Tensor:
         """Unit keys `(batch, heads, time, width)` of `x` `(batch, time, d)`; `state` is changed in place."""
         raw = self.proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        log_decay = (-SPEED * widened(self.decay).abs())[:, None].expand(raw.shape[:3])
-        return leaky_keys(raw, torch.zeros_like(log_decay), log_decay, layout, state, self.eps)
+        return leaky_keys(raw, *self.recurrence(x), layout, state, self.eps)
+
+    def recurrence(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of gates, all 0, and of decays, `(batch, heads, time)`."""
+        log_decay = (-SPEED * widened(self.decay).abs())[:, None].expand(x.shape[0], self.heads, x.shape[1])
+        return torch.zeros_like(log_decay), log_decay
 
     def bandwidth(self) -> Bandwidth:
         """The same for every number of pairs."""
@@ -126,6 +130,9 @@ class LeakyContextualMemory(ContextualMemory):
 
     def keys(self, source: Tensor, layout: Layout, state: ContextualState | None) -> Tensor:
         return self.key_extractor(source, layout, state)
+
+    def recurrence(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key_extractor.recurrence(source)
 
     def value_length(self) -> Tensor:
         return (SPEED * widened(self.value_scale)).exp()

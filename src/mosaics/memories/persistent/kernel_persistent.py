@@ -111,6 +111,7 @@ class KernelPersistentMemory(Memory):
                     values=stored,
                     answer=answer,
                     pull=pull,
+                    recurrence=self.key_extractor.recurrence(x),
                 )
             )
         read = read * length

@@ -18,6 +18,7 @@ from mosaics.ops.kernel_regression.merging import merged
 from mosaics.ops.kernel_regression.naive import check_read, weights, weights_at
 from mosaics.ops.kernel_regression.narrow import Narrow, widened
 from mosaics.ops.kernel_regression.reach import ALL_PAIRS, Reach
+from mosaics.ops.kernel_regression.summaries import Summary, summary, summary_of
 
 FASTER = Faster(__name__, "shifted", "compiled", "single", "sliced", "flex")
 INEXACT = Faster(__name__, "bounded")  # for `Sketched` keys
@@ -35,8 +36,11 @@ __all__ = [
     "Bandwidth",
     "Narrow",
     "Reach",
+    "Summary",
     "kernel_regression",
     "merged",
+    "summary",
+    "summary_of",
     "weights",
     "weights_at",
     "widened",

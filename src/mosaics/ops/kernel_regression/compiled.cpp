@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #ifdef __SSE__
 #include <immintrin.h>
@@ -316,10 +317,11 @@ void scaled(const Array<T>& queries, int64_t b, int64_t h, const T* beta, int64_
         for (int64_t d = 0; d < width; d++) out[i * wide + d] *= beta[begin + i];
 }
 
-// beta, shift and total are (batch, heads, time); first and end (lines, time), of all rows or of each.
+// beta, shift, total and far are (batch, heads, time); first and end (lines, time), of all rows or of each. Where there
+// is `far`, blocks without a query that it names stay as they are.
 template <typename T>
 void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, const T* beta, const T* shift,
-             const int64_t* first, const int64_t* end, Array<T> out, T* totals, bool only_largest) {
+             const int64_t* first, const int64_t* end, Array<T> out, T* totals, const bool* far, bool only_largest) {
     const int64_t wide = padded<T>(s.width), value_wide = padded<T>(s.value_width), lines = s.batch * s.heads;
     int64_t together = TOGETHER;  // fewer, where threads would have nothing to do
     while (together > 1 && lines * ((s.time + together * QUERIES - 1) / (together * QUERIES)) < s.threads) together /= 2;
@@ -331,6 +333,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
         FlushDenormals flush;
         Buffer<T> asked(span * wide), answer(span * value_wide), sums(span * w), packed_keys(SLOTS * s.width),
             packed_values(SLOTS * padded<T>(s.value_width, PANEL)), tile(QUERIES * SLOTS);
+        bool asked_for[TOGETHER];
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < lines * parts; unit++) {
             // The last queries have the most to read: they come first.
@@ -339,6 +342,13 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
             const int64_t* from = first + (s.lines > 1 ? b : 0) * s.time + begin;
             const int64_t* to = end + (s.lines > 1 ? b : 0) * s.time + begin;
             const T* move = shift + line * s.time + begin;
+            const auto asks = [&](int64_t i) {
+                const bool* of = far + line * s.time + begin + i;
+                return !far || std::any_of(of, of + std::min(QUERIES, count - i), [](bool x) { return x; });
+            };
+            int64_t asking = 0;
+            for (int64_t i = 0; i < count; i += QUERIES) asking += asked_for[i / QUERIES] = asks(i);
+            if (!asking) continue;
             scaled(queries, b, h, beta + line * s.time, begin, count, s.width, asked.data());
             std::fill(answer.begin(), answer.end(), T(0));
             std::fill(sums.begin(), sums.end(), only_largest ? T(-INFINITY) : T(0));
@@ -351,7 +361,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                 for (int64_t i = 0; i < count; i += QUERIES) {
                     const int64_t rows = std::min(QUERIES, count - i);
                     const Tile<T> t(rows, left, from + i, to + i);
-                    if (t.empty()) continue;
+                    if (t.empty() || !asked_for[i / QUERIES]) continue;
                     if (only_largest) {
                         t.logits(s.width, asked.data() + i * wide, packed_keys.data(), tile.data());
                         for (int64_t r = 0; r < rows; r++)
@@ -370,6 +380,7 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                 }
             }
             for (int64_t i = 0; i < count; i++) {
+                if (!asked_for[i / QUERIES]) continue;
                 if (only_largest) {
                     totals[line * s.time + begin + i] = sums[i * w] == T(-INFINITY) ? T(0) : sums[i * w];
                     continue;
@@ -380,6 +391,144 @@ void forward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, c
                 T* row = out.at(b, h) + (begin + i) * out.stride[2];
                 const T inverse = 1 / sum;
                 for (int64_t d = 0; d < s.value_width; d++) row[d] = answer[i * value_wide + d] * inverse;
+            }
+        }
+    }
+}
+
+// The largest of `count` numbers, whole vectors.
+template <typename T>
+T largest_of(const T* x, int64_t count) {
+    using V = typename Vector<T>::type;
+    constexpr int64_t w = Vector<T>::width;
+    V most = *(const V*)x;
+    for (int64_t j = w; j < count; j += w) {
+        const V next = *(const V*)(x + j);
+        most = next > most ? next : most;
+    }
+    T part[w];
+    std::memcpy(part, &most, BYTES);
+    for (int64_t n = w / 2; n > 0; n /= 2)
+        for (int64_t i = 0; i < n; i++) part[i] = std::max(part[i], part[i + n]);
+    return part[0];
+}
+
+// What is kept of a query's weights while spans of slots go by: sums of e = exp(logit - most), of e (logit - most), of e
+// times how far back a slot lies, of e over slots that are near, and over those that bear the query's label in one of two
+// lists; in `logits` and `slots` the largest logits, in order.
+template <typename T>
+struct Kept {
+    using V = typename Vector<T>::type;
+    using Label = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type;
+    typedef Label Labels __attribute__((vector_size(BYTES), aligned(alignof(Label)), may_alias));
+    static constexpr int64_t w = Vector<T>::width;
+    static constexpr T LEAST = T(-1e30);  // below every logit that is a number to count with
+    T most = LEAST, near = 0;
+    V sum{}, along{}, back{}, alike[2]{};
+
+    // Row r of a tile of logits, of the query whose own pair lies in slot `own`.
+    void meet(const Tile<T>& t, int64_t r, T* row, T* weights, int64_t own, int64_t reach, const Label* labels,
+              Label label, int64_t top, T* logits, int64_t* slots) {
+        const int64_t begin = t.begin(r), stop = t.stop(r);
+        std::fill(row + t.from, row + begin, LEAST);
+        std::fill(row + stop, row + t.to, LEAST);
+        const T largest = largest_of<T>(row + t.from, t.to - t.from);
+        if (largest > most) {
+            const T less = most - largest, factor = std::exp(less);  // 0 the first time
+            along = factor > 0 ? factor * (along + less * sum) : V{};
+            for (V* x : {&sum, &back, &alike[0], &alike[1]}) *x *= factor;
+            near *= factor;
+            most = largest;
+        }
+        if (largest > logits[top - 1])
+            for (int64_t j = begin; j < stop; j++) {
+                if (!(row[j] > logits[top - 1])) continue;
+                int64_t place = top - 1;
+                for (; place > 0 && row[j] > logits[place - 1]; place--) {
+                    logits[place] = logits[place - 1];
+                    slots[place] = slots[place - 1];
+                }
+                logits[place] = row[j];
+                slots[place] = t.left + j;
+            }
+        exponentials(row + t.from, most, weights + t.from, t.to - t.from);
+        std::fill(weights + t.from, weights + begin, T(0));
+        std::fill(weights + stop, weights + t.to, T(0));
+        V far;
+        for (int64_t j = 0; j < w; j++) ((T*)&far)[j] = T(own - t.left - t.from - j);
+        for (int64_t j = t.from; j < t.to; j += w, far -= T(w)) {
+            const V e = *(const V*)(weights + j);
+            sum += e;
+            along += e * *(const V*)(row + j);
+            back += e * far;
+        }
+        for (int64_t j = std::max(begin, own - reach - t.left); j < stop; j++) near += weights[j];
+        if (t.left + t.from <= own && own < t.left + t.to) weights[own - t.left] = 0;  // bears its own label
+        const Labels wanted = Labels{} + label;
+        for (int64_t j = t.from; j < t.to; j += w)
+            for (int64_t n = 0; n < 2; n++) {
+                const Labels same = *(const Labels*)(labels + n * SLOTS + j) == wanted;
+                alike[n] += (V)(*(const Labels*)(weights + j) & same);
+            }
+    }
+};
+
+// Of the weights of each query: the `top` largest logits and their slots (-1 where fewer may be read), and six numbers: the
+// logarithm of the sum of exponentials, the entropy, the share of slots at most `reach` back, how far back on average, and
+// the shares of slots that bear the query's label in the first and in the second of the `labels` (2, slots). Without any
+// slot to read they are -inf and 0. beta is (batch, heads, time); first, end, own and
+// `wanted`, the queries' labels, (lines, time).
+template <typename T>
+void summary(const Sizes& s, Array<T> queries, Array<T> keys, const T* beta, const int64_t* first, const int64_t* end,
+             const int64_t* own, int64_t reach, const typename Kept<T>::Label* labels,
+             const typename Kept<T>::Label* wanted, int64_t top, int64_t* slots, T* logits, T* numbers) {
+    const int64_t wide = padded<T>(s.width), lines = s.batch * s.heads;
+    int64_t together = TOGETHER;
+    while (together > 1 && lines * ((s.time + together * QUERIES - 1) / (together * QUERIES)) < s.threads) together /= 2;
+    const int64_t span = together * QUERIES, parts = (s.time + span - 1) / span;
+#pragma omp parallel num_threads(s.threads)
+    {
+        FlushDenormals flush;
+        Buffer<T> asked(span * wide), packed_keys(SLOTS * s.width), tile(QUERIES * SLOTS), weights(SLOTS);
+        std::vector<typename Kept<T>::Label> packed_labels(2 * SLOTS);
+        std::vector<Kept<T>> kept(span);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < lines * parts; unit++) {
+            const int64_t line = unit % lines, begin = (parts - 1 - unit / lines) * span;
+            const int64_t b = line / s.heads, h = line % s.heads, count = std::min(span, s.time - begin);
+            const int64_t range = (s.lines > 1 ? b : 0) * s.time + begin, query = line * s.time + begin;
+            const int64_t *from = first + range, *to = end + range;
+            scaled(queries, b, h, beta + line * s.time, begin, count, s.width, asked.data());
+            std::fill(kept.begin(), kept.end(), Kept<T>());
+            std::fill(logits + query * top, logits + (query + count) * top, Kept<T>::LEAST);
+            std::fill(slots + query * top, slots + (query + count) * top, int64_t(-1));
+            for (int64_t left = std::max(from[0], int64_t(0)) / SLOTS * SLOTS; left < to[count - 1]; left += SLOTS) {
+                const int64_t filled = std::min(SLOTS, s.slots - left);
+                columns_of<T>(keys.at(b, h), keys.stride[2], left, filled, s.width, packed_keys.data());
+                for (int64_t n = 0; n < 2; n++)
+                    std::copy_n(labels + n * s.slots + left, filled, packed_labels.data() + n * SLOTS);
+                for (int64_t i = 0; i < count; i += QUERIES) {
+                    const Tile<T> t(std::min(QUERIES, count - i), left, from + i, to + i);
+                    if (t.empty()) continue;
+                    t.logits(s.width, asked.data() + i * wide, packed_keys.data(), tile.data());
+                    for (int64_t r = 0; r < t.rows; r++) {
+                        const int64_t at = query + i + r, slot = own[range + i + r];
+                        if (t.stop(r) > t.begin(r))
+                            kept[i + r].meet(t, r, tile.data() + r * SLOTS, weights.data(), slot, reach,
+                                             packed_labels.data(), wanted[range + i + r], top, logits + at * top,
+                                             slots + at * top);
+                    }
+                }
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const Kept<T>& k = kept[i];
+                const T sum = to[i] > from[i] ? total<T>((const T*)&k.sum) : T(1), over = 1 / sum;
+                T* number = numbers + 6 * (query + i);
+                number[0] = to[i] > from[i] ? k.most + std::log(sum) : T(-INFINITY);
+                number[1] = std::log(sum) - total<T>((const T*)&k.along) * over;
+                number[2] = k.near * over;
+                number[3] = total<T>((const T*)&k.back) * over;
+                for (int64_t n = 0; n < 2; n++) number[4 + n] = total<T>((const T*)&k.alike[n]) * over;
             }
         }
     }
@@ -522,8 +671,15 @@ void backward(const Sizes& s, Array<T> queries, Array<T> keys, Array<T> values, 
 #define EXPORT(T, suffix)                                                                                              \
     extern "C" void forward_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, T* v,           \
                                      const int64_t* vs, const T* beta, const T* shift, const int64_t* first,           \
-                                     const int64_t* end, T* out, const int64_t* os, T* total, int only_largest) {      \
-        forward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, only_largest);            \
+                                     const int64_t* end, T* out, const int64_t* os, T* total, const bool* far,         \
+                                     int only_largest) {                                                               \
+        forward<T>(*s, {q, qs}, {k, ks}, {v, vs}, beta, shift, first, end, {out, os}, total, far, only_largest);       \
+    }                                                                                                                  \
+    extern "C" void summary_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, const T* beta,  \
+                                     const int64_t* first, const int64_t* end, const int64_t* own, int reach,          \
+                                     const Kept<T>::Label* labels, const Kept<T>::Label* wanted, int top,              \
+                                     int64_t* slots, T* logits, T* numbers) {                                          \
+        summary<T>(*s, {q, qs}, {k, ks}, beta, first, end, own, reach, labels, wanted, top, slots, logits, numbers);   \
     }                                                                                                                  \
     extern "C" void backward_##suffix(const Sizes* s, T* q, const int64_t* qs, T* k, const int64_t* ks, T* v,          \
                                       const int64_t* vs, const T* beta, const T* shift, const int64_t* first,          \

@@ -73,13 +73,13 @@ def _forward(
     shift = _shift(queries, keys, beta, end)
     out, total, _, logs = _empty(queries, values, log_sum)
     given = (queries, keys, values, beta, shift, first, end, out, total)
-    _call("forward", *given, False)
+    _call("forward", *given, None, False)
     if not bool((total >= ENOUGH).all()):
         # Nothing that is stored is near some query: its logits are all far below what they might be.
-        far = total < ENOUGH
-        _call("forward", *given[:4], torch.zeros_like(shift), *given[5:], True)
-        shift.copy_(torch.where(far, total, shift))
-        _call("forward", *given, False)
+        far, largest = total < ENOUGH, torch.zeros_like(total)
+        _call("forward", *given[:4], torch.zeros_like(shift), *given[5:8], largest, far, True)
+        shift.copy_(torch.where(far, largest, shift))
+        _call("forward", *given, far, False)
     if log_sum:
         torch.add(shift, total.log(), out=logs).masked_fill_(is_empty(first, end), -torch.inf)
     return out, total, shift, logs
