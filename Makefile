@@ -39,7 +39,7 @@ demo-model: $(VENV)/.installed  ## make the model anew that comes with the packa
 	OMP_NUM_THREADS=1 $(BIN)/mosaics train demo --run runs/demo/run --data.prepared runs/demo/data
 	$(BIN)/python -m mosaics.experiments.demo runs/demo/run src/mosaics/models/demo
 
-test: $(VENV)/.installed-dev  ## the tests (about 13 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests (about 12 minutes on two cores)
 	$(BIN)/ruff check src tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform and not slow'
 

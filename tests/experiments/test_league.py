@@ -57,6 +57,7 @@ def test_league_report_shows_what_every_system_answered(kept):
     assert "<h2>Examples</h2>" in report and record["examples"][0]["question"] in report
 
 
+@pytest.mark.slow
 def test_league_takes_from_the_cache_what_is_there(kept, monkeypatch):
     study = league(systems(["memory-mosaics-v2", "gla"]), ["recall", "new-knowledge"], None, seeds=(0,), samples=4)
     monkeypatch.setattr("mosaics.experiments.trainings.train", lambda *_: pytest.fail("trains again"))

@@ -360,7 +360,7 @@ def test_initialisation_is_the_same_however_a_model_is_made(preset, way, tmp_pat
 
 
 @pytest.mark.parametrize("preset", SMALL)
-@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_initialisation_of_what_a_file_lacks_keeps_the_rest(preset, every, tmp_path):
     """Every second or third tensor is missing: parts of every memory, and words and norms."""
     torch.manual_seed(3)
@@ -392,7 +392,6 @@ def test_initialisation_with_one_deviation_for_all_maps(preset):
 
 
 @pytest.mark.parametrize("preset", [name for name in sorted(PRESETS) if name.endswith(("small", "large"))])
-@pytest.mark.slow
 @pytest.mark.slow
 def test_initialisation_of_first_middle_and_last_block_at_full_width(preset):
     with torch.device("meta"):

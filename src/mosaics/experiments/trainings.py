@@ -141,7 +141,10 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
     option = width_option(config)
     key = digest([config.to_diff_dict(), other.to_diff_dict(), arrangement.match])
     if key not in _widths:
-        _widths[key] = getattr(matched(config, other, by=arrangement.match), option)
+        try:
+            _widths[key] = getattr(matched(config, other, by=arrangement.match), option)
+        except ValueError as error:
+            raise ValueError(f"{arrangement.label} can't be made as large as {first.label}: {error}") from error
     return sizes | {option: _widths[key]}
 
 

@@ -41,10 +41,12 @@ def matched(
         return changed
 
     base, step = size(resized(1)), size(resized(2)) - size(resized(1))  # linear in the width
-    width = 1 + round((size(other) - base) / step)
+    wanted = size(other)
+    width = 1 + round((wanted - base) / step)
     if width < 1:
         raise ValueError(
-            f"Even without a persistent memory this arrangement has more {by}; lower its number of blocks."
+            f"Even without a persistent memory this arrangement has more {by} ({base:,} against {wanted:,}); lower its "
+            "number of blocks, or widen the persistent memory of the other."
         )
     return resized(width)
 
