@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mosaics.memories.contract.layout import Layout
-
-if TYPE_CHECKING:
-    from mosaics.ops.kernel_regression import Summary
 
 
 @dataclass
@@ -89,8 +86,8 @@ class Read:
             slice of these positions, back to directions of the values `(batch, heads, positions, width)`: a value v
             read with the weight w moves the output by \( w\, v \cdot \mathrm{pull}(u) \) along u. What a gate or
             a norm multiplies it with counts as given.
-        summary: makes the `Summary` of the weights of all positions from what `mosaics.ops.kernel_regression.summary`
-            calls `top`, `near` and `tokens`. None: it takes all weights.
+        summary: makes the `mosaics.ops.kernel_regression.Summary` of the weights of all positions from what
+            `summary` there calls `top`, `near` and `tokens`. None: it takes all weights.
         traces: numbers over time by name, `(batch, heads, time)`: gates, decays, step sizes, surprise, norms.
         recurrence: logarithms of the gates and of the decays, `(batch, heads, time)`, of a leaky average of tokens that
             the memory asks or stores with: at t it holds what s brought, times \( g_s \prod_{r=s+1}^{t} \lambda_r \).
@@ -109,7 +106,7 @@ class Read:
     values: Tensor | None = None
     answer: Tensor | None = None
     pull: Callable[[Tensor, slice], Tensor] | None = None
-    summary: Callable[[int, int, Tensor], Summary] | None = None
+    summary: Callable[[int, int, Tensor], Any] | None = None
     traces: dict[str, Tensor] = field(default_factory=dict)
     recurrence: tuple[Tensor, Tensor] | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
