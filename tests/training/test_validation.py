@@ -63,6 +63,7 @@ def test_evaluate_uses_the_evaluation_delay_and_no_dropout(model, prepared):
     assert evaluate(model, data, sequences=4) == evaluate(model, data, sequences=4)
 
 
+@pytest.mark.slow
 def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_training(model, prepared):
     data = PackedDataset(prepared, "validation", 48)
     tokenizer = data.prepared.tokenizer()
@@ -74,6 +75,7 @@ def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_train
         assert text.startswith(beginning) and len(text) > len(beginning)
 
 
+@pytest.mark.slow
 def test_train_with_samples_is_the_same_training_and_keeps_them(finished, tiny, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(tiny({"validation.samples": 2}), run).finished
