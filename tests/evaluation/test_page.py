@@ -43,11 +43,11 @@ def test_page_leads_with_the_share_and_its_interval(tmp_path):
 def test_page_counts_the_questions_of_examples_that_have_several(tmp_path):
     found, examples = result([0.5, 0.25])
     found["summary"]["tables"]["by length"] = [
-        {"length": n, "accuracy": a, "queries": 4} for n, a in ((8, 50), (16, 25))
+        {"length": n, "accuracy": a, "queries": 40} for n, a in ((8, 50), (16, 25))
     ]
     text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
-    low, high = (round(100 * end) for end in wilson(3 / 8, 8))
-    assert f"m answers 3 of 8 questions right (37.5 %, 95 % interval {low}–{high} %)." in text
+    low, high = (round(100 * end) for end in wilson(3 / 8, 80))
+    assert f"m answers 30 of 80 questions right (37.5 %, 95 % interval {low}–{high} %)." in text
 
 
 def test_page_shows_what_was_seen_asked_and_answered(tmp_path):
@@ -72,16 +72,23 @@ def test_page_counts_tasks_not_as_questions(suite, says, tmp_path):
     assert says in text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
 
 
-def test_page_says_what_more_context_gains(tmp_path):
+@pytest.mark.parametrize("gain, kind", [(0.1, "good"), (-0.1, "bad"), (0.0, "open")])
+def test_page_says_what_more_context_gains(gain, kind, tmp_path):
+    sign = (-1, 0, 1)
     records = [
-        {"id": f"{i}-{m}", "prompt_digest": "", "prediction": None, "references": [], "score": 3.0 - 0.1 * m + 0.01 * i}
-        | {"meta": {"multiple": m}}
-        for i in range(8)
+        {"id": f"{i}-{m}", "prompt_digest": "", "prediction": None, "references": []}
+        | {"score": 3.0 - gain * m + 0.01 * i + (m == 2 and not gain) * 0.1 * sign[i % 3], "meta": {"multiple": m}}
+        for i in range(9)
         for m in (1, 2)
     ]
-    rows = [{"context": 32 * m, "times": m, "nats per token": 3.035 - 0.1 * m} for m in (1, 2)]
+    rows = [{"context": 32 * m, "times": m, "nats per token": 3.035 - gain * m} for m in (1, 2)]
     found = {"suite": "perplexity", "model": "m", "weights": "", "settings": {}, "examples": records}
     found |= {"summary": {"tables": {"loss by context": rows}}}
-    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, []))
-    assert "2.935 nats per token with windows of 32 tokens and 2.835 with 64, 0.100 better" in text
-    assert "(95 % interval of the gain +0.100 to +0.100, over stretches)" in text
+    page = write_evaluation_page(tmp_path, found, {"whole": found}, [])
+    assert f'<li class="{kind}">' in page.read_text(encoding="utf-8")
+    if gain:
+        how = "better" if gain > 0 else "worse"
+        once, twice = (f"{row['nats per token']:.3f}" for row in rows)
+        text = text_of(page)
+        assert f"{once} nats per token with windows of 32 tokens and {twice} with 64, 0.100 {how}" in text
+        assert f"(95 % interval of the gain {gain:+.3f} to {gain:+.3f}, over stretches)" in text

@@ -88,6 +88,9 @@ def test_league_refuses_in_one_sentence(tmp_path):
         league(systems(["gla"]), [], None)
     with pytest.raises(ValueError, match="no world 'recal'"):
         league(systems(["gla"]), ["recal"], None)
+    study = league(systems(["memory-mosaics-v2", "atlas-plus"]), ["recall"], None)
+    with pytest.raises(ValueError, match="atlas-plus can't be made as large as memory-mosaics-v2: .* widen"):
+        run_league(study, tmp_path)
 
 
 @pytest.mark.skipif(not (ROOT / "results" / "league.json").is_file(), reason="there is no kept league")
