@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mosaics.experiments.claims import Check, Claim, Term
-from mosaics.experiments.evidence import FAILS, HOLDS, OPEN, difference, judge
+from mosaics.experiments.evidence import FAILS, HOLDS, LEFT_OUT, OPEN, difference, judge
 from mosaics.experiments.reproduce import verdict_text
 
 
@@ -91,6 +91,19 @@ def test_judge_can_not_tell_without_a_premise_and_does_not_ask_a_control():
     assert found["verdict"] == OPEN and found["why"] == ["it has learnt"]
     assert "can't be told, since not: it has learnt" in verdict_text(found) and "premise: it has" in verdict_text(found)
     assert verdict([good, bad.model_copy(update={"kind": "control"})], **shares)["verdict"] == HOLDS
+
+
+def test_judge_leaves_out_what_was_compared_with_one_that_has_not_learnt():
+    learnt = check(">=", 50, at=0, arrangement="b")
+    apart = check(">=", 10, right=term("b")).model_copy(update={"given": learnt, "says": "it is ahead"})
+    good = check(">=", 50)
+    shares = dict(a=[[90, 90, 90], [90, 90, 90]])
+    cases = ([90, 90, 85], FAILS, FAILS), ([20, 90, 85], HOLDS, LEFT_OUT), ([90, 90, 20], HOLDS, HOLDS)
+    for b, said, least in cases:
+        found = verdict([good, apart], b=[b, b], **shares)
+        assert (found["verdict"], found["checks"][1]["verdict"]) == (said, least)
+    assert "-   it is ahead" in verdict_text(verdict([good, apart], b=[[20, 90, 85]] * 2, **shares))
+    assert verdict([apart], b=[[20, 90, 85]] * 2, **shares)["verdict"] == OPEN, "nothing is left that could decide"
 
 
 def test_judge_can_not_tell_where_nothing_was_measured():

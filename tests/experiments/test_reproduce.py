@@ -28,7 +28,7 @@ def test_claim_is_about_what_it_asks(claim):
     asked = {(s.shown_as, e.name): e for s in study.settings for e in s.evaluations}
     assert set(asked) == set(claim.asks)
     for check in claim.checks:
-        for one in (check.left, check.right):
+        for one in (check.left, check.right, check.given and check.given.left):
             if one is not None:
                 assert (one.setting, one.evaluation) in asked and one.arrangement in claim.arrangements
     assert "mosaics" in claim.full_scale and (claim in V1_STUDIES or "H100" in claim.full_scale)

@@ -224,16 +224,17 @@ def test_forward_loss_without_targets_is_zero():
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, BOUND), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("variant", ["v2", "layer norm, biases, tied, scaled", "v1"])
-def test_forward_loss_only_equals_the_loss_of_the_logits(variant, dtype, bound, monkeypatch):
+@pytest.mark.parametrize("most", [True, False], ids=["most targets count", "few targets count"])
+def test_forward_loss_only_equals_the_loss_of_the_logits(variant, dtype, bound, most, monkeypatch):
     monkeypatch.setattr(losses, "_PIECE", 7)
     held = []
-    in_pieces = losses._loss_in_pieces
-    monkeypatch.setattr(losses, "_loss_in_pieces", lambda *a: held.append(len(a[2])) or in_pieces(*a))
+    entropy = losses.F.linear_cross_entropy
+    monkeypatch.setattr(losses.F, "linear_cross_entropy", lambda *a, **b: held.append(len(a[0])) or entropy(*a, **b))
     model, ids = tiny_model(dtype, **VARIANTS[variant]), tokens(2, 20)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, [0, 1, 6]] = 0
     documents = torch.tensor([[0] * 5 + [1] * 15, [0] * 20])
-    labels = ids.masked_fill(ids % 5 == 0, -100)
+    labels = ids.masked_fill((ids % 5 == 0) == most, -100)
     found = []
     for loss_only in (False, True):
         output = model(ids, mask, documents, labels=labels, loss_only=loss_only, logits_to_keep=15)
@@ -242,7 +243,8 @@ def test_forward_loss_only_equals_the_loss_of_the_logits(variant, dtype, bound, 
         model.zero_grad()
         assert (output.logits is None) == loss_only
     (loss, gradient), (loss_in_pieces, gradient_in_pieces) = found
-    assert held and relative_error(loss_in_pieces, loss) < bound
+    assert held and (held[0] == 30) == most, "positions without a target get logits only where most have one"
+    assert relative_error(loss_in_pieces, loss) < bound
     assert relative_error(gradient_in_pieces, gradient) < bound
 
 

@@ -71,6 +71,7 @@ class Check(Part):
     Attributes:
         kind: a `claim` decides; without a `premise` the claim can't be told; a `control` is reported beside them.
         factor: `right` is multiplied by it first.
+        given: a premise of this check alone: where it does not hold, the check is left out.
     """
 
     says: str
@@ -80,6 +81,7 @@ class Check(Part):
     margin: float = 0.0
     factor: float = 1.0
     kind: Literal["claim", "premise", "control"] = "claim"
+    given: Check | None = None
 
 
 class Claim(Part):
@@ -645,6 +647,7 @@ PROOF: dict[str, Claim] = {
                         _of(V2, QA, at=FAR.index(times)),
                         10,
                         _of(label, name, setting, at=FAR.index(times)),
+                        given=None if label == TRANSFORMER else _learnt(QA, label)[0],
                     )
                     for times in (8, 32)
                     for label, name, setting, how in (

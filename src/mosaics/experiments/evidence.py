@@ -12,7 +12,7 @@ from mosaics.evaluation.results import wilson
 from mosaics.experiments.claims import Check, Claim, Term
 
 RESAMPLES = 2000
-HOLDS, FAILS, OPEN = "holds", "does not hold", "can't be told"
+HOLDS, FAILS, OPEN, LEFT_OUT = "holds", "does not hold", "can't be told", "left out"
 
 
 class Answers:
@@ -200,7 +200,7 @@ def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
     """What the answers say of a claim.
 
     A check holds where the interval of its difference is at or above 0, and does not where it is below; in between it
-    can't be told. A claim can't be told either where a premise is not met.
+    can't be told. A claim can't be told either where a premise is not met, or where all that would decide is left out.
 
     Returns:
         `claim`, `verdict`, `why` (the checks that decided) and `checks`: `says`, `kind`, `relation`, `verdict` and what
@@ -208,15 +208,13 @@ def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
     """
     checks, rows = [], results["rows"] + _baseline_rows(results)
     for check in claim.checks:
-        found = difference(check, rows) if check.left.measure != "steps" else _steps(check, results)
-        if found is None:
-            said = OPEN
-        else:
-            said = HOLDS if found["low"] >= 0 else FAILS if found["high"] < 0 else OPEN
+        found, said = _judged(check, rows, results)
+        if check.given is not None and _judged(check.given, rows, results)[1] != HOLDS:
+            said = LEFT_OUT
         about = {"says": check.says, "kind": check.kind, "relation": check.relation, "verdict": said}
         checks.append(about | (found or {"left": None, "right": None}))
     premises = [c for c in checks if c["kind"] == "premise" and c["verdict"] != HOLDS]
-    deciding = [c for c in checks if c["kind"] == "claim"]
+    deciding = [c for c in checks if c["kind"] == "claim" and c["verdict"] != LEFT_OUT]
     if premises:
         verdict, why = OPEN, premises
     elif failing := [c for c in deciding if c["verdict"] == FAILS]:
@@ -224,8 +222,15 @@ def judge(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
     elif unclear := [c for c in deciding if c["verdict"] == OPEN]:
         verdict, why = OPEN, unclear
     else:
-        verdict, why = HOLDS, []
+        verdict, why = HOLDS if deciding else OPEN, []
     return {"claim": claim.name, "verdict": verdict, "why": [c["says"] for c in why], "checks": checks}
+
+
+def _judged(check: Check, rows: list[dict[str, Any]], results: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    found = difference(check, rows) if check.left.measure != "steps" else _steps(check, results)
+    if found is None:
+        return None, OPEN
+    return found, HOLDS if found["low"] >= 0 else FAILS if found["high"] < 0 else OPEN
 
 
 def _baseline_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mosaics.experiments import claims, claims_v1, three_moons, trainings
 from mosaics.experiments.claims import Claim, study_of
-from mosaics.experiments.evidence import FAILS, HOLDS, OPEN, judge
+from mosaics.experiments.evidence import FAILS, HOLDS, LEFT_OUT, OPEN, judge
 from mosaics.experiments.records import write_record
 from mosaics.experiments.report import write_report
 from mosaics.experiments.studies import Plan, run_study
@@ -102,7 +102,7 @@ def verdict_text(verdict: dict[str, Any]) -> str:
 
 
 def _check_text(check: dict[str, Any]) -> str:
-    sign = {HOLDS: "yes", FAILS: "no ", OPEN: "?  "}[check["verdict"]]
+    sign = {HOLDS: "yes", FAILS: "no ", OPEN: "?  ", LEFT_OUT: "-  "}[check["verdict"]]
     kind = "" if check["kind"] == "claim" else f"{check['kind']}: "
     if check["left"] is None:
         return f"  {sign} {kind}{check['says']} (nothing was measured)"
@@ -141,6 +141,7 @@ def verdict_parts(claim: Claim, verdict: dict[str, Any]) -> list[Lead | Section]
         margin = Number(check["estimate"], check["low"], check["high"])
         rows.append([check["says"], check["kind"], numbers, margin, check["verdict"]])
     columns = ["what must hold", "it is a", "numbers", "by (95 % interval)", "verdict"]
-    note = "A claim decides; where a premise is not met, it can't be told; a control is reported beside them."
+    note = "A claim decides; where a premise is not met, it can't be told; a control is reported beside them. "
+    note += "Left out is a comparison with what has not learnt the task at the training length."
     about = f"In miniature: {claim.here} At full scale: {claim.full_scale}"
     return [lead, Section("The verdict", about, tables=[Table("verdict", columns, rows, note)])]

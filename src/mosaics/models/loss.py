@@ -113,14 +113,23 @@ def pays_in_pieces(classifier: nn.Module, hidden: Tensor) -> bool:
 
 
 def _loss_in_pieces(classifier: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross-entropy of `hidden` `(batch, time, d)`, and its gradient, `_PIECE` positions at a time."""
+    """The sum of the cross-entropy of `hidden` `(batch, time, d)`, and its gradient, `_PIECE` positions at a time.
+
+    Where few targets count, as of answers alone, the others' positions get no logits. (On a GPU that would wait for
+    their number, and in a compiled graph no shape may depend on it.)
+    """
     dtype = _product_dtype(hidden)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        counted = (targets != -100).nonzero()[:, 0]
+        if 0 < 2 * len(counted) < len(targets):
+            hidden, targets = hidden[counted], targets[counted]
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=_PIECE, chunking_method=None)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear_cross_entropy(
-            hidden.flatten(0, 1).to(dtype),
+            hidden.to(dtype),
             classifier.weight.to(dtype),
-            targets.flatten(),
+            targets,
             reduction="sum",
             options=options,
         ).to(torch.promote_types(dtype, torch.float32))
