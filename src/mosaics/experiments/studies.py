@@ -17,6 +17,7 @@ from mosaics.experiments import asking, trainings
 from mosaics.experiments.study import Arrangement, Evaluation, Setting, Study
 from mosaics.experiments.trainings import Training, say
 from mosaics.memories.contract import named
+from mosaics.pools import end_with_parent
 
 
 def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
@@ -341,6 +342,7 @@ def use_threads(count: int) -> None:
     """Set up a process of a pool."""
     import torch
 
+    end_with_parent()
     torch.set_num_threads(count)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the main process says it
 

@@ -27,6 +27,7 @@ from mosaics.memories.contract import Store
 from mosaics.models import MosaicForCausalLM
 from mosaics.models.memory_file import fingerprint
 from mosaics.models.united import check_united, united_cache
+from mosaics.pools import end_with_parent
 
 Reader = tuple[MosaicForCausalLM, PreTrainedTokenizerBase]
 
@@ -398,6 +399,7 @@ _here: dict[str, Any] = {}  # of a process that reads
 
 
 def _begin(open_reader: Callable[[], Reader], folder: Path, threads: int) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     _here.update(reader=open_reader(), folder=folder)
 
