@@ -1,5 +1,6 @@
 """`mosaics evaluate` on the command line."""
 
+import html
 import json
 
 import pytest
@@ -37,7 +38,8 @@ def test_evaluate_prints_tables_and_continues(model, tmp_path, capfd):
     assert main(words) == 0
     out = capfd.readouterr().out
     assert "by distance" in out and str(tmp_path / "out" / "results.json") in out
-    assert "report: " in out and "of 4 questions right" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "report: " in out and "of 12 questions right" in page and "<|begin_of_text|>" in html.unescape(page)
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(first["examples"]) == 4 and first["settings"]["pairs"] == [2, 4]
     assert main([*words, "--batch-size", "1"]) == 0

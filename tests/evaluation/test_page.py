@@ -52,9 +52,40 @@ def test_page_counts_the_questions_of_examples_that_have_several(tmp_path):
 
 def test_page_shows_what_was_seen_asked_and_answered(tmp_path):
     found, examples = result([0])
-    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
+    page = write_evaluation_page(tmp_path, found, {"whole": found}, examples)
+    text = text_of(page)
     assert "Which pet has number 0?" in text and "right: cat0" in text and "whole: dog ✗ wrong" in text
-    assert "… " in text and "Number 0 has the pet cat0" in text
+    # What matters is where the answer stood the last time.
+    assert re.search(r"<blockquote>… .* pet <mark>cat0</mark>\.</blockquote>", page.read_text(encoding="utf-8"))
+
+
+def test_page_shows_questions_that_are_made_of_tokens(tmp_path):
+    ids = [0, 5, 15, 6, 16, *range(20, 120), 6, 16, 21, 5, 15]
+    queries = [{"position": 105, "distance": 102, "value": 16}, {"position": 108, "distance": 107, "value": 15}]
+    example = Example("row", ids, [], meta={"length": 110, "queries": queries})
+    variants = {}
+    for name, said in (("whole", [16, 15]), ("without", [16, 7])):
+        variants[name] = result([])[0] | {"examples": [Record.of(example, said, 0.5).to_dict()]}
+    words = {5: " <b>key", 15: " \N{RIGHT-TO-LEFT OVERRIDE}value\n", 7: ""}
+
+    def page_of(*word) -> str:
+        return write_evaluation_page(tmp_path, result([])[0], variants, [example], "", *word).read_text("utf-8")
+
+    page = page_of(lambda token: words.get(token, f" w{token}"))
+    key, value = "␣&lt;b&gt;key", "␣⟨202e⟩value↵"
+    differing, same = re.findall(r'<li class="example">(.*?)<ul', page, flags=re.S)
+    assert "length 110, distance 107" in differing and f"<strong>… {key}</strong>" in differing
+    assert f"<blockquote>␣w0 <mark>{key} {value}</mark> ␣w6 ␣w16 ␣w20" in differing and " …</blockquote>" in differing
+    assert f"right:</span> {value}</p>" in differing and "<strong>… ␣w6</strong>" in same
+    assert "<mark>␣w6 ␣w16</mark> ␣w20" in same and "␣w119" not in differing
+    for said in (f"whole: <q>{value}</q>", "without: <q>‧</q>"):
+        assert said in page
+    assert page.count("✓ right") == 3 and page.count("✗ wrong") == 1 and "␣ is a space" in page
+    page = page_of()
+    assert "<mark>5 15</mark>" in page and "␣" not in page and "whole: <q>15</q>" in page
+    for record in (variants["whole"]["examples"][0], variants["without"]["examples"][0]):
+        record["prediction"] = None
+    assert "Examples" not in page_of()
 
 
 def test_page_of_variants_prefers_questions_that_they_answer_differently(tmp_path):

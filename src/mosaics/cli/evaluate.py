@@ -97,6 +97,7 @@ def evaluate(
     from mosaics.evaluation import evaluate as run
     from mosaics.evaluation.page import write_evaluation_page
     from mosaics.evaluation.results import save, side_by_side, tables_text
+    from mosaics.inspection.text import pieces
     from mosaics.models.placing import check_memories, place
     from mosaics.training.sources import open_source
 
@@ -119,7 +120,9 @@ def evaluate(
     print(tables_text(result), end="")
     if output is not None:
         command = shlex.join(["mosaics", *sys.argv[1:]])
-        page = write_evaluation_page(output, result, results, asked.examples(scorer), command)
+        page = write_evaluation_page(
+            output, result, results, asked.examples(scorer), command, lambda token: pieces(tokenizer, [token])[0]
+        )
         print(f"\nresults: {output / 'results.json'}\nreport: {page}")
 
 

@@ -3,7 +3,8 @@ what was answered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ _COLUMNS = {
     "times": "times the training length",
     "length": "length (tokens)",
 }
-_LOOKED_AT = 5000  # questions among which those to be shown are looked for
+_LOOKED_AT = 5000  # examples among which questions to be shown are looked for
+_ODD = re.compile("[\\s\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def write_evaluation_page(
@@ -43,6 +46,7 @@ def write_evaluation_page(
     variants: dict[str, dict[str, Any]],
     examples: Iterable[Example],
     command: str = "",
+    word: Callable[[int], str] = str,
 ) -> Path:
     """Write report.html into the folder of an evaluation, and its tables as CSV and Markdown.
 
@@ -52,6 +56,7 @@ def write_evaluation_page(
         variants: results by the name of the variant of the model.
         examples: the questions in the order in which they were asked.
         command: that gives the same again.
+        word: the text of one token; of questions that are made of tokens.
 
     Returns:
         The path of report.html.
@@ -65,9 +70,11 @@ def write_evaluation_page(
         figures=sections[0].figures,
         tables=[_table(title, rows) for title, rows in result["summary"]["tables"].items() if rows],
     )
-    found = list(_examples(variants, examples))
+    found = list(_examples(variants, examples, word))
     if found:
         about = "What the model saw, answered and should have answered; wrong and right ones, if there are both."
+        if any("␣" in example.saw for example in found):
+            about += " Tokens are shown one by one; ␣ is a space that belongs to one."
         sections.append(Section("Examples", about, examples=found))
     settings = {key: _short(value) for key, value in result["settings"].items() if value not in ({}, None)}
     weights = {"weights": result["weights"]} if result.get("weights") else {}
@@ -94,11 +101,11 @@ def _lead(variant: str, result: dict[str, Any], several: bool) -> Lead:
         return Lead(f"{who} was asked nothing.")
     table = next(iter(result["summary"]["tables"].values()), [])
     asked = None
-    if set(scores) <= {0, 1}:
-        asked = int(sum(scores)), len(scores)
-    elif table and {"accuracy", "queries"} <= set(table[0]):  # several questions to an example
+    if table and {"accuracy", "queries"} <= set(table[0]):  # several questions to an example
         right = round(sum(row["accuracy"] * row["queries"] for row in table) / 100)
         asked = right, sum(row["queries"] for row in table)
+    elif set(scores) <= {0, 1}:
+        asked = int(sum(scores)), len(scores)
     if asked:
         share = asked[0] / asked[1]
         low, high = wilson(share, asked[1])
@@ -167,35 +174,74 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return Table(slug(title), [_COLUMNS.get(key, key) for key in columns], lines, note)
 
 
-def _examples(variants: dict[str, dict[str, Any]], examples: Iterable[Example], count: int = 5) -> Iterable[Shown]:
+def _examples(
+    variants: dict[str, dict[str, Any]], examples: Iterable[Example], word: Callable[[int], str], count: int = 5
+) -> Iterable[Shown]:
     """Five questions: those that variants answered differently first, then wrong and right ones in turn."""
     records = {name: {record["id"]: record for record in one["examples"]} for name, one in variants.items()}
-    kinds: dict[tuple[bool, ...], list[Example]] = {}
+    kinds: dict[tuple[bool, ...], list[tuple[int, Example, Sequence[tuple[Any, bool]]]]] = {}
     for example in islice(examples, _LOOKED_AT):
-        mine = [by_id.get(example.id) for by_id in records.values()]
-        if not all(record and record["prediction"] is not None and record["score"] in (0, 1) for record in mine):
-            continue
-        if isinstance(example.prompt, str):
-            kinds.setdefault(tuple(bool(record["score"]) for record in mine), []).append(example)
-    chosen: list[Example] = []
+        answers = [_answers(example, by_id.get(example.id)) for by_id in records.values()]
+        for number, said in enumerate(zip(*answers, strict=False)):
+            kinds.setdefault(tuple(right for _, right in said), []).append((number, example, said))
+    for found in kinds.values():  # of examples with several questions, one each before more of the same
+        found.sort(key=lambda one: one[0])
+    chosen: list[tuple[int, Example, Sequence[tuple[Any, bool]]]] = []
     while len(chosen) < count and any(kinds.values()):
         for kind in sorted(kinds, key=lambda kind: (len(set(kind)) == 1, sum(kind))):
             if kinds[kind] and len(chosen) < count:
                 chosen.append(kinds[kind].pop(0 if len(chosen) % 2 == 0 else -1))
-    for example in chosen:
-        saw, question = example.prefix, example.prompt
-        if not saw.strip() or len(question) > 400:  # the question is the end of a long prompt
-            whole = saw + question
-            cut = max(whole.rstrip().rfind("\n"), whole.rfind(". ", 0, len(whole) - 20) + 1, len(whole) - 300, 0)
-            saw, question = whole[:cut], whole[cut:]
-        said = [
-            (name, _short(records[name][example.id]["prediction"]), bool(records[name][example.id]["score"]))
-            for name in variants
-        ]
-        about = ", ".join(
-            f"{key} {shown(value)}" for key, value in example.meta.items() if isinstance(value, int | str)
-        )
-        yield Shown(about, saw.strip(), question.strip(), [e.strip() for e in example.references], said)
+    for number, example, said in chosen:
+        named = [(name, text, right) for name, (text, right) in zip(variants, said, strict=True)]
+        yield _of_text(example, named) if isinstance(example.prompt, str) else _of_tokens(example, number, named, word)
+
+
+def _answers(example: Example, record: dict[str, Any] | None) -> list[tuple[Any, bool]]:
+    """What was answered to each question of an example, and whether that was right; nothing where it is not known."""
+    if record is None or record["prediction"] is None:
+        return []
+    if isinstance(example.prompt, str):
+        return [(record["prediction"], bool(record["score"]))] if record["score"] in (0, 1) else []
+    asked = example.meta.get("queries", ())
+    return [(said, said == query["value"]) for query, said in zip(asked, record["prediction"], strict=False)]
+
+
+def _about(meta: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {shown(value)}" for key, value in meta.items() if isinstance(value, int | str))
+
+
+def _of_text(example: Example, said: Sequence[tuple[str, Any, bool]]) -> Shown:
+    saw, question = example.prefix, example.prompt
+    if not saw.strip() or len(question) > 400:  # the question is the end of a long prompt
+        whole = saw + question
+        cut = max(whole.rstrip().rfind("\n"), whole.rfind(". ", 0, len(whole) - 20) + 1, len(whole) - 300, 0)
+        saw, question = whole[:cut], whole[cut:]
+    said = [(name, _short(text), right) for name, text, right in said]
+    return Shown(_about(example.meta), saw.strip(), question.strip(), [e.strip() for e in example.references], said)
+
+
+def _of_tokens(
+    example: Example, number: int, said: Sequence[tuple[str, int, bool]], word: Callable[[int], str]
+) -> Shown:
+    """A question that ends with a token which has stood in the prompt before; what came after it is right."""
+    query = example.meta["queries"][number]
+    asked, before = query["position"], query["position"] - query["distance"]
+    words = [_visible(word(token)) for token in example.prompt[: asked + 1]]
+    saw, at = " ".join(words[:asked]), len(" ".join([*words[:before], ""]))
+    return Shown(
+        _about(example.meta | {"distance": query["distance"]}),
+        saw,
+        f"… {words[asked]}",
+        [_visible(word(query["value"]))],
+        [(name, _visible(word(token)), right) for name, token, right in said],
+        at,
+        at + len(" ".join(words[before : before + 2])),
+    )
+
+
+def _visible(text: str) -> str:
+    """The text of a token; of white space and what else shows nothing, a sign."""
+    return _ODD.sub(lambda found: _SIGNS.get(found[0], f"⟨{ord(found[0]):x}⟩"), text) or "‧"
 
 
 def _short(value: Any) -> str:

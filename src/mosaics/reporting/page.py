@@ -39,6 +39,7 @@ class Example:
         expected: the answers that count as right.
         said: what each model answered, and whether that was right (None: neither).
         at: the place in `saw` of what matters; None: the last place of an expected answer, or the end.
+        end: where that ends; None: after as many characters as an expected answer has.
     """
 
     about: str
@@ -47,21 +48,20 @@ class Example:
     expected: Sequence[str]
     said: Sequence[tuple[str, str, bool | None]]
     at: int | None = None
+    end: int | None = None
 
     def excerpt(self) -> tuple[str, str, str]:
         """What stands before, at and after the place that matters, with dots where something is left out."""
         found = next((e.strip() for e in self.expected if e.strip() and e.strip() in self.saw), None)
-        place, size = self.at, 0 if found is None else len(found)
+        place = self.at
         if place is None:
-            if found is None:
-                place, size = len(self.saw), 0
-            else:
-                place = self.saw.rfind(found)
-        start, end = max(0, place - _EXCERPT), min(len(self.saw), place + size + _EXCERPT)
-        before, after = self.saw[start:place], self.saw[place + size : end]
+            place = len(self.saw) if found is None else self.saw.rfind(found)
+        past = place + len(found or "") if self.end is None else self.end
+        start, end = max(0, place - _EXCERPT), min(len(self.saw), past + _EXCERPT)
+        before, after = self.saw[start:place], self.saw[past:end]
         before = f"… {before.partition(' ')[2]}" if start else before
         after = f"{after.rpartition(' ')[0]} …" if end < len(self.saw) else after
-        return before, self.saw[place : place + size], after
+        return before, self.saw[place:past], after
 
     @property
     def whole(self) -> str:
