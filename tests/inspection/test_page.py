@@ -102,6 +102,8 @@ def test_page_leaves_out_what_does_not_fit_and_says_so(found, texts, monkeypatch
     monkeypatch.setattr(pages, "LARGEST", 2_000_000 + sizes[0] + int(0.2 * pairs))
     least = data_of(page(found, texts, word, "m"))
     assert 0 in {read["top"] for read in least["reads"]} and "did not find room" in least["about"]
+    worth = [float(read.head_effects.nan_to_num(0.0).abs().sum()) for read in found.reads]
+    assert least["reads"][worth.index(max(worth))]["top"] > 0
 
 
 def test_summary_names_the_word_that_the_far_memory_gave_most(found, texts):
