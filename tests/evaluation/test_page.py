@@ -83,6 +83,11 @@ def test_page_shows_questions_that_are_made_of_tokens(tmp_path):
     assert page.count("✓ right") == 3 and page.count("✗ wrong") == 1 and "␣ is a space" in page
     page = page_of()
     assert "<mark>5 15</mark>" in page and "␣" not in page and "whole: <q>15</q>" in page
+    rows = [Example(str(n), ids, [], meta={"length": n, "queries": queries}) for n in (1, 2, 3)]
+    found = result([])[0] | {"examples": [Record.of(row, [16, 15], 1).to_dict() for row in rows]}
+    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, rows))
+    asked = [(1, 102), (3, 107), (2, 102), (2, 107), (3, 102)]  # one of each row, from both ends
+    assert re.findall(r"length (\d), distance (\d+)", text) == [(str(n), str(back)) for n, back in asked]
     for record in (variants["whole"]["examples"][0], variants["without"]["examples"][0]):
         record["prediction"] = None
     assert "Examples" not in page_of()

@@ -11,7 +11,7 @@ import pytest
 
 from mosaics.evaluation.results import wilson
 from mosaics.experiments.report import _dimension, _title, numbers, write_report
-from mosaics.reporting import Lead, Section, draw
+from mosaics.reporting import Lead, Section, draw, figures
 
 pytestmark = pytest.mark.xdist_group("report")  # they share a page
 
@@ -96,6 +96,8 @@ def test_write_report_shows_the_numbers_of_the_results(report, results):
         name = f"{rows[0]['setting']}-{evaluation}"
         beside = (report.parent / "tables" / f"{name}.csv").read_text(encoding="utf-8")
         assert beside in inside
+        folded = (report.parent / "tables" / f"{name}-by-seed.csv").read_text(encoding="utf-8")
+        assert folded in inside
         lines = {line[0]: line for line in csv.reader(io.StringIO(beside))}
         for arrangement, points in numbers(results, rows).items():
             line = lines[arrangement.replace("memory-mosaics-v2", "a <b> & c")]
@@ -186,6 +188,13 @@ def test_titles_tell_apart_what_is_asked_again_with_something_changed():
     plain = setting["evaluations"][0] | {"name": "s again"}
     titles = [_title(setting, plain | more) for more in ({}, {"changes": {"long_term.delay": 4}}, {"stretch": "yarn"})]
     assert titles == ["Questions", "Questions, delay 4", "Questions, positions stretched (yarn)"]
+
+
+def test_draw_has_the_mean_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "embedded", lambda figure, *_: figure)
+    curves = [("a", 0, [1, 2], [1.0, 5.0]), ("a", 1, [1, 2], [2.0, 9.0])]
+    figure = draw({"title": "t", "x": "x", "y": "y", "log_x": False, "curves": curves}, tmp_path / "a.png")
+    assert list(figure.axes[0].lines[0].get_ydata()) == [1.5, 7.0]
 
 
 def test_draw_breaks_long_names(tmp_path):
