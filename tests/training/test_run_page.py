@@ -1,5 +1,6 @@
 """The page of a run, and what is logged for it."""
 
+import csv
 import html
 import re
 from types import SimpleNamespace
@@ -27,6 +28,13 @@ def test_run_page_has_the_numbers_of_the_log(run, tmp_path):
     table = (tmp_path / "page" / "tables" / "validation.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table[1:]] == ["0", "3", "6"]
     assert [float(line.split(",")[2]) for line in table[1:]] == [line["validation_bits_per_byte"] for line in validated]
+    before, end = (line["validation_bits_per_byte"] for line in validated[-2:])
+    assert end < before and f"over the last 3 steps it fell by {100 * (1 - end / before):.1f} %" in text
+    known = csv.DictReader((tmp_path / "page" / "tables" / "memories.csv").read_text().splitlines())
+    memories = {(one["memory"], one["number"]): one for one in known}
+    for column, line in (("at the start", validated[0]), ("now", validated[-1])):
+        for one in line["memories"]:
+            assert float(memories[f"{one['memory']}, layer {one['layer']}", one["number"]][column]) == one["mean"]
     clipped = sum(line["gradient_norm"] > 1 for line in lines if "loss" in line)
     assert f"(above 1) in {100 * clipped / 6:.0f} % of the logged steps" in text
     for words in ("Loss by tokens", "Loss by time", "Learning rate", "Gradient norm", "Speed of training"):
@@ -36,11 +44,12 @@ def test_run_page_has_the_numbers_of_the_log(run, tmp_path):
 
 
 def test_run_page_warns_of_a_held_out_loss_that_rises_and_of_skipped_steps(run, tmp_path):
+    best = min(line.get("validation_bits_per_byte", 99) for line in read_metrics(run / "metrics.jsonl"))
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "error": "the loss is nan", "skipped": true}\n')
-        log.write('{"step": 8, "validation_bits_per_byte": 99.5, "validation_nats_per_token": 99.0}\n')
+        log.write(f'{{"step": 8, "validation_bits_per_byte": {1.02 * best}, "validation_nats_per_token": 9.0}}\n')
     text = text_of(write_run_page(run, tmp_path / "run.html"))
-    assert "99.500 bits per byte" in text and "has risen since" in text
+    assert f"{1.02 * best:.3f} bits per byte" in text and "has risen since" in text
     assert "1 steps had a loss or gradient that was not finite: the loss is nan" in text
 
 
