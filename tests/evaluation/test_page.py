@@ -100,6 +100,19 @@ def test_page_of_variants_prefers_questions_that_they_answer_differently(tmp_pat
     text = text_of(page)
     assert text.index("Which pet has number 8?") >= 0
     assert "m, whole, answers 9 of 10" in text and "m, without long_term, answers 8 of 10" in text
+    table = (tmp_path / "tables" / "side-by-side-by-length.md").read_text()
+    assert "| whole (right, %) | without long_term (right, %) |" in table
+    ends = ["–".join(f"{100 * end:.0f}" for end in wilson(share, 10)) for share in (0.9, 0.8)]
+    assert f"| 64 | **90.0 ({ends[0]})** | 80.0 ({ends[1]}) |" in table
+
+
+def test_page_names_and_draws_chance(tmp_path):
+    found, examples = result([1, 0])
+    found["summary"]["tables"]["by length"][0]["chance"] = 12.5
+    curve = {"label": "a", "x": [1, 2], "y": [3, 4]}
+    found["summary"]["plot"] = {"x": "length", "y": "accuracy (%)", "curves": [curve]}
+    text = text_of(write_evaluation_page(tmp_path, found, {"whole": found}, examples))
+    assert "chance (12.5 %)" in text and "one of the possible answers, picked blindly" in text
 
 
 @pytest.mark.parametrize("suite, says", [("lm-eval", "m: q0 1;"), ("recall", "m answers 1 of 2")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _ABOUT = {
 _COLUMNS = {
     "accuracy": "right (%)",
     "examples": "questions",
+    "queries": "questions",
+    "distance up to": "distance up to (tokens)",
     "among values": "right among the values there (%)",
     "chance": "chance (%)",
     "nats per token": "nats per token (less is better)",
@@ -63,13 +66,16 @@ def write_evaluation_page(
     """
     folder.mkdir(parents=True, exist_ok=True)
     suite, model = result["suite"], result["model"]
-    sections = [Section("What was measured", _ABOUT.get(suite, ""), figures=_figures(result, folder))]
-    sections[0] = Section(
-        sections[0].title,
-        " ".join([sections[0].about, *result["summary"].get("notes", [])]).strip(),
-        figures=sections[0].figures,
-        tables=[_table(title, rows) for title, rows in result["summary"]["tables"].items() if rows],
+    chances = _chances(result)
+    notes = [f"{note[:1].upper()}{note[1:]}" for note in result["summary"].get("notes", [])]
+    measured = Section(
+        "What was measured",
+        " ".join([_ABOUT.get(suite, ""), *notes]).strip(),
+        figures=_figures(result, chances, folder),
+        terms=[("chance", "one of the possible answers, picked blindly")] if chances else [],
+        tables=[_table(title, rows, variants) for title, rows in result["summary"]["tables"].items() if rows],
     )
+    sections = [measured]
     found = list(_examples(variants, examples, word))
     if found:
         about = "What the model saw, answered and should have answered; wrong and right ones, if there are both."
@@ -138,7 +144,13 @@ def _interval_of_gain(result: dict[str, Any], first: Any, last: Any) -> tuple[fl
     return tuple(np.quantile(gains[drawn].mean(1), [0.025, 0.975]).tolist())
 
 
-def _figures(result: dict[str, Any], folder: Path) -> list[str]:
+def _chances(result: dict[str, Any]) -> list[float]:
+    """What picking blindly would give, in percent, of all that was asked."""
+    found = {row.get("chance") for rows in result["summary"]["tables"].values() for row in rows}
+    return sorted(found - {None}, reverse=True)
+
+
+def _figures(result: dict[str, Any], chances: Sequence[float], folder: Path) -> list[str]:
     plot = result["summary"].get("plot")
     if not plot or not plot["curves"]:
         return []
@@ -151,27 +163,41 @@ def _figures(result: dict[str, Any], folder: Path) -> list[str]:
     y = plot["y"].replace("accuracy (%)", "right answers (%)")
     drawn = {"title": f"{result['suite']}: {result['model']}".rstrip(": "), "x": plot["x"], "y": y}
     drawn |= {"log_x": bool(plot.get("log_x")), "curves": curves, "bands": bands}
+    drawn["lines"] = [(f"chance ({shown(chance)} %)", chance) for chance in chances]
     return [draw(drawn, folder / "plot.png")]
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A table of the summary, with the interval in the cell of what it is of."""
+def _table(title: str, rows: Sequence[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> Table:
+    """A table of the summary, with the interval in the cell of what it is of; of variants side by side the best is
+    marked."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("low", "high")]
-    lines = [
-        [
-            Number(row["accuracy"], row.get("low"), row.get("high"), decimals=(1, 0))
-            if key == "accuracy" and row.get("accuracy") is not None
-            else row.get(key)
-            for key in columns
-        ]
-        for row in rows
-    ]
-    for line in lines:  # the first cell is a name
-        line[0] = shown(line[0])
-    note = f"{title[:1].upper() + title[1:]}."
-    if any("accuracy" in row and row.get("low") is not None for row in rows):
+    beside, unit = title.startswith("side by side: "), ""
+    if beside:
+        title, _, value = title.removeprefix("side by side: ").removesuffix(")").rpartition(" (")
+        unit = f" ({'right, %' if value == 'accuracy' else value})"
+    lines = []
+    for place, row in enumerate(rows):
+        line = [_number(row) if key == "accuracy" and row.get(key) is not None else row.get(key) for key in columns]
+        if beside:
+            tables = {name: one["summary"]["tables"][title] for name, one in variants.items()}
+            own = {name: table[place] for name, table in tables.items() if row.get(name) is not None}
+            values = {one[value] for one in own.values()}
+            best = (max if value == "accuracy" else min)(values) if len(values) > 1 else None
+            found = {name: replace(_number(one, value), best=one[value] == best) for name, one in own.items()}
+            line = [found.get(key, cell) for key, cell in zip(columns, line, strict=True)]
+        lines.append([shown(line[0]), *line[1:]])  # the first cell is a name
+    name = f"side by side: {title}" if beside else title
+    note = f"{name[:1].upper() + name[1:]}."
+    if any(isinstance(cell, Number) and cell.interval for line in lines for cell in line):
         note += " After a share its 95 % interval (Wilson)."
-    return Table(slug(title), [_COLUMNS.get(key, key) for key in columns], lines, note)
+    headings = [f"{key}{unit}" if beside and key in variants else _COLUMNS.get(key, key) for key in columns]
+    return Table(slug(name), headings, lines, note)
+
+
+def _number(row: dict[str, Any], value: str = "accuracy") -> Number:
+    shares = value == "accuracy"
+    low, high = (row.get("low"), row.get("high")) if shares else (None, None)
+    return Number(row[value], low, high, decimals=(1, 0) if shares else (3, 3))
 
 
 def _examples(
