@@ -25,22 +25,43 @@ def inside(model):
 
 
 def written_out(model, ids):
-    """The paper's recurrence, segment by segment: the hidden states of the tokens."""
+    """The paper's recurrence, segment by segment: the hidden states of the tokens, and the memory of each segment."""
     blocks, around, found = inside(model).model, model.model.stack.around, []
-    memory, size = around.memory.expand(len(ids), -1, -1), around.options.memory_tokens
+    memory, size, read = around.memory.expand(len(ids), -1, -1), around.options.memory_tokens, []
     for segment in blocks.embed_tokens(ids).split(around.options.segment, dim=1):
+        read.append(memory)
         answer = blocks(inputs_embeds=torch.cat([memory, segment, memory], dim=1)).last_hidden_state
         found.append(answer[:, size:-size])
         memory = answer[:, -size:]
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1), read
 
 
 @pytest.mark.parametrize("time", [3, 5, 17])
 def test_rmt_is_the_recurrence_of_the_paper(time):
     model, ids = recurrent(), tokens(2, time)
     whole = model.model(ids, use_cache=False).last_hidden_state
-    assert relative_error(whole, written_out(model, ids)) < 1e-13
+    assert relative_error(whole, written_out(model, ids)[0]) < 1e-13
     assert time <= 5 or relative_error(whole, inside(model).model(ids).last_hidden_state) > 1e-3
+
+
+@torch.no_grad()
+def test_rmt_shows_the_memory_that_each_segment_reads_and_how_far_it_moved():
+    model, ids = recurrent(), tokens(3, 17)
+    documents = torch.tensor([[0] * 17, [0] * 7 + [1] * 10, [0] * 17])
+    mask = torch.tensor([[1] * 17, [1] * 17, [1] * 14 + [0] * 3])
+    context = Context(reads=[])
+    model.model(ids, mask, documents, use_cache=False, context=context)
+    [read] = context.reads
+    size, moved = read.traces["size of the memory"], read.traces["moved by the segment before"]
+    for row, begin, end in ((0, 0, 17), (1, 0, 7), (1, 7, 17), (2, 0, 14)):
+        _, memories = written_out(model, ids[row : row + 1, begin:end])
+        for number, at in enumerate(range(begin, end, 5)):
+            segment = slice(at, min(at + 5, end))
+            expected = memories[number][0].norm(dim=-1)[:, None].expand(-1, segment.stop - at)
+            assert relative_error(size[row, :, segment], expected) < 1e-9
+            step = (memories[number] - memories[max(number - 1, 0)])[0].norm(dim=-1)
+            assert (moved[row, :, segment] - step[:, None]).abs().max() < 1e-9 and (number == 0 or step.min() > 1e-3)
+    assert not size[2, :, 14:].any(), "padding read nothing"
 
 
 def test_rmt_learns_what_to_write_through_all_segments():

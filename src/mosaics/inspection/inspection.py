@@ -139,8 +139,9 @@ class Inspection:
             Tables 2, 9 and 10; what was read before the text stays as it is).
         effects: `(time,)` by (block, memory), the direct effect of what a memory adds to the residual stream on the
             logit of the token that came next, the final norm frozen; `(None, "embedding")` and `(None, "bias")` beside,
-            so that all sum to that logit. NaN after the last token.
-        reads: of every memory that shows pairs, in their order.
+            so that all sum to that logit. NaN after the last token. Empty with a memory around the blocks.
+        reads: of every memory that shows pairs, in their order; not of blocks with a memory around them, which see
+            other positions than those of the text.
         shown: of every memory that declares traces or maps.
         averages: of every memory whose keys are leaky averages.
     """
@@ -181,14 +182,8 @@ def inspect(
         told: called with what is about to be done.
 
     Raises:
-        ValueError: there is more than one row or no token, or the context's tokens are not as many as were read; or a
-            memory around the blocks lets them see other positions than those of the text.
+        ValueError: there is more than one row or no token, or the context's tokens are not as many as were read.
     """
-    if (around := model.model.stack.around) is not None:
-        raise ValueError(
-            f"the memory {around.name!r} around the blocks gives them positions that are no tokens of the text, so "
-            "what they read can't be shown by token; inspect a model without it."
-        )
     ids = input_ids[None] if input_ids.dim() == 1 else input_ids
     if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise ValueError(f"input_ids is {tuple(input_ids.shape)}; give the tokens of one text, (time,) or (1, time).")
@@ -212,24 +207,28 @@ def inspect(
     try:
         told("reading")
         with _inputs(model.model.norm) as found:
-            forecasts = _forecasts(model, run(Context()), ids[0])
-        direction, bias = _directions(model, found[0][0], ids[0])
+            hidden = run(Context())
+        forecasts, stack = _forecasts(model, hidden, ids[0]), model.model.stack
+        # With a memory around them, blocks see other positions than the text's: only what that memory shows is kept.
+        inner = stack.around is None
+        direction, bias = _directions(model, found[0][0], ids[0]) if inner else (hidden, None)
         told("looking at what was read")
         digest = Digest(torch.cat([known, ids[0].cpu()]), before, direction, _near(memories), top)
-        with _inputs(model.model.stack) as entered, _effects(memories, direction) as effects:
+        with _inputs(stack) as entered, _effects(memories if inner else [], direction) as effects:
             run(Context(reads=digest))  # type: ignore[arg-type]
-        parts = {(None, "embedding"): (entered[0][0] * direction).sum(-1)} | effects | {(None, "bias"): bias}
+        if inner:
+            effects = {(None, "embedding"): (entered[0][0] * direction).sum(-1)} | effects | {(None, "bias"): bias}
         without = {}
         for name in names if len(names) > 1 else ():
             told(f"reading without {name}")
             without[name] = _forecasts(model, run(Context(without=frozenset({name}))), ids[0])
     finally:
         model.train(training)
-    for effect in parts.values():
+    for effect in effects.values():
         effect[-1] = math.nan
-    parts = {key: effect.cpu() for key, effect in parts.items()}
+    effects = {key: effect.cpu() for key, effect in effects.items()}
     own = dict(reads=digest.reads, shown=digest.shown, averages=digest.averages)
-    return Inspection(ids[0].cpu(), known, digest.near, forecasts, without, parts, **own)
+    return Inspection(ids[0].cpu(), known, digest.near, forecasts, without, effects, **own)
 
 
 @contextmanager

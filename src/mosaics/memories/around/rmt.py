@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaics.memories.contract import Around, Common, Context, Layout, State, register
+from mosaics.memories.contract import Around, Common, Context, Layout, Read, State, register
 from mosaics.memories.stack import Stack, StackState
 
 
@@ -67,11 +67,12 @@ class RecurrentMemory(Around):
         batch, time, d = x.shape
         first = self.memory.to(x.dtype).expand(batch, -1, -1)
         memory = first if state is None or state.around.memory is None else state.around.memory
-        padded, answers, places = F.pad(x, (0, 0, 0, 1)), [], []
+        padded, answers, places, read_of = F.pad(x, (0, 0, 0, 1)), [], [], []
         total = batch * time if layout.length is None else layout.length.sum().clamp(min=1)
         for call, index in layout.calls(self.options.segment, x.device):
             part = _Part.of(call, self.options, state is not None, x.device)
             memory = torch.where(part.begins[:, None, None], first, memory)
+            read_of.append((part, memory))
             tokens = padded.gather(1, index[..., None].expand(-1, -1, d))
             given = torch.cat([memory, tokens, memory, padded[:, -1:]], dim=1)
             given = given.gather(1, part.order[..., None].expand(-1, -1, d))
@@ -89,6 +90,12 @@ class RecurrentMemory(Around):
             places.append(index)
         answer, place = torch.cat(answers, dim=1), torch.cat(places, dim=1)[..., None]
         answer = x.new_zeros(batch, time + 1, d).to(answer.dtype).scatter(1, place.expand_as(answer), answer)[:, :-1]
+        if context.reads is not None:
+            traces = {
+                name: x.new_zeros(batch, shown.shape[1], time + 1).scatter(2, place.mT.expand_as(shown), shown)
+                for name, shown in _shown(read_of, [index.shape[1] for index in places]).items()
+            }
+            context.reads.append(Read(self.name, self.layer_index, traces={n: t[..., :-1] for n, t in traces.items()}))
         if state is not None:
             state.around.memory = memory.contiguous()
         return answer, state
@@ -118,6 +125,22 @@ class RecurrentMemory(Around):
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         return self.memory.numel() * element_size if context_length else 0
+
+
+def _shown(read: list[tuple[_Part, Tensor]], tokens: list[int]) -> dict[str, Tensor]:
+    """Of the memory that each token's segment read, the size of its vectors, and how far the segment before moved them:
+    `(batch, memory tokens, tokens of all parts)`."""
+    sizes, moves, before = [], [], None
+    for (part, memory), count in zip(read, tokens, strict=True):
+        move = torch.zeros_like(memory[..., 0]) if before is None else before[1]
+        if before is not None:
+            closed, last = before[0]
+            move = torch.where(closed.closes[:, None], (memory - last).norm(dim=-1), move)
+        move = move.masked_fill(part.begins[:, None], 0.0)
+        before = (part, memory), move
+        sizes.append(memory.norm(dim=-1)[..., None].expand(-1, -1, count))
+        moves.append(move[..., None].expand(-1, -1, count))
+    return {"size of the memory": torch.cat(sizes, dim=2), "moved by the segment before": torch.cat(moves, dim=2)}
 
 
 @dataclass(frozen=True)
