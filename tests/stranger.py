@@ -15,12 +15,25 @@ from torch import Tensor
 PROMPT, LENGTH = 9, 150  # tokens; the long rows need several tiles of the blockwise form
 
 
-def computed(model) -> dict[str, Tensor]:
-    """What a model computes in each way of using it, and the gradient of its loss."""
+def given(model) -> tuple[Tensor, Tensor]:
+    """Rows of tokens, and which of them are no padding."""
     rows = torch.randint(model.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(rows)
     mask[0, :40] = 0  # padding on the left
     mask[1, 60:70] = 0
+    return rows, mask
+
+
+def generated(model, **options) -> Tensor:
+    """What a model goes on with."""
+    rows, mask = given(model)
+    options |= dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return model.generate(input_ids=rows[:, :50], attention_mask=mask[:, :50], **options)
+
+
+def computed(model) -> dict[str, Tensor]:
+    """What a model computes in each way of using it, and the gradient of its loss."""
+    rows, mask = given(model)
     ids = torch.arange(LENGTH).expand(2, LENGTH) // 61
     model.eval()
     with torch.no_grad():
@@ -30,10 +43,8 @@ def computed(model) -> dict[str, Tensor]:
         rest = model(rows[:, PROMPT:60], past_key_values=begun.past_key_values)
         last = model(rows[:, 60:61], past_key_values=rest.past_key_values)
         found["cached"] = torch.cat([begun.logits, rest.logits, last.logits], dim=1)
-        options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
-        prompt = dict(input_ids=rows[:, :50], attention_mask=mask[:, :50])
-        found["greedy"] = model.generate(**prompt, **options)
-        found["beams"] = model.generate(**prompt, **options, num_beams=3)
+        found["greedy"] = generated(model)
+        found["beams"] = generated(model, num_beams=3)
     model.train()
     torch.manual_seed(2)  # of dropout
     loss = model(rows, attention_mask=mask, labels=rows, draw=0.6).loss
@@ -79,7 +90,7 @@ def main() -> None:
             base = AutoModel.from_pretrained(job["folder"], trust_remote_code=True)
             kept.append((model, base, found["greedy"]))
     for model, base, greedy in kept:  # the code of models loaded later does not change these
-        assert torch.equal(computed(model)["greedy"], greedy)
+        assert torch.equal(generated(model), greedy)
         assert type(base).__name__ == "MosaicModel"
     print(json.dumps([type(model).__module__ for model, *_ in kept]))
     assert ("mosaics" in sys.modules) == (sys.argv[1] == "with"), "mosaics was imported, or never was"

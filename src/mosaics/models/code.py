@@ -138,53 +138,97 @@ class _Source:
             elif statement is not self.tree.body[0]:  # the docstring
                 self.always.append(statement)
 
-    def idle(self, statement: ast.AST, called: set[str]) -> list[ast.AST]:
-        """The methods of a class that nothing calls, neither what was found to be called nor a library; and what is
-        left to the package."""
-        if isinstance(statement, ast.FunctionDef):
-            return [s for s in statement.body if isinstance(s, ast.If) and ast.unparse(s.test) == _LOOKED_INTO]
-        if not isinstance(statement, ast.ClassDef) or statement not in self.tree.body:
+    def idle(self, statement: ast.stmt, called: set[str]) -> list[ast.AST]:
+        """What of a class nothing calls, neither what was found to be called nor a library; and what is left to the
+        package."""
+        if not isinstance(statement, ast.ClassDef):
             return []
+        methods, from_transformers, idle = self._class(statement)
+        if from_transformers:  # asks for more than it declares
+            return [m for m in methods if m.name in _LEFT_OUT]
+        return [m for m in idle if not isinstance(m, ast.FunctionDef) or m.name not in called]
+
+    @functools.cache  # noqa: B019 - as long-lived as the module's source
+    def _class(self, statement: ast.ClassDef) -> tuple[list[ast.FunctionDef], bool, list[ast.stmt]]:
+        """Of a class of this module: its methods, whether transformers calls them, and what may be idle."""
         bases = getattr(importlib.import_module(self.module), statement.name).__mro__
         outside = [base for base in bases if base.__module__.partition(".")[0] != "mosaics"]
         methods = [node for node in statement.body if isinstance(node, ast.FunctionDef)]
         untried = [s for s in statement.body if isinstance(s, ast.Assign | ast.AnnAssign) and _TRIED in ast.unparse(s)]
-        if any(base.__module__.startswith("transformers.") for base in outside):  # asks for more than it declares
-            return [m for m in methods if m.name in _LEFT_OUT]
-        idle = [m for m in methods if m.name not in called and not any(hasattr(base, m.name) for base in outside)]
-        return [*idle, *untried]
+        own = [m for m in methods if not any(hasattr(base, m.name) for base in outside)]
+        return methods, any(base.__module__.startswith("transformers.") for base in outside), [*own, *untried]
 
-    def nodes(self, statement: ast.stmt, called: set[str]) -> Iterator[ast.AST]:
-        """As `ast.walk`, without the methods that nothing calls."""
-        left: list[ast.AST] = [statement]
+    def left_out(self, statement: ast.stmt, called: set[str]) -> list[ast.AST]:
+        """What of a statement is not written: what is idle, and what only an inspector asks for."""
+        asked = (c for n in self.nodes(statement, called) for c in ast.iter_child_nodes(n) if _is_of_inspection(n, c))
+        return [*self.idle(statement, called), *asked]
+
+    def parts(self, statement: ast.stmt, called: set[str]) -> Iterator[ast.AST]:
+        """The parts of a statement, those of a class without what is idle."""
+        if not isinstance(statement, ast.ClassDef):
+            yield statement
+            return
+        idle = self.idle(statement, called)
+        yield from (part for part in ast.iter_child_nodes(statement) if part not in idle)
+
+    @functools.cache  # noqa: B019
+    def _nodes(self, part: ast.AST) -> list[ast.AST]:
+        """As `ast.walk`, parents first, without what only an inspector asks for."""
+        found, left = [], [part]
         while left:
             node = left.pop()
-            yield node
-            left.extend(ast.iter_child_nodes(node))
-            for method in self.idle(node, called):
-                left.remove(method)
+            found.append(node)
+            left.extend(child for child in ast.iter_child_nodes(node) if not _is_of_inspection(node, child))
+        return found
 
-    def uses(self, statement: ast.stmt, called: set[str]) -> Iterator[tuple[ast.AST, str, str]]:
-        """What of the package's modules a statement uses: where, the module that defines it, and its name there."""
-        aliases: set[ast.AST] = set()
-        for node in self.nodes(statement, called):
+    @functools.cache  # noqa: B019
+    def _uses(self, part: ast.AST) -> list[tuple[ast.AST, str, str]]:
+        aliases, found = set(), []
+        for node in self._nodes(part):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module, name = self.imported.get(node.value.id, (None, ""))
                 if module and name is None:
                     aliases.add(node.value)
-                    yield node, *_defined(module, node.attr)
+                    found.append((node, *_defined(module, node.attr)))
             elif isinstance(node, ast.Name) and node not in aliases:
                 if node.id in self.imported:
                     module, name = self.imported[node.id]
                     assert name is not None, f"{self.module} uses the module {node.id} as a value"
-                    yield node, *_defined(module, name)
+                    found.append((node, *_defined(module, name)))
                 elif node.id in self.binding:
-                    yield node, self.module, node.id
+                    found.append((node, self.module, node.id))
+        return found
+
+    def nodes(self, statement: ast.stmt, called: set[str]) -> Iterator[ast.AST]:
+        """As `ast.walk`, without what is left out."""
+        if isinstance(statement, ast.ClassDef):
+            yield statement
+        for part in self.parts(statement, called):
+            yield from self._nodes(part)
+
+    def uses(self, statement: ast.stmt, called: set[str]) -> Iterator[tuple[ast.AST, str, str]]:
+        """What of the package's modules a statement uses: where, the module that defines it, and its name there."""
+        for part in self.parts(statement, called):
+            yield from self._uses(part)
+
+    @functools.cache  # noqa: B019
+    def _asks(self, part: ast.AST) -> frozenset[str]:
+        return frozenset(node.attr for node in self._nodes(part) if isinstance(node, ast.Attribute))
+
+    def asks(self, statement: ast.stmt, called: set[str]) -> set[str]:
+        """The names of the attributes that a statement asks any object for."""
+        return set().union(*map(self._asks, self.parts(statement, called)))
 
     def kept(self, names: set[str]) -> list[ast.stmt]:
         """The statements, but for imports, that a module needs that has to offer these names."""
         wanted = {id(s) for name in names for s in self.binding[name]} | {id(s) for s in self.always}
         return [s for s in self.tree.body if id(s) in wanted and not isinstance(s, ast.Import | ast.ImportFrom)]
+
+
+def _is_of_inspection(function: ast.AST, statement: ast.AST) -> bool:
+    """Whether a statement of a function only tells an inspector what was read."""
+    of_function = isinstance(function, ast.FunctionDef) and isinstance(statement, ast.If)
+    return of_function and ast.unparse(statement.test) == _LOOKED_INTO
 
 
 @functools.cache
@@ -225,7 +269,7 @@ def _needed(wanted: list[tuple[str, str]]) -> tuple[dict[str, set[str]], set[str
             found.add(name)
             for statement in statements:
                 left += [(m, n) for _, m, n in source.uses(statement, called)]
-                called |= {node.attr for node in source.nodes(statement, called) if isinstance(node, ast.Attribute)}
+                called |= source.asks(statement, called)
         if len(called) == before:
             return needed, called
 
@@ -261,9 +305,8 @@ def _written(source: _Source, names: set[str], called: set[str]) -> str:
                 imports[module].add(f"{name} as {alias}")
             elif module != source.module:
                 imports[module].add(name if name == node.id else f"{name} as {node.id}")
+        edits += [(*whole(part), "") for part in source.left_out(statement, called)]
         for node in source.nodes(statement, called):
-            for method in source.idle(node, called):
-                edits.append((*whole(method), ""))
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) and len(node.body) > 1:
                 begin, end = place(node.body[0])  # the package has the whole
                 first, rest, _ = data[begin:end].decode().partition("\n\n")
