@@ -9,6 +9,11 @@ PUBLIC := mosaics $(addprefix mosaics.,ops memories models inspection data train
 # Of `make soak`.
 MINUTES ?= 25
 
+# Where several threads share few cores, those that wait by spinning take them from the others.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Tests start many processes, which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help quickstart demo-model test test-conform test-clients soak screenshots lint docs wheel clean
 .DEFAULT_GOAL := help
 

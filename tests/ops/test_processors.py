@@ -144,9 +144,11 @@ def test_compiled_forms_at_every_level_of_x86_equal_their_twins(tmp_path, monkey
     vectors, flag = LEVELS[level]
     if platform.machine() != "x86_64" or flag not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {vectors}")
-    monkeypatch.setenv("MOSAICS_CXXFLAGS", f"-march={level}")
-    monkeypatch.setenv("MOSAICS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MOSAICS_COMPILE", raising=False)
     compiling.library.cache_clear()
+    if not compiling.about(SOURCES[0]).startswith(f"{vectors}, OpenMP"):  # else it is that of this processor
+        monkeypatch.setenv("MOSAICS_CXXFLAGS", f"-march={level}")
+        monkeypatch.setenv("MOSAICS_CACHE", str(tmp_path / "cache"))
+        compiling.library.cache_clear()
     assert all(compiling.about(source).startswith(f"{vectors}, OpenMP") for source in SOURCES)
     walked(10)

@@ -43,19 +43,36 @@ def environment(tmp_path_factory):
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
-def walk(environment, *words) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(HERE / "walk.py"), *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+@pytest.fixture(scope="module")
+def walked(environment, tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict[str, tuple[int, str]]]:
+    """A process that walks, after others forked from it that do what is planted: how each of those ended, and what was
+    said."""
+    folder, sources = tmp_path_factory.mktemp("planted"), {}
+    for number, (fault, (kind, value, _)) in enumerate(PLANTED.items()):
+        sources[fault] = folder / f"planted{number}.cpp"
+        body = f'const {kind} y = {value}; std::printf("%f", double(y));'
+        head = '#include <cstdint>\n#include <cstdio>\nextern "C" void planted(double* x, int64_t n)'
+        sources[fault].write_text(f"{head} {{ {body} }}\n")
+    command = [sys.executable, str(HERE / "walk.py"), "0", "40", *map(str, sources.values())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    ended = {}
+    for fault, source in sources.items():
+        said, _, rest = done.stderr.partition(f"\n{source} ended with ")
+        code, _, done.stderr = rest.partition("\n")
+        ended[fault] = int(code or 0), said
+    return done, ended
 
 
 @pytest.mark.sanitized
 @pytest.mark.timeout(600)
 @pytest.mark.slow
-def test_compiled_forms_stay_within_their_tensors(environment):
-    done = walk(environment, 0, 40)
+@pytest.mark.xdist_group("sanitized")
+def test_compiled_forms_stay_within_their_tensors(walked):
+    done, _ = walked
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "walked 40", done.stderr[:6000]
     assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr[:6000]
 
@@ -64,12 +81,7 @@ def test_compiled_forms_stay_within_their_tensors(environment):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", PLANTED)
 @pytest.mark.slow
-def test_sanitizers_find_what_is_planted(environment, tmp_path, fault):
-    kind, value, said = PLANTED[fault]
-    source = tmp_path / "planted.cpp"
-    source.write_text(
-        "#include <cstdint>\n#include <cstdio>\n"
-        f'extern "C" void planted(double* x, int64_t n) {{ const {kind} y = {value}; std::printf("%f", double(y)); }}\n'
-    )
-    done = walk(environment, source)
-    assert done.returncode != 0 and said in done.stderr, done.stderr[:6000]
+@pytest.mark.xdist_group("sanitized")
+def test_sanitizers_find_what_is_planted(walked, fault):
+    code, said = walked[1][fault]
+    assert code != 0 and PLANTED[fault][2] in said, said[:6000]
