@@ -68,6 +68,7 @@ def evaluate(
     model: str = "",
     show_progress: bool = False,
     more_settings: dict[str, Any] | None = None,
+    with_plot: bool = True,
 ) -> dict[str, Any]:
     """Ask a model everything that a suite asks.
 
@@ -78,6 +79,7 @@ def evaluate(
         model: what the model is called in the results.
         show_progress: on stderr, a bar in a terminal and a line every ten seconds elsewhere.
         more_settings: what else decides the answers (as the memories that were taken out).
+        with_plot: whether to draw plot.png, which takes longer than to write all else.
 
     Returns:
         `suite`, `model`, `settings`, `examples` and `summary`, as in results.json.
@@ -126,7 +128,7 @@ def evaluate(
         ) from error
     result = header | {"examples": [record.to_dict() for record in records], "summary": summary}
     if output is not None:
-        save(result, output)
+        save(result, output, with_plot)
     return result
 
 
@@ -167,11 +169,11 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return first | {"settings": settings, "examples": examples, "summary": summary}
 
 
-def save(result: dict[str, Any], output: Path) -> None:
-    """Write results.json, table.txt and plot.png, each at once."""
+def save(result: dict[str, Any], output: Path, with_plot: bool = True) -> None:
+    """Write results.json, table.txt and, if wanted, plot.png, each at once."""
     _write(output / "results.json", json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     _write(output / "table.txt", tables_text(result).encode())
-    if result["summary"].get("plot"):
+    if with_plot and result["summary"].get("plot"):
         draw(result, output / "plot.png")
 
 

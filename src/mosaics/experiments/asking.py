@@ -82,7 +82,7 @@ def answers(
 
             scorer = _scorer(job.folder(cache) / "model", evaluation.without, json.dumps(changes))
             more = {"without": list(evaluation.without)} if evaluation.without else None
-            ask(suite(**options), scorer, folder, model=str(job), more_settings=more)
+            ask(suite(**options), scorer, folder, model=str(job), more_settings=more, with_plot=False)
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,13 @@ class Answers:
                 sizes = at[self.seeds[0], x].get("groups") or [1] * self.scores[-1].shape[1]
                 self.groups.append(np.repeat(np.arange(len(sizes)), sizes))
 
-    @property
+    @cached_property
+    def by_group(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each point the sums of scores of each group, `(seeds, groups)`, and the groups' sizes."""
+        pairs = zip(self.scores, self.groups, strict=True)
+        return [(np.array([np.bincount(group, line) for line in s]), np.bincount(group)) for s, group in pairs]
+
+    @cached_property
     def are_shares(self) -> bool:
         """Whether examples are right or wrong."""
         return bool(self.scores) and all(np.isin(s, (0, 1)).all() for s in self.scores)
@@ -173,9 +180,9 @@ def _redrawn(side: Answers | None, draw: tuple[np.ndarray, Callable[[int], np.nd
     if not side.scores:
         return side.values[seeds % len(side.seeds)].mean(0)
     found = []
-    for scores, group in zip(side.scores, side.groups, strict=True):
-        weights = groups(group[-1] + 1)[group]
-        found.append((scores[seeds % len(side.seeds)] * weights).sum() / (weights.sum() * len(seeds)))
+    for sums, sizes in side.by_group:
+        weights = groups(len(sizes))
+        found.append((sums[seeds % len(side.seeds)] @ weights).sum() / (sizes @ weights * len(seeds)))
     return side.unit * np.array(found)
 
 

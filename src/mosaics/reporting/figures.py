@@ -95,6 +95,7 @@ def embedded(figure, title: str, png: Path) -> str:
     from matplotlib import rc_context
 
     figure.savefig(png, dpi=150)
+    figure.set_layout_engine("none")  # all has its place
     for axes in figure.axes:
         for text in (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label):
             text.set_color(_INK)
