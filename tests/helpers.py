@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from mosaics import MosaicConfig, MosaicForCausalLM
@@ -54,3 +61,52 @@ def tiny_model(dtype: torch.dtype = torch.float64, scale: float = 4.0, **overrid
 def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+class Forked:
+    """A command line in a process forked from this one, which costs no imports; as `subprocess.Popen`."""
+
+    def __init__(self, words: list[object], said: Path):
+        """Begin; what is printed and logged goes to the file `said`."""
+
+        def run() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            with said.open("w") as file:
+                for number in (1, 2):
+                    os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            from mosaics.cli import main
+
+            code = main(list(map(str, words)))
+            sys.stdout.flush()
+            os._exit(code)
+
+        torch.set_num_threads(1)  # no pool of threads to be missing after the fork
+        self._said = said
+        self._process = multiprocessing.get_context("fork").Process(target=run)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("mosaics", timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        return self._said.read_text(), None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import Forked
 from mosaics.training import run_folder as module
 from mosaics.training import train
 from mosaics.training.checkpoint import checkpoint_folder, checkpoint_steps
@@ -20,18 +21,19 @@ from mosaics.training.metrics import read_metrics
 _RESULTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
-def _process(recipe, folder: Path, words: tuple = (), **options) -> subprocess.Popen:
-    """`mosaics train` in a process of its own."""
-    command = [sys.executable, "-m", "mosaics", "train", "--run", str(folder), *words]
+def _process(recipe, folder: Path, words: tuple = (), fresh: bool = False) -> subprocess.Popen | Forked:
+    """`mosaics train` in a process of its own, forked from this one or fresh."""
+    command = ["train", "--run", str(folder), *words]
     if recipe is not None:
         path = folder.parent / f"{folder.name}.yaml"
         path.write_text(recipe.to_yaml())
-        command.insert(4, str(path))
+        command.insert(1, str(path))
+    if not fresh:
+        return Forked(command, folder.parent / f"{folder.name}.txt")
+    command = [sys.executable, "-m", "mosaics", *command]
     source = str(Path(module.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def _cut(run: Path, step: int) -> None:
@@ -98,7 +100,7 @@ def test_train_warns_of_a_text_that_a_step_takes_whole(tiny, tmp_path, capsys):
 @pytest.mark.slow
 def test_train_resumed_in_a_fresh_process_equals_the_uninterrupted_run_bit_for_bit(finished, run, tiny):
     _cut(run, 2)
-    process = _process(tiny(), run)
+    process = _process(tiny(), run, fresh=True)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "continuing" in output and "after step 2 of 6" in output, output
     assert _same(finished, run)
@@ -358,10 +360,10 @@ def test_train_stops_at_a_damaged_checkpoint_when_the_recipe_says_so(tmp_path, t
     assert train(recipe, run).finished
 
 
-def _wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+def _wait_for_steps(process: subprocess.Popen | Forked, run: Path, steps: int) -> None:
     end = time.monotonic() + 100
     while len(read_metrics(run / "metrics.jsonl")) < steps:
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
 
