@@ -129,9 +129,19 @@ def _vocabulary(data: Data) -> int:
 
 
 _widths: dict[str, int] = {}  # of twins, which take seconds to be found
+_sizes: dict[str, dict[str, Any]] = {}  # alike for all trainings of a study but for seeds and rates
 
 
 def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
+    arrangements = [one.model_dump(mode="json") for one in (arrangement, first)]
+    about = [setting.model, setting.training.get("context_length"), _vocabulary(setting.data)]
+    key = digest([*arrangements, *about])
+    if key not in _sizes:
+        _sizes[key] = _matched(arrangement, first, setting)
+    return dict(_sizes[key])
+
+
+def _matched(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
     config, sizes = _config(arrangement, setting, _vocabulary(setting.data))
     if arrangement.match is None or arrangement == first:
         return sizes
