@@ -11,6 +11,18 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Tests that share what is made once, in a file or folder, go to one process, which else would make it anew."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        found = [definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        shared = [made.baseid for made in found if made.scope in ("session", "module") and made.baseid.count("/")]
+        if shared and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(min(shared, key=len)))
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)

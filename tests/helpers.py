@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,35 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self.wait(timeout)
         return self._said.read_text(), None
+
+
+def together(size: int, function, folder: Path) -> list[str]:
+    """Run `function` in processes that see the environment torchrun makes; what each printed, then how it ended."""
+    from mosaics.training import run_folder
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def child(rank: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"} | {
+            k: str(numbers[k]) for k in numbers
+        }
+        run_folder.plot_curves = lambda metrics, picture: None
+        with (folder / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
+            try:
+                function()
+                print("done")
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}")
+
+    torch.set_num_threads(1)
+    children = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(size)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(100)
+        process.kill()
+    return [(folder / f"{rank}.txt").read_text() for rank in range(size)]

@@ -1,7 +1,4 @@
-"""transformers' `Trainer` on an exported mosaic, also as a program that torchrun starts several times."""
-
-import json
-import sys
+"""transformers' `Trainer` on an exported mosaic."""
 
 from transformers import (
     AutoModelForCausalLM,
@@ -34,11 +31,3 @@ def trained(exported, rows: list[dict], folder, **arguments) -> Trainer:
 def losses(trainer: Trainer) -> list[float]:
     """Of every step."""
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-if __name__ == "__main__":
-    exported, rows, folder, arguments, output = sys.argv[1:]
-    trainer = trained(exported, json.loads(rows), folder, **json.loads(arguments))
-    if trainer.args.process_index == 0:
-        with open(output, "w") as file:
-            json.dump(losses(trainer), file)

@@ -1,5 +1,5 @@
+import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -82,16 +82,14 @@ def test_prepare_command_bad_input_is_one_sentence_and_code_2(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_prepare_command_help_shows_an_example_that_runs(tmp_path, capsys):
+def test_prepare_command_help_shows_an_example_that_runs(tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, "prepare", "--help")
     assert code == 0 and EXAMPLE in out
     words = shlex.split(EXAMPLE)
     assert words.pop(0) == "mosaics"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", "import sys; from mosaics.cli import main; sys.exit(main())", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "python-stdlib in data/python" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "") and "python-stdlib in data/python" in out
     assert (tmp_path / "data" / "python" / "manifest.json").is_file()
 
 
@@ -113,18 +111,22 @@ def test_prepare_command_refuses_text_that_is_named_twice(books, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_prepare_command_takes_standard_input(tmp_path):
-    def piped(spec: str, text: str, name: str):
-        command = [sys.executable, "-m", "mosaics", "prepare", "--corpus", spec, "--out", tmp_path / name]
-        command += ["--vocab-size", "300", "--json"]
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+def test_prepare_command_takes_standard_input(tmp_path, capsys, monkeypatch):
+    def words(spec: str, name: str) -> list[str]:
+        return ["prepare", "--corpus", spec, "--out", str(tmp_path / name), "--vocab-size", "300", "--json"]
 
-    def documents(found) -> int:
-        assert found.returncode == 0, found.stderr
-        return sum(split["documents"] for split in json.loads(found.stdout)["splits"].values())
+    def piped(spec: str, text: str, name: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return run(capsys, *words(spec, name))
 
-    assert documents(piped("-", "A text that is piped.\n" * 40, "one")) == 2  # its end is held out
+    def documents(code: int, out: str, err: str) -> int:
+        assert code == 0, err
+        return sum(split["documents"] for split in json.loads(out)["splits"].values())
+
+    command, text = [sys.executable, "-m", "mosaics", *words("-", "one")], "A text that is piped.\n" * 40
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert documents(done.returncode, done.stdout, done.stderr) == 2  # its end is held out
     records = "".join(json.dumps({"text": f"Record {number} of several.\n" * 9}) + "\n" for number in range(5))
-    assert documents(piped("-.jsonl", records, "five")) == 5
-    nothing = piped("-", "", "nothing")
-    assert nothing.returncode == 2 and "holds no text" in nothing.stderr and not (tmp_path / "nothing").exists()
+    assert documents(*piped("-.jsonl", records, "five")) == 5
+    code, _, err = piped("-", "", "nothing")
+    assert code == 2 and "holds no text" in err and not (tmp_path / "nothing").exists()

@@ -61,6 +61,7 @@ def test_tokenizer_saved_and_loaded_is_the_same(tokenizer, tmp_path):
 @pytest.mark.slow
 def test_train_tokenizer_in_another_process_is_the_same(tokenizer):
     code = (
+        "import sys; sys.argv[0] = 'mosaics';"  # imports no models
         "from data.conftest import TEXTS; from mosaics.data import train_tokenizer;"
         "print(train_tokenizer(TEXTS.values(), 400).backend_tokenizer.to_str())"
     )

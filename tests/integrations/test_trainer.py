@@ -1,14 +1,13 @@
 """transformers' `Trainer` on an exported mosaic."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import trained as program
+from helpers import together
 from trained import losses, trained
 
 STEPS = 4
@@ -53,10 +52,16 @@ def test_trainer_of_two_processes_equals_one(train, exported, rows, tmp_path):
     """Processes share the delay, too; two of them, two rows each, in two micro-batches."""
     whole = train("whole", per_device_train_batch_size=4)
     arguments = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo")
-    given = [str(exported), json.dumps(rows), str(tmp_path / "two"), json.dumps(arguments), str(tmp_path / "losses")]
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*started, program.__file__, *given], capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def start():
+        AcceleratorState._reset_state(reset_partial_state=True)  # of one process, before the fork
+        trainer = trained(exported, rows, tmp_path / "two", **arguments)
+        assert trainer.args.world_size == 2
+        if trainer.args.process_index == 0:
+            (tmp_path / "losses").write_text(json.dumps(losses(trainer)))
+
+    ended = together(2, start, tmp_path / "out")
+    assert all(text.endswith("done\n") for text in ended), ended
     assert json.loads((tmp_path / "losses").read_text()) == pytest.approx(losses(whole), rel=1e-4)
 
 

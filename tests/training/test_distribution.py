@@ -1,13 +1,10 @@
 """Several processes as one run. Most are forked here, which costs no imports; one run is torchrun's own."""
 
-import contextlib
-import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import together
 from mosaics.data import PackedDataset
 from mosaics.training import checkpoint, loop, train
 from mosaics.training import run_folder as module
@@ -34,36 +32,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs fork and a torch with gloo",
 )
 SHARED = {"training.batch_size": 8, "validation.sequences": 5}  # 3 batches to validate: one process gets a left-over
-
-
-def _together(size: int, function, folder: Path) -> list[str]:
-    """Run `function` in processes that see the environment torchrun makes; what each printed, then how it ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def child(rank: int) -> None:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"} | {
-            k: str(numbers[k]) for k in numbers
-        }
-        module.plot_curves = lambda metrics, picture: None
-        with (folder / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
-            try:
-                function()
-                print("done")
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}")
-
-    torch.set_num_threads(1)
-    children = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(size)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(100)
-        process.kill()
-    return [(folder / f"{rank}.txt").read_text() for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +58,7 @@ def shared(tiny, tmp_path_factory) -> tuple[Path, list[str], list[list[int]]]:
         PackedDataset.batch = noted
         train(tiny(SHARED), folder / "run")
 
-    printed = _together(2, start, folder / "out")
+    printed = together(2, start, folder / "out")
     rows = [[int(line) for line in (folder / f"rows-{rank}").read_text().split()] for rank in range(2)]
     return folder / "run", printed, rows
 
@@ -158,7 +126,7 @@ def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone,
         module.save_checkpoint = module._finish = lambda *_, **__: {}
         train(tiny(SHARED | {"training.steps": 1}), tmp_path / "run")
 
-    _together(2, start, tmp_path / "out")
+    together(2, start, tmp_path / "out")
     [loss] = _losses(tmp_path / "run")
     assert loss != pytest.approx(_losses(alone)[0], rel=1e-4)
 
@@ -168,7 +136,7 @@ def test_train_with_two_processes_is_not_the_same_when_they_share_wrongly(alone,
 def test_train_resumes_with_any_number_of_processes(alone, shared, tiny, tmp_path, before, after):
     run = shutil.copytree(alone if before == 1 else shared[0], tmp_path / "run")
     _cut(run, 4)
-    printed = _together(after, lambda: train(tiny(SHARED), run), tmp_path / "out")
+    printed = together(after, lambda: train(tiny(SHARED), run), tmp_path / "out")
     assert all(text.endswith("done\n") for text in printed), printed
     assert "after step 4 of 6" in printed[0]
     assert _close(alone, run)
@@ -184,7 +152,7 @@ def test_train_with_two_processes_in_bfloat16_checkpointed_and_tied(tiny, tmp_pa
     changes = {"training.precision": "bfloat16", "training.activation_checkpointing": True}
     recipe = tiny(SHARED | changes | {"model.tie_word_embeddings": True, "training.steps": 1})
     assert train(recipe, tmp_path / "one").finished
-    printed = _together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
+    printed = together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
     assert printed[0].endswith("done\n"), printed
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=2e-3)
     assert "lm_head.weight" not in load_file(tmp_path / "two" / "export" / "model.safetensors")
@@ -192,11 +160,11 @@ def test_train_with_two_processes_in_bfloat16_checkpointed_and_tied(tiny, tmp_pa
 
 def test_train_says_once_what_several_processes_cannot_do(tiny, tmp_path):
     recipe = tiny(SHARED | {"training.batch_size": 5})
-    first, second = _together(2, lambda: train(recipe, tmp_path / "run"), tmp_path / "out")
+    first, second = together(2, lambda: train(recipe, tmp_path / "run"), tmp_path / "out")
     assert first.startswith("ValueError: training.batch_size is 5, which 2 processes can't share equally")
     assert second.startswith("Told: ") and not (tmp_path / "run").exists()
     with module._locked(tmp_path / "run"):
-        first, second = _together(2, lambda: train(tiny(SHARED), tmp_path / "run"), tmp_path / "out")
+        first, second = together(2, lambda: train(tiny(SHARED), tmp_path / "run"), tmp_path / "out")
     assert "is in use by another process" in first and second.startswith("Told: ")
 
 
@@ -213,7 +181,7 @@ def test_train_with_a_full_disk_on_one_process_keeps_what_was_there(tiny, tmp_pa
         checkpoint.sync = full
         train(tiny(SHARED), tmp_path / "run")
 
-    first, second = _together(2, start, tmp_path / "out")
+    first, second = together(2, start, tmp_path / "out")
     assert re.search(r"OSError: .*No space left on device: '.*shard-00002", first) and "Told: " in second
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
@@ -234,7 +202,7 @@ def test_save_checkpoint_refuses_a_folder_that_not_all_processes_see(tiny, tmp_p
         checkpoint._write_shard = elsewhere
         train(tiny(SHARED | {"training.steps": 1}), tmp_path / "run")
 
-    first, _ = _together(2, start, tmp_path / "out")
+    first, _ = together(2, start, tmp_path / "out")
     assert "shard-00002-model-00001-of-00001.safetensors is not there: the processes do not share" in first
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -315,7 +283,7 @@ def test_train_from_a_model_with_two_processes_gives_the_figures_of_one(alone, t
     changes = {"training.init_from": str(alone / "export"), "model": {"preset": None}, "training.steps": 2}
     recipe = tiny(SHARED | changes)
     assert train(recipe, tmp_path / "one").finished
-    printed = _together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
+    printed = together(2, lambda: train(recipe, tmp_path / "two"), tmp_path / "out")
     assert printed[0].endswith("done\n") and printed[0].count("begins with the weights of") == 1, printed
     assert _close(tmp_path / "one", tmp_path / "two")
     verify_checkpoint(checkpoint_folder(tmp_path / "two" / "checkpoints", 0))
@@ -330,16 +298,17 @@ def test_train_extended_with_two_processes_gives_the_figures_of_one(alone, share
     runs = [shutil.copytree(run, tmp_path / name) for run, name in ((alone, "one"), (shared[0], "two"))]
     extension = Extension(steps=3, schedule="rewarm")
     assert train(None, runs[0], extend=extension).finished
-    printed = _together(2, lambda: train(None, runs[1], extend=extension), tmp_path / "out")
+    printed = together(2, lambda: train(None, runs[1], extend=extension), tmp_path / "out")
     assert all(text.endswith("done\n") for text in printed) and "extended to step 9" in printed[0], printed
     assert len(_losses(runs[1])) == 9 and _close(*runs)
 
 
 @pytest.mark.slow
-def test_train_with_two_processes_writes_samples_and_tells_a_tracker(tiny, tmp_path):
+def test_train_with_two_processes_writes_samples_and_tells_a_tracker(tiny, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
+    monkeypatch.setattr("mosaics.training.validation.WRITTEN", 12)
     changes = {"validation.samples": 2, "training.steps": 2, "logging.tracker": "tensorboard"}
-    printed = _together(2, lambda: train(tiny(SHARED | changes), tmp_path / "run"), tmp_path / "out")
+    printed = together(2, lambda: train(tiny(SHARED | changes), tmp_path / "run"), tmp_path / "out")
     assert all(text.endswith("done\n") for text in printed), printed
     assert train(tiny(SHARED | changes), tmp_path / "one").finished
     ours, theirs = (

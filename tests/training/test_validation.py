@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mosaics.data import PackedDataset
-from mosaics.training import train
+from mosaics.training import train, validation
 from mosaics.training.checkpoint import checkpoint_folder
 from mosaics.training.setup import build_config, build_model
 from mosaics.training.validation import evaluate, write_samples
@@ -64,7 +64,8 @@ def test_evaluate_uses_the_evaluation_delay_and_no_dropout(model, prepared):
 
 
 @pytest.mark.slow
-def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_training(model, prepared):
+def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_training(model, prepared, monkeypatch):
+    monkeypatch.setattr(validation, "WRITTEN", 12)
     data = PackedDataset(prepared, "validation", 48)
     tokenizer = data.prepared.tokenizer()
     options = {"seed": 0, "step": 3}
@@ -76,7 +77,8 @@ def test_write_samples_goes_on_from_held_out_text_and_draws_nothing_of_the_train
 
 
 @pytest.mark.slow
-def test_train_with_samples_is_the_same_training_and_keeps_them(finished, tiny, tmp_path, capsys):
+def test_train_with_samples_is_the_same_training_and_keeps_them(finished, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validation, "WRITTEN", 12)
     run = tmp_path / "run"
     assert train(tiny({"validation.samples": 2}), run).finished
     printed = capsys.readouterr().out
