@@ -53,7 +53,7 @@ test-conform: $(VENV)/.installed-dev  ## every memory with further options again
 
 test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m clients --ignore tests/clients
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/clients $(BIN)/python -m pytest -q -n auto --maxprocesses 2 tests/clients
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/clients $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup tests/clients
 
 soak: $(VENV)/.installed-dev  ## the breaking tests at length, MINUTES=25 (at most 30)
 	cd tests && nice -n 10 ../$(BIN)/python -m hostile.soak --minutes $(MINUTES)

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from nltk.lm import KneserNeyInterpolated
-from nltk.util import everygrams, pad_sequence
 
 from mosaics.evaluation.kneser_ney import KneserNey
 
@@ -31,6 +29,9 @@ def test_kneser_ney_by_hand():
 
 def test_kneser_ney_is_that_of_nltk_but_for_its_fixed_discount():
     """nltk smooths with a given discount, and single tokens without one."""
+    from nltk.lm import KneserNeyInterpolated  # here: it takes seconds
+    from nltk.util import everygrams, pad_sequence
+
     words = np.random.default_rng(3).integers(0, 6, 3000)
     ours = KneserNey(words, 2, 6)
     theirs = KneserNeyInterpolated(2, discount=ours._levels[0].discount)

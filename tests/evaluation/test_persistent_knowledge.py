@@ -124,7 +124,6 @@ def test_benchmarks_are_the_papers_19_in_13_and_6():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tests/evaluation")  # where others ask lm-eval, too, which takes long to begin
 def test_benchmarks_are_known_to_lm_eval():
     pytest.importorskip("lm_eval")
     known_tasks = task_manager().all_tasks

@@ -13,8 +13,6 @@ from mosaics.evaluation.results import wilson
 from mosaics.experiments.report import _dimension, _title, numbers, write_report
 from mosaics.reporting import Lead, Section, draw, figures
 
-pytestmark = pytest.mark.xdist_group("report")  # they share a page
-
 
 @pytest.fixture(scope="module")
 def report(results, tmp_path_factory):

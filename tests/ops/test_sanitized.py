@@ -70,7 +70,6 @@ def walked(environment, tmp_path_factory) -> tuple[subprocess.CompletedProcess, 
 @pytest.mark.sanitized
 @pytest.mark.timeout(600)
 @pytest.mark.slow
-@pytest.mark.xdist_group("sanitized")
 def test_compiled_forms_stay_within_their_tensors(walked):
     done, _ = walked
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "walked 40", done.stderr[:6000]
@@ -81,7 +80,6 @@ def test_compiled_forms_stay_within_their_tensors(walked):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", PLANTED)
 @pytest.mark.slow
-@pytest.mark.xdist_group("sanitized")
 def test_sanitizers_find_what_is_planted(walked, fault):
     code, said = walked[1][fault]
     assert code != 0 and PLANTED[fault][2] in said, said[:6000]

@@ -16,7 +16,7 @@ import pytest
 
 from serving.conftest import DOCUMENT
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("clients")]
+pytestmark = pytest.mark.clients
 
 PROMPTS = ["import ", "def f(x):\n", "class Heap", "x", "for i in range(", "return ", "'''", "while True:\n    "]
 

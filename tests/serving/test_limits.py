@@ -10,7 +10,7 @@ import pytest
 
 from serving.test_server import raw, said
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("limits")]
+pytestmark = pytest.mark.clients
 
 
 @pytest.fixture(scope="module")

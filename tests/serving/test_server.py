@@ -12,8 +12,6 @@ import torch
 from mosaics.cli import main
 from serving.conftest import DOCUMENT
 
-pytestmark = pytest.mark.xdist_group("server")  # they share a process
-
 GREEDY = dict(temperature=0, max_tokens=12)
 
 
