@@ -46,7 +46,7 @@ class TitansMAC(GatedAttention):
     """
 
     EXAMPLES = (
-        {"num_attention_heads": 2, "chunk": 2, "segment": 4},
+        {"num_attention_heads": 2, "chunk": 4, "segment": 8},
         {
             "num_attention_heads": 4,
             "chunk": 3,
