@@ -1,5 +1,8 @@
 """A residual step of one token by one call, beside the same step by the memories themselves."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from helpers import relative_error, tiny_model, tokens
-from mosaics.memories import Context, Memory
+from mosaics.memories import REGISTRY, Context, Memory
 from mosaics.memories.contract import one_token
+from mosaics.models import MosaicConfig, MosaicForCausalLM
 
 needs_compiler = pytest.mark.skipif(not one_token.available(), reason="no C++ compiler")
 STEPS = 4  # of the two blocks of a tiny model
@@ -224,6 +228,59 @@ def test_step_of_one_follows_an_adapter_through_merge_and_unmerge(calls, monkeyp
     assert relative_error(decoded(merged, ids), plain) < 1e-9 and len(calls) == STEPS * 11
 
 
+class Gain(Memory):
+    """Each channel times a number of its own."""
+
+    @dataclass(frozen=True)
+    class Options:
+        source: str
+
+    def __init__(self, options, common, layer_index):
+        super().__init__(options, common, layer_index)
+        self.gain = nn.Parameter(torch.empty(common.hidden_size))
+
+    def reset_parameters(self, layer_index):
+        nn.init.normal_(self.gain)
+
+    def forward(self, x, layout, state, context):
+        return x * self.gain, state
+
+    def one_token(self, x, layout, state, context):
+        stages = one_token.addresses(Path(self.options.source), "gained_double")
+        gain = one_token.address(self.gain, (x.shape[2],), x.dtype)
+        return one_token.Part(stages, [gain, one_token.bits(1.0)], 0)
+
+
+@needs_compiler
+def test_step_of_one_takes_what_a_new_memory_brings(tmp_path, calls, monkeypatch):
+    header = one_token.SOURCE.with_suffix(".h")
+    (tmp_path / "gain.cpp").write_text(f"""#include "{header}"
+        template <typename T> struct Record {{ const T* gain; double scale; }};
+        template <typename T> void gained(const Call<T>& c, const Record<T>& m, T*) {{
+            const Share share(c.width, c.thread, c.threads);
+            for (int64_t b = 0; b < c.batch; b++)
+                for (int64_t i = share.from; i < share.end; i++)
+                    c.y[b * c.width + i] += T(m.scale) * m.gain[i] * c.x[b * c.width + i];
+        }}
+        STAGE(gained)""")
+    monkeypatch.setitem(REGISTRY, "gain", Gain)
+    monkeypatch.setattr(Gain, "type", "gain", raising=False)
+    attention = {"num_attention_heads": 2}
+    step = [
+        {"type": "gain", "options": {"source": str(tmp_path / "gain.cpp")}},
+        {"type": "feed_forward", "options": {"intermediate_size": 9}},
+        {"type": "short_term", "options": attention | {"window": 4}},
+    ]
+    torch.manual_seed(0)
+    model = MosaicForCausalLM(MosaicConfig(blocks=[{"repeat": 1, "steps": [step]}], vocab_size=64, hidden_size=12))
+    model, ids = model.double().eval(), tokens(3, 12) % 64
+    found = decoded(model, ids)
+    assert len(calls) == 7 and relative_error(found, decoded(model, ids, monkeypatch=monkeypatch)) < 1e-11
+    with torch.no_grad():
+        model.model.stack.blocks[0].steps[0].memories["gain"].gain.zero_()
+    assert relative_error(found, decoded(model, ids)) > 1e-3
+
+
 @needs_compiler
 def test_step_of_one_leaves_other_passes_to_the_memories(calls, monkeypatch):
     model, ids = tiny_model(torch.float32), tokens(2, 12)
@@ -287,7 +344,7 @@ def test_step_of_one_generates_with_beams_as_the_memories_do(calls, monkeypatch)
 
 
 def test_memories_answer_without_a_compiler(calls, monkeypatch):
-    monkeypatch.setattr(one_token, "_functions", lambda dtype: None)
+    monkeypatch.setattr(one_token, "_function", lambda dtype: None)
     model, ids = tiny_model(), tokens(1, 14)
     with torch.no_grad():
         assert relative_error(decoded(model, ids), model(ids).logits) < 1e-9

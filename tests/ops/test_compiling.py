@@ -77,6 +77,17 @@ def test_library_compiles_once_and_again_after_a_change(tmp_path, cache, monkeyp
     assert len(list(cache.iterdir())) == 4
 
 
+@needs_compiler
+def test_library_compiles_again_after_a_change_of_what_is_included(tmp_path, cache):
+    path = write(tmp_path, 42)
+    path.write_text('#include "inner/value.h"\n' + SOURCE.format(name="answer", value="VALUE"))
+    (tmp_path / "inner").mkdir()
+    for value in (42, 43):
+        (tmp_path / "inner" / "value.h").write_text('#include "other.h"\n')
+        (tmp_path / "inner" / "other.h").write_text(f"#define VALUE {value}\n")
+        assert again(path).answer() == value
+
+
 REFUSED = {  # words that a compiler does not take, and what is then left out
     ("-fopenmp",): "OpenMP",
     ("-march=native", "-mcpu=native"): "-m[a-z]*=native",

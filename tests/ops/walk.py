@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from mosaics import memories
 from mosaics.memories import Block, Common, Context, Layout
-from mosaics.memories.contract import one_token
 from mosaics.ops import compiling
 from mosaics.ops.kernel_regression import Bandwidth, Narrow, Reach, compiled, kernel_regression, single, summary
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
@@ -196,7 +196,8 @@ def main() -> None:
         planted(source)
     for form in (compiled, single, leaky_compiled, unit_compiled):
         assert form.available(), form
-    assert one_token.available(), one_token
+    for source in sorted(Path(memories.__file__).parent.rglob("*.cpp")):
+        assert compiling.library(source), source
     for form in (single, leaky_compiled, unit_compiled):
         form.WORTH = 1  # threads for anything
     draw = random.Random(int(sys.argv[1]))

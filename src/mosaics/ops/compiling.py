@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -89,7 +90,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         possible = ways(platform.system(), platform.machine())
         commands = [[*command, *way.options, *more, str(source), str(ABOUT), *way.libraries] for way in possible]
         words = [shlex.join([*command, *way.options, *more, *way.libraries]) for way in possible]
-        about = [source.read_bytes(), ABOUT.read_bytes(), version, "\n".join(words).encode(), _processor()]
+        about = [*_texts(source), ABOUT.read_bytes(), version, "\n".join(words).encode(), _processor()]
         name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}"
         folder = _folder()
         for path in folder.glob(f"{name}-*.so"):
@@ -107,6 +108,13 @@ def library(source: Path) -> ctypes.CDLL | None:
             f"{_short(source)} is not compiled, so slower forms are used (MOSAICS_COMPILE=0 accepts that): {reason}",
         )
         return None
+
+
+def _texts(source: Path) -> list[bytes]:
+    """Of a C++ file, and of those that it includes by their paths."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "(.+)"', text, re.M)
+    return [text, *(found for path in included for found in _texts(source.parent / path.decode()))]
 
 
 def about(source: Path) -> str:

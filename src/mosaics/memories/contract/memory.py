@@ -107,7 +107,7 @@ class Memory(nn.Module):
             context: what belongs to this pass.
 
         Returns:
-            One of the kinds of `contract.one_token.Part`; None: this memory, and so the step, is computed as always.
+            Its `contract.one_token.Part`; None: this memory, and so the step, is computed as always.
             `contract.one_token.Unfit` may be raised as well.
         """
         return None

@@ -1,14 +1,17 @@
 """A residual step for one position of each row by one call of C++ that is compiled when it is first wanted.
 
-A memory takes part if it declares `one_token`. Nothing is packed or kept between calls: the addresses of all weights
-are taken anew for every token, so whatever changes a weight, changes the next token. Where anything is not what it
-seems (another kind of map or weight, a hook, a mode of torch) the step is computed as always.
+A memory takes part if it declares `one_token`, and brings its part in a C++ file of its own that includes one_token.h.
+Nothing is packed or kept between calls: the addresses of all weights are taken anew for every token, so whatever
+changes a weight, changes the next token. Where anything is not what it seems (another kind of map or weight, a hook, a
+mode of torch) the step is computed as always.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+import sys
 from collections.abc import Callable, Iterable
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
@@ -23,15 +26,10 @@ from mosaics.memories.contract.layout import Layout
 from mosaics.memories.contract.memory import Memory
 from mosaics.memories.contract.state import State
 from mosaics.ops.compiling import library
-from mosaics.ops.kernel_regression import single
-from mosaics.ops.leaky_average import compiled as averages
-from mosaics.ops.leaky_average.state import floor_of
-from mosaics.ops.unit_values import compiled as values
-from mosaics.ops.unit_values.naive import SMALLEST
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ROWS = 8  # more are faster by a product of matrices
-KINDS = {torch.float32: ("float", "float32"), torch.float64: ("double", "float64")}
+KINDS = {torch.float32: "float", torch.float64: "double"}  # as they are called in C++
 
 
 class Unfit(Exception):
@@ -42,27 +40,23 @@ class Part(NamedTuple):
     """What one memory brings to the call.
 
     Attributes:
-        numbers: the fields of its record in one_token.cpp.
+        stages: the addresses of its functions, as `addresses` finds them: the stages of one_token.h, in order.
+        record: what each of them is given, numbers and addresses.
+        scratch: how many numbers of each row a stage leaves to the next.
         after: what is left to do then; returns the state.
     """
 
-    numbers: list[int]
+    stages: tuple[int, ...]
+    record: list[int]
+    scratch: int
     after: Callable[[], State | None] = lambda: None
-
-
-class Contextual(Part):
-    """Of a memory with gated keys that reads pairs."""
-
-
-class FeedForward(Part):
-    """Of a gated network."""
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("average", "values", "read", "x", "norm", "y")),
-        *((name, c_int64) for name in ("batch", "width", "threads", "contextual", "feed_forward")),
-        *((name, c_double) for name in ("norm_eps", "value_eps", "smallest", "floor")),
+        *((name, c_void_p) for name in ("x", "norm", "y")),
+        *((name, c_int64) for name in ("batch", "width", "threads", "count")),
+        ("norm_eps", c_double),
     ]
 
 
@@ -103,23 +97,32 @@ def numbers_of(linear: nn.Module | None, outputs: int, inputs: int, dtype: torch
     return address(weight, (outputs, inputs), dtype), at, outputs, inputs
 
 
+def addresses(source: Path, *names: str) -> tuple[int, ...]:
+    """Where functions of a C++ file lie; the first call compiles it.
+
+    Raises:
+        Unfit: it can't be compiled and loaded.
+    """
+    made = library(source)
+    if made is None:
+        raise Unfit
+    return tuple(ctypes.cast(getattr(made, name), c_void_p).value for name in names)
+
+
+def bits(x: float) -> int:
+    """A `double` of a record."""
+    return int.from_bytes(struct.pack("=d", x), sys.byteorder, signed=True)
+
+
 @functools.cache
-def _functions(dtype: torch.dtype) -> tuple[Callable, list[int]] | None:
-    """The function for a dtype, and the addresses of those that it calls; None where they can't be compiled and loaded:
-    the first call does so."""
-    sources = (SOURCE, averages.SOURCE, values.SOURCE, single.SOURCE)
-    libraries = [library(source) for source in sources]
-    if None in libraries:
-        return None
-    kind, of_reads = KINDS[dtype]
-    names = (f"step_{kind}", f"forward_{kind}", f"forward_{kind}", f"read_{of_reads}")
-    step, *called = (getattr(one, name) for one, name in zip(libraries, names, strict=True))
-    return step, [ctypes.cast(function, c_void_p).value for function in called]
+def _function(dtype: torch.dtype) -> Callable | None:
+    """That of the step; None where it can't be compiled and loaded."""
+    return getattr(library(SOURCE), f"step_{KINDS[dtype]}", None)
 
 
 def available() -> bool:
-    """Whether this machine can compile and load what is needed; the first call does so."""
-    return _functions(torch.float32) is not None
+    """Whether this machine can compile and load the step; the first call does so."""
+    return _function(torch.float32) is not None
 
 
 def step_of_one(
@@ -152,24 +155,19 @@ def _done(
     context: Context,
 ) -> tuple[Tensor, list[State | None]]:
     batch, _, width = x.shape
-    dtype, found = x.dtype, _functions(x.dtype)
-    if found is None:
+    dtype, step = x.dtype, _function(x.dtype)
+    if step is None:
         raise Unfit
     given = (address(x, x.shape, dtype), address(norm._parameters.get("weight"), (width,), dtype))
     parts = [memory.one_token(x, layout, state, context) for memory, state in zip(memories, states, strict=True)]
-    contextual = [part for part in parts if type(part) is Contextual]
-    others = [part for part in parts if type(part) is FeedForward]
-    if len(contextual) + len(others) < len(parts):
+    if None in parts:
         raise Unfit
-    step, functions = found
     y, eps = torch.empty_like(x), torch.finfo(dtype).eps if norm.eps is None else norm.eps
-    sizes = (batch, width, torch.get_num_threads(), len(contextual), len(others))
-    head = _Step(*functions, *given, y.data_ptr(), *sizes, eps, 0.0, SMALLEST, floor_of(x))
-    records = []
-    for group in (contextual, others):
-        numbers = [number for part in group for number in part.numbers]
-        records.append((c_int64 * len(numbers))(*numbers))
-    step(ctypes.byref(head), *records)
+    head = _Step(*given, y.data_ptr(), batch, width, torch.get_num_threads(), len(parts), eps)
+    numbers: list[int] = []
+    for stages, record, scratch, _ in parts:
+        numbers += (len(record), scratch, len(stages), *stages, *record)
+    step(ctypes.byref(head), (c_int64 * len(numbers))(*numbers))
     return y, [part.after() for part in parts]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,16 @@ from mosaics.memories.contract import (
 )
 from mosaics.memories.contract import one_token as one
 from mosaics.memories.contract.state import shared
-from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression, summary_of, weights_at
+from mosaics.ops.kernel_regression import Bandwidth, Reach, kernel_regression, single, summary_of, weights_at
 from mosaics.ops.kernel_regression import widened as plain
 from mosaics.ops.leaky_average import LeakyAverageState, leaky_average
+from mosaics.ops.leaky_average import compiled as averages
+from mosaics.ops.leaky_average.state import floor_of
+from mosaics.ops.unit_values import compiled as lengths
 from mosaics.ops.unit_values import unit_values
+from mosaics.ops.unit_values.naive import SMALLEST
+
+SOURCE = Path(__file__).with_suffix(".cpp")  # of one token
 
 
 @dataclass
@@ -287,7 +294,7 @@ class GatedContextualMemory(ContextualMemory):
     def value_length(self) -> Tensor:
         return widened(self.value_scale).clamp(max=15).exp()
 
-    def one_token(self, x: Tensor, layout: Layout, state: ContextualState, context: Context) -> one.Contextual | None:
+    def one_token(self, x: Tensor, layout: Layout, state: ContextualState, context: Context) -> one.Part | None:
         batch, _, d = x.shape
         pairs, dtype, heads = state.pairs, x.dtype, self.heads
         if type(pairs) is not Pairs or state.store is not None or state.raw_value is None or not pairs.kept:
@@ -305,7 +312,8 @@ class GatedContextualMemory(ContextualMemory):
         before = (state.direction, state.log_scale, state.raw_value)
         shapes = ((batch, heads, width), (batch, heads), (batch, heads, 1, width))
         after = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        linears, vectors, numbers = self._modules, self._parameters, []
+        linears, vectors, (stages, called) = self._modules, self._parameters, _functions(dtype)
+        numbers = [*called]
         for name, outputs in (("key_proj", d), ("key_gate", heads), ("key_decay", heads), ("value_proj", d)):
             numbers += one.numbers_of(linears.get(name), outputs, d, dtype)
         numbers += one.numbers_of(linears.get("out_proj"), d, d, dtype)
@@ -324,7 +332,7 @@ class GatedContextualMemory(ContextualMemory):
             pairs.settle(layout)
             return state
 
-        return one.Contextual(numbers, after=done)
+        return one.Part(stages, numbers, 3 * d + 2 * heads, done)
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6, but for the scale of the values: exp(theta), as exp(|theta|) could never move from 0."""
@@ -340,6 +348,20 @@ class GatedContextualMemory(ContextualMemory):
 _VECTORS = ("value_mix", "value_scale", "bandwidth_base", "bandwidth_slope", "bandwidth_exponent")
 _WRITTEN = frozenset(("forward", "maps", "keys", "values", "value_length", "bandwidth", "_read", "_split"))
 _WRITTEN |= {"recurrence", "read_dropout", "unit_norm_eps"}
+
+
+@cache
+def _functions(dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The stages of one token, and with what a record of them begins.
+
+    Raises:
+        Unfit: they can't be compiled and loaded.
+    """
+    kind, of_reads = one.KINDS[dtype], str(dtype).removeprefix("torch.")
+    stages = one.addresses(SOURCE, f"maps_{kind}", f"reads_{kind}", f"out_{kind}")
+    ops = (averages.SOURCE, f"forward_{kind}"), (lengths.SOURCE, f"forward_{kind}"), (single.SOURCE, f"read_{of_reads}")
+    called = [address for source, name in ops for address in one.addresses(source, name)]
+    return stages, (*called, one.bits(SMALLEST), one.bits(floor_of(torch.empty(0, dtype=dtype))))
 
 
 @cache

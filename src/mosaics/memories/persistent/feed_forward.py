@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ from mosaics.memories.contract import (
 )
 from mosaics.memories.contract import one_token as one
 
+SOURCE = Path(__file__).with_suffix(".cpp")  # of one token
 ACTIVATIONS = ("swiglu", "gelu")
 
 
@@ -63,14 +67,14 @@ class FeedForwardMemory(Memory):
         inner = self.up_proj(x)
         return self.down_proj(F.gelu(inner) if self.gate_proj is None else F.silu(self.gate_proj(x)) * inner), None
 
-    def one_token(self, x: Tensor, layout: Layout, state: None, context: Context) -> one.FeedForward | None:
+    def one_token(self, x: Tensor, layout: Layout, state: None, context: Context) -> one.Part | None:
         d, inner, linears = self.common.hidden_size, self.options.intermediate_size, self._modules
         if type(self).forward is not FeedForwardMemory.forward or self.gate_proj is None:
             return None
         numbers = []
         for name, *sizes in (("gate_proj", inner, d), ("up_proj", inner, d), ("down_proj", d, inner)):
             numbers += one.numbers_of(linears.get(name), *sizes, x.dtype)
-        return one.FeedForward(numbers)
+        return one.Part(_stages(x.dtype), numbers, inner)
 
     def reset_parameters(self, layer_index: int) -> None:
         """Table 6: a map from n inputs starts at 1 / sqrt(2 n (l + 1))."""
@@ -87,3 +91,8 @@ class FeedForwardMemory(Memory):
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self)
+
+
+@cache
+def _stages(dtype: torch.dtype) -> tuple[int, ...]:
+    return one.addresses(SOURCE, *(f"{name}_{one.KINDS[dtype]}" for name in ("inner", "outer")))
