@@ -36,7 +36,7 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/clients trl torchao onnx onnxscript onnx-ir onnxruntime ml-dtypes flatbuffers playwright greenlet
 	touch $@
 
-quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (6 minutes on two cores)
+quickstart: $(VENV)/.installed  ## train a small Memory Mosaics v2, print a sample, compare it with a Transformer (4 minutes on two cores, and what installing takes)
 	$(BIN)/mosaics quickstart
 
 demo-model: $(VENV)/.installed  ## make the model anew that comes with the package as demo (half an hour on one thread)
@@ -44,14 +44,14 @@ demo-model: $(VENV)/.installed  ## make the model anew that comes with the packa
 	OMP_NUM_THREADS=1 $(BIN)/mosaics train demo --run runs/demo/run --data.prepared runs/demo/data
 	$(BIN)/python -m mosaics.experiments.demo runs/demo/run src/mosaics/models/demo
 
-test: $(VENV)/.installed-dev  ## the tests (about 12 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests (10 minutes on two cores)
 	$(BIN)/ruff check src tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m 'not clients and not conform and not slow'
 
 test-conform: $(VENV)/.installed-dev  ## every memory with further options against the contract, and the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m '(conform or slow) and not clients'
 
-test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (10 minutes)
+test-clients: $(VENV)/.installed-clients  ## the tests with TRL, torchao, Accelerate, and many clients of a server (8 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m clients --ignore tests/clients
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/clients $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup tests/clients
 
