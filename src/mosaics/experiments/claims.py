@@ -639,7 +639,7 @@ PROOF: dict[str, Claim] = {
                 ("long fine-tuning", f"{QA}, yarn"),
             ),
             checks=(
-                *_learnt(QA, V2, TRANSFORMER),
+                *_learnt(QA, V2, ALIBI),
                 _least("v2 answers 95 % at 32 times the training length", _of(V2, QA), 95),
                 *(
                     _least(
@@ -647,7 +647,7 @@ PROOF: dict[str, Claim] = {
                         _of(V2, QA, at=FAR.index(times)),
                         10,
                         _of(label, name, setting, at=FAR.index(times)),
-                        given=None if label == TRANSFORMER else _learnt(QA, label)[0],
+                        given=_learnt(QA, label, setting=setting)[0],
                     )
                     for times in (8, 32)
                     for label, name, setting, how in (
