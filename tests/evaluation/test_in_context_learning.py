@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mosaics.evaluation import InContextLearning, Scorer, evaluate
-from mosaics.evaluation.in_context_learning import READERS, STRATEGIES
+from mosaics.evaluation.in_context_learning import READERS, STRATEGIES, CountedWords
 
 FORMAT = "The predict answer must come from the demonstration examples with the exact format."
 
@@ -184,6 +184,51 @@ def test_in_context_learning_reads_relations(known, tmp_path):
     (tmp_path / "tacred.json").write_text(json.dumps([record, record | {"relation": "no_relation"}]))
     train, test = READERS["tacred"][1](dict.fromkeys(READERS["tacred"][0], str(tmp_path / "tacred.json")), None)
     assert len(train) == len(test) == 1 and train[0].between == "the relation between Ann and New York is:"
+
+
+def test_counted_words_by_hand():
+    counted = CountedWords({"fruit": ["red apple", "Red plum"], "car": ["fast red car", "a car"]})
+    # 7 words and one that is none of them; fruit has 4 words, car 5.
+    assert counted.answers("apple") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 2/11 against 1/12
+    assert counted.answers("red") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 3/11 against 2/12
+    assert counted.answers("car red") == {"naive Bayes": "car", "nearest text": "car"}  # 3/144·2 against 3/121
+    assert counted.answers("unheard of") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 1/121 against 1/144
+    assert (
+        CountedWords({"a": ["x", "y y y"], "b": ["x y"]}).answers("x y")["nearest text"] == "b"
+    )  # not the most in common
+
+
+def test_in_context_learning_shows_what_counting_reaches(known):
+    suite = InContextLearning(shots=(1, 8), samples=40, noise=0.5, strategies=STRATEGIES[:2], labels=("anonymous",))
+    found = rows(evaluate(suite, known(lambda prompt, example: example.choices[0].strip())))
+    few, many = found
+    assert many["naive Bayes"] > 95 and few["naive Bayes"] < many["naive Bayes"]
+    assert min(few["nearest text"], many["nearest text"]) > 50 > max(few["accuracy"], many["accuracy"])
+
+
+def test_in_context_learning_reads_stories(known, tmp_path):
+    lines = [
+        "1 Ann ran to the hall.",
+        "2 Bo slept.",
+        "3 Where is Ann? \thall\t1",
+        "4 Bo left.",
+        "5 Where is Bo?\tout\t4",
+    ]
+    (tmp_path / "babi").write_text("\n".join([*lines, "1 Cy sat.", "2 Where is Cy?\tin\t1"]) + "\n")
+    data = dict.fromkeys(READERS["babi"][0], str(tmp_path / "babi"))
+    train, test = READERS["babi"][1](data, None)
+    assert [(item.text, item.label) for item in train] == [
+        ("Ann ran to the hall. Bo slept. Where is Ann?", "hall"),
+        ("Ann ran to the hall. Bo slept. Bo left. Where is Bo?", "out"),
+        ("Cy sat. Where is Cy?", "in"),
+    ]
+    examples = list(
+        InContextLearning(data=data, shots=(1,), samples=1, strategies=STRATEGIES[:1]).examples(known(oracle))
+    )
+    assert examples[0].prefix.endswith("out") and "\nstory: Cy sat. Where is Cy?\nanswer: in\n" in examples[0].prefix
+    (tmp_path / "babi").write_text("Ann ran.\n")
+    with pytest.raises(ValueError, match="does not begin with a number"):
+        READERS["babi"][1](data, None)
 
 
 def test_in_context_learning_reads_the_real_files(known, shared):

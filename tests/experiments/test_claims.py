@@ -12,7 +12,7 @@ from mosaics.experiments.questions import WorldQuestions
 from mosaics.experiments.trainings import Training
 from mosaics.training.setup import build_config
 
-ALL = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
+ALL = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF | claims.REAL
 CHECKS = [(claim, number) for claim in ALL.values() for number in range(len(claim.checks))]
 POINTS = 8
 

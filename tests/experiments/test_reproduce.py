@@ -1,10 +1,12 @@
 """Claims are judged by every seed, and are about what is trained and asked."""
 
+import json
+
 import pytest
 from tests.experiments.conftest import MICRO
 
 from mosaics.experiments import claims_v1
-from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, settings, study_of
+from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, REAL, real_tasks, settings, study_of
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
 from mosaics.experiments.trainings import Training
@@ -32,6 +34,62 @@ def test_claim_is_about_what_it_asks(claim):
             if one is not None:
                 assert (one.setting, one.evaluation) in asked and one.arrangement in claim.arrangements
     assert "mosaics" in claim.full_scale and (claim in V1_STUDIES or "H100" in claim.full_scale)
+
+
+@pytest.fixture
+def real_files(tmp_path):
+    """Small files of all real tasks, by name."""
+    folder, files = tmp_path / "real", {}
+    folder.mkdir()
+
+    def write(name: str, text: str) -> None:
+        files[name] = str(folder / name)
+        (folder / name).write_text(text)
+
+    for name in ("banking77_train", "banking77_test"):
+        write(name, "text,category\n" + "my card is gone,lost card\nwhy a fee,fee\n" * 2)
+    for name in ("goemotions_train", "goemotions_test"):
+        write(name, "so glad\t0\ta\nhow awful\t1\tb\n" * 4)
+    write("goemotions_labels", "joy\nfear\n")
+    instance = {"tokens": ["Ann", "in", "York"], "h": ["ann", "Q1", [[0]]], "t": ["york", "Q2", [[2]]]}
+    write("fewrel", json.dumps({"P1": [instance] * 5, "P2": [instance] * 5}))
+    story = "1 Ann went to the kitchen.\n2 Where is Ann?\tkitchen\t1\n"
+    for name in ("babi_train", "babi_test"):
+        write(name, (story + story.replace("kitchen", "garden")) * 16)
+    told = [f"{name} fell." + " There was nothing to be seen." * 20 for name in "abcdefghijklmnopqrstuvwxyz"]
+    asked = {"id": "1", "question": "Who fell?", "answers": [{"text": "a", "answer_start": 0}]}
+    paragraphs = [{"context": text, "qas": [asked]} for text in told]
+    write("squad", json.dumps({"data": [{"title": "A", "paragraphs": paragraphs}]}))
+    fallen = {"_id": "1", "question": "Who fell?", "answer": "a", "supporting_facts": [["0", 0]]}
+    write("hotpotqa", json.dumps([fallen | {"context": [[str(n), [text]] for n, text in enumerate(told)]}]))
+    return files
+
+
+def test_real_tasks_are_asked_of_the_models_of_text(texts, real_files, tmp_path):
+    claim, known = REAL["real-tasks"], settings(str(texts), samples=20, changes=MICRO, files=real_files)
+    assert {("text", e.name) for e in known["text"].evaluations} >= set(claim.asks)
+    found = reproduce(claim, known, (0,), tmp_path / "real", tmp_path / "cache")
+    asked = {(row["arrangement"], row["evaluation"]) for row in found["rows"]}
+    assert asked == {(label, name) for label in claim.arrangements for _, name in claim.asks}
+    assert all(check["left"] is not None for check in found["verdict"]["checks"])
+    beside = {(row["evaluation"], row["x"]): row for row in found["baselines"]}
+    assert beside["babi, anonymous", 16]["chance"] == beside["fewrel, semantic", 4]["chance"] == 50
+    assert beside["banking77, semantic", 1]["naive_bayes"] == 100  # the same texts are asked
+    page = (tmp_path / "real" / "report.html").read_text(encoding="utf-8")
+    for words in ("as RULER has it", "so many of every class", "naive bayes", "nearest text", "16 shots"):
+        assert words in page
+
+
+def test_real_tasks_refuse_files_before_anything_is_trained(real_files, tmp_path):
+    assert [e.name for e in real_tasks({"squad": real_files["squad"]}, 500)] == ["squad"]
+    with pytest.raises(ValueError, match="needs all of --data babi_train=PATH, babi_test=PATH"):
+        real_tasks({"babi_test": real_files["babi_test"]}, 500)
+    with pytest.raises(ValueError, match="--data tacred=… is no file of real tasks"):
+        real_tasks({"tacred": real_files["squad"]}, 500)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        real_tasks({"squad": str(tmp_path / "none")}, 500)
+    with pytest.raises(ValueError, match="asks about files of yours"):
+        study_of((REAL["real-tasks"],), settings(changes=MICRO), (0,), "")
 
 
 def test_claims_share_trained_models():

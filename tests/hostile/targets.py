@@ -553,6 +553,7 @@ def question_files(folder, draw):
         "banking77": {"banking77_train": csv, "banking77_test": csv},
         "goemotions": {"goemotions_train": tsv, "goemotions_test": tsv, "goemotions_labels": b"joy\nfear\n"},
         "fewrel": {"fewrel": fewrel},
+        "babi": dict.fromkeys(("babi_train", "babi_test"), b"1 A ran.\n2 Who?\tA\t1\n3 B sat.\n4 Who?\tB\t3\n"),
     }
     kind = draw(st.sampled_from(list(kinds)))
     damaged = draw(st.sampled_from(list(kinds[kind])))

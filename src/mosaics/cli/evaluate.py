@@ -167,6 +167,15 @@ def _data(words: list[str], name: str, fields: dict) -> str | dict[str, str]:
         if len(words) > 1:
             raise ValueError(f"the suite {name} takes one --data, not {len(words)}")
         return words[0]
+    return named_files(words)
+
+
+def named_files(words: list[str]) -> dict[str, str]:
+    """The paths by the names of NAME=PATH.
+
+    Raises:
+        ValueError: a word is of another form.
+    """
     named = {}
     for word in words:
         key, equals, path = word.partition("=")

@@ -10,8 +10,8 @@ from typer import Argument, Context, Option
 EXAMPLE = "mosaics reproduce table3 --text 'books/*.txt' --output runs/reproduce"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OPTIONS = (
-    "--output --text --held-out --test --field --seeds --learning-rates --tune --samples --automata --cache --jobs "
-    "--results --plan --list --help"
+    "--output --text --held-out --test --field --data --seeds --learning-rates --tune --samples --automata --cache "
+    "--jobs --results --plan --list --help"
 )
 
 
@@ -30,6 +30,10 @@ def reproduce(
     ] = None,
     test: Annotated[str | None, Option(help="Text that is asked about, by others again. [that for tuning]")] = None,
     field: Annotated[str, Option(help="The field of a .jsonl record that holds the text.")] = "text",
+    data: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=PATH", help="Of real-tasks: data files, named as evaluate takes them (repeatable)."),
+    ] = None,
     seeds: Annotated[str, Option(help="Seeds of the trainings; a claim must hold for each.")] = "0,1,2",
     learning_rates: Annotated[
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
@@ -65,6 +69,7 @@ def reproduce(
             print(f"{claim.name}: {claim.paper}\n  in miniature: {claim.here}\n  at full scale: {claim.full_scale}\n")
         return
     from mosaics.cli.compare import numbers
+    from mosaics.cli.evaluate import named_files
     from mosaics.training.recipe import parse_overrides
 
     words = ([] if name is None else [name]) + context.args
@@ -85,7 +90,7 @@ def reproduce(
         "tuning": claims.TUNING | tuning if tune else tuning,
         "beyond": claims.BEYOND if tune else 0,
     }
-    known = claims.settings(text, **common)
+    known = claims.settings(text, files=named_files(data or []), **common)
     known |= claims_v1.settings(text, automata=tuple(numbers("--automata", automata, int)), **common)
     seeds, where = numbers("--seeds", seeds, int), cache or output / "cache"
     if planned:

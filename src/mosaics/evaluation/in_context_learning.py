@@ -4,8 +4,10 @@ One shot is one example of every class. All demonstrations come before the query
 that they are encoded once.
 """
 
+import math
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +16,7 @@ from pydantic import Field, field_validator
 
 from mosaics.evaluation.example import Example, Prompts, Record
 from mosaics.evaluation.files import fields, known_form, read_csv, read_json, read_text, texts
-from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped
+from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped, mean
 
 _FORMAT = "The predict answer must come from the demonstration examples with the exact format."
 _FOLLOW = "The examples are as follows:"
@@ -56,6 +58,9 @@ TASKS = {
     ),
     "fewrel": _RELATION,
     "tacred": _RELATION,
+    "babi": Task(
+        f"Given a story and a question about it, please predict the answer. {_FORMAT} {_FOLLOW}", "story:", "answer:"
+    ),
     "synthetic": Task(
         f"Given a text of made-up words, please predict its class. {_FORMAT} {_FOLLOW}", "text:", "class:"
     ),
@@ -77,15 +82,17 @@ class InContextLearning(Suite):
     The answer is the label with the greatest likelihood, followed by the beginning of what comes next in the
     demonstrations: so every answer is a class, chance is known, a model is not punished for going on writing, and it
     works for models too small to follow an instruction. `scoring="generation"` is the published way instead: the model
-    writes, and what it writes up to the separator must be the label exactly.
+    writes, and what it writes up to the separator must be the label exactly. Beside the model's answers stands what
+    counting words in the same demonstrations reaches (`CountedWords`).
 
     Attributes:
         data: files: `banking77_train`, `banking77_test` (CSV with text, category); `goemotions_train`,
             `goemotions_test`, `goemotions_labels` (TSV with text, label numbers, id; texts with several labels are left
             out); `fewrel` (JSON by relation; a fifth of each relation's instances are asked), perhaps `fewrel_names`;
-            `tacred_train`, `tacred_test` (its JSON, for those who have its licence).
-        tasks: `banking77`, `goemotions`, `fewrel`, `tacred`, `synthetic`; by default all for which there is data, or
-            `synthetic` if there is none.
+            `tacred_train`, `tacred_test` (its JSON, for those who have its licence); `babi_train`, `babi_test` (of one
+            task; the answers are the classes).
+        tasks: `banking77`, `goemotions`, `fewrel`, `tacred`, `babi`, `synthetic`; by default all for which there is data,
+            or `synthetic` if there is none.
         shots: numbers of shots, each one example of every class.
         labels: `semantic`, `anonymous` (`class_00`, `class_01`, ..., dealt out by the seed).
         strategies: separators (newline, space), and whether the classes are shuffled within each shot.
@@ -199,8 +206,10 @@ class InContextLearning(Suite):
         ending = separator + words.head.split()[0]
         # The separator belongs to the query: a space at the end would be a token that the demonstrations do not have.
         prefix = separator.join(parts)
+        counted = CountedWords({label: [item.text for item in items[:shots]] for label, items in train.items()})
         for number, item in enumerate(test):
             meta = {"task": task, "labels": labels, "strategy": strategy, "shots": shots, "classes": len(names)}
+            meta |= {name: label == item.label for name, label in counted.answers(item.text).items()}
             yield Example(
                 f"{task}/{labels}/{strategy}/{shots}/{number}",
                 separator + _query(words, item, separator),
@@ -234,8 +243,9 @@ class InContextLearning(Suite):
             for (strategy,), inside in grouped(group, "strategy").items():
                 here.append(head | {"strategy": strategy} | accuracy_row(inside))
             rows += here
-            chance = {"chance": 100 / group[0].meta["classes"]}
-            best.append(head | max(here, key=lambda row: row["accuracy"]) | chance)
+            beside = {"chance": 100 / group[0].meta["classes"]}
+            beside |= {name: 100 * mean(record.meta[name] for record in group) for name in CountedWords.NAMES}
+            best.append(head | max(here, key=lambda row: row["accuracy"]) | beside)
         for task, labels in dict.fromkeys((row["task"], row["labels"]) for row in best):
             drawn = [row for row in best if (row["task"], row["labels"]) == (task, labels)]
             curves.append(curve(f"{task}, {labels} labels", drawn, "shots"))
@@ -247,6 +257,45 @@ class InContextLearning(Suite):
             "notes": notes
             + ["accuracy in percent with 95 % intervals (Wilson); the best of several is a little flattered."],
         }
+
+
+class CountedWords:
+    """Simple predictors of the label of a text, from the demonstrations that the model sees; relations are taken for
+    their sentences.
+
+    Args:
+        shown: the texts of each label.
+    """
+
+    NAMES: ClassVar[tuple[str, str]] = ("naive Bayes", "nearest text")
+
+    def __init__(self, shown: dict[str, list[str]]) -> None:
+        self._texts = [(label, Counter(_words(text))) for label, texts in shown.items() for text in texts]
+        self._counts = {label: Counter() for label in shown}
+        for label, words in self._texts:
+            self._counts[label].update(words)
+        self._vocabulary = len(set().union(*self._counts.values()))
+
+    def answers(self, text: str) -> dict[str, str]:
+        """The label by name of the predictor: of multinomial naive Bayes with one count added to every word, and of the
+        text that is nearest by the cosine of its word counts. Of equally good ones the first."""
+        asked = Counter(_words(text))
+
+        def likelihood(label: str) -> float:
+            counts = self._counts[label]
+            total = math.log(counts.total() + self._vocabulary + 1)
+            return sum(times * (math.log(counts[word] + 1) - total) for word, times in asked.items())
+
+        def nearness(shown: tuple[str, Counter[str]]) -> float:
+            length = math.sqrt(sum(n * n for n in shown[1].values()))
+            return sum(n * shown[1][word] for word, n in asked.items()) / max(length, 1)
+
+        found = max(self._counts, key=likelihood), max(self._texts, key=nearness)[0]
+        return dict(zip(self.NAMES, found, strict=True))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _query(words: Task, item: Item, separator: str) -> str:
@@ -315,6 +364,25 @@ def _read_tacred(data: dict[str, str], draw: random.Random) -> tuple[list[Item],
     return found[0], found[1]
 
 
+def _read_babi(data: dict[str, str], draw: random.Random) -> tuple[list[Item], list[Item]]:
+    found = []
+    for name in ("babi_train", "babi_test"):
+        items, story = [], []
+        for line in read_text(data[name]).splitlines():
+            number, _, rest = line.partition(" ")
+            if not number.isdigit():
+                raise ValueError(f"{data[name]} has a line that does not begin with a number; give a file of bAbI")
+            if number == "1":
+                story = []
+            said, *answer = rest.split("\t")
+            if answer:
+                items.append(Item(" ".join([*story, said.strip()]), answer[0]))
+            else:
+                story.append(said)
+        found.append(items)
+    return found[0], found[1]
+
+
 def _relation(sentence: str, subject: str, object_: str, label: str) -> Item:
     return Item(sentence, label, f"the relation between {subject} and {object_} is:")
 
@@ -324,6 +392,7 @@ READERS = {
     "goemotions": (("goemotions_train", "goemotions_test", "goemotions_labels"), _read_goemotions),
     "fewrel": (("fewrel",), _read_fewrel),
     "tacred": (("tacred_train", "tacred_test"), _read_tacred),
+    "babi": (("babi_train", "babi_test"), _read_babi),
 }
 
 

@@ -33,6 +33,8 @@ _COLUMNS = {
     "distance up to": "distance up to (tokens)",
     "among values": "right among the values there (%)",
     "chance": "chance (%)",
+    "naive Bayes": "naive Bayes (%)",
+    "nearest text": "nearest text (%)",
     "nats per token": "nats per token (less is better)",
     "context": "context (tokens)",
     "times": "times the training length",

@@ -41,17 +41,17 @@ def _asked(
 ) -> list[dict[str, Any]]:
     from mosaics.experiments.questions import SUITES
 
-    _, table, x, y = SUITES[evaluation.suite]
+    asked = SUITES[evaluation.suite]
     found = answers(job, evaluation, cache, options, changes)
     parts: dict[Any, dict[str, list[float]]] = {}
-    for example in found["examples"]:
+    for example in found["examples"] if asked.point else ():
         meta = example["meta"]
-        here = parts.setdefault(meta.get("x", meta.get("multiple")), {})
-        here.setdefault(str(meta.get("episode", meta.get("document"))), []).append(example["score"])
+        group = example["id"] if asked.group is None else str(meta[asked.group])
+        parts.setdefault(meta[asked.point], {}).setdefault(group, []).append(example["score"])
     rows = []
-    for row in found["summary"]["tables"][table]:
-        rows.append({"x": row[x], "y": row[y]} | {key: row[key] for key in ("low", "high") if key in row})
-        if groups := list(parts.get(row[x], {}).values()):
+    for row in found["summary"]["tables"][asked.table]:
+        rows.append({"x": row[asked.x], "y": row[asked.y]} | {key: row[key] for key in ("low", "high") if key in row})
+        if groups := list(parts.get(row[asked.x], {}).values()):
             rows[-1] |= {"scores": [s for group in groups for s in group], "groups": list(map(len, groups))}
     return rows
 
@@ -69,10 +69,10 @@ def answers(
 
     options = evaluation.options if options is None else options
     changes = evaluation.changes if changes is None else changes
-    suite = SUITES[evaluation.suite][0]
+    suite = SUITES[evaluation.suite].suite
     sample = word_digest(options.get("task"), "automata" in suite.model_fields)
     key = digest([suite.name, options, evaluation.without, changes, job.setting.data.test, sample])
-    if "data" in suite.model_fields:  # it asks about text
+    if "training_length" in suite.model_fields:  # it asks about text
         text = job.setting.data.test or str(prepared(job.setting.data, cache))
         options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)} | options
     with locked(job.folder(cache) / "evaluations" / key) as folder:
@@ -114,9 +114,9 @@ def baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[s
     Returns:
         For each point `x`, in a world `chance` and the accuracy of each of `mosaics.data.worlds.predictors` in percent;
         on text the nats per token of counted bigrams and trigrams (`KneserNey`), counted in all that the model of `job`
-        was trained on. Nothing for other suites.
+        was trained on; in many-shot classification chance and those of `CountedWords`. Nothing for other suites.
     """
-    of = {"world": _world_baselines, "perplexity": _text_baselines}.get(evaluation.suite)
+    of = {"world": _world_baselines, "perplexity": _text_baselines, "many-shot": _shown_baselines}.get(evaluation.suite)
     if of is None:
         return []
     data = job.setting.data
@@ -174,7 +174,7 @@ def _text_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[
     from mosaics.evaluation.kneser_ney import KneserNey
     from mosaics.experiments.questions import SUITES
 
-    suite, table, x, y = SUITES[evaluation.suite]
+    asked = SUITES[evaluation.suite]
     training, steps = job.recipe.training, job.result(cache)["steps"]
     source = Source(job.setting.data, training.context_length, job.seed, cache)
     say(f"{job}: counting what it was trained on")
@@ -185,7 +185,18 @@ def _text_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[
         scorer = _Counts(KneserNey(tokens, order, len(source.tokenizer)), source.tokenizer, _length(job))
         text = job.setting.data.test or str(prepared(job.setting.data, cache))
         options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)}
-        answers = ask(suite(**options | evaluation.options), scorer, None)
-        for row in answers["summary"]["tables"][table]:
-            found.setdefault(row[x], {"x": row[x]})[name] = round(row[y], 4)
+        counted = ask(asked.suite(**options | evaluation.options), scorer, None)
+        for row in counted["summary"]["tables"][asked.table]:
+            found.setdefault(row[asked.x], {"x": row[asked.x]})[name] = round(row[asked.y], 4)
     return list(found.values())
+
+
+def _shown_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
+    """What stands beside the answers of whichever model, since it depends on the demonstrations alone."""
+    from mosaics.evaluation.in_context_learning import CountedWords
+
+    table = answers(job, evaluation, cache)["summary"]["tables"]["best strategy"]
+    names = ("chance", *CountedWords.NAMES)
+    return [
+        {"x": row["shots"]} | {name.lower().replace(" ", "_"): round(row[name], 2) for name in names} for row in table
+    ]

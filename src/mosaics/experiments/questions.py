@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mosaics.data.regbench import HELD_OUT, SEPARATOR, open_regbench
 from mosaics.data.worlds.world import EXAMPLE_WORDS, WorldExample
-from mosaics.evaluation import Example, Perplexity, Record, Suite
+from mosaics.evaluation import Example, InContextLearning, NewKnowledge, Perplexity, Record, Suite
 from mosaics.evaluation.results import accuracy_row, curve, grouped, mean
 
 _QUESTIONS = 8
@@ -198,13 +198,33 @@ class RegBenchQuestions(Suite):
         }
 
 
-SUITES: dict[str, tuple[type[Suite], str, str, str]] = {
-    # name: the suite; which table of its summary, which columns of that are x and y
-    "world": (WorldQuestions, "by x", "x", "accuracy"),
-    "perplexity": (Perplexity, "loss by context", "times", "nats per token"),
-    "attention": (AttentionByDistance, "by distance", "x", "score"),
-    "regbench": (RegBenchQuestions, "all", "automata", "accuracy"),
-    "regbench-variation": (RegBenchQuestions, "all", "automata", "total variation"),
+class Asked(NamedTuple):
+    """A suite, and what of its results studies show.
+
+    Attributes:
+        suite: the suite.
+        table: of its summary.
+        x, y: columns of that.
+        point: what in a record's `meta` is its x; None where single records belong to no point.
+        group: what in a record's `meta` tells those that belong together; None where each stands for itself.
+    """
+
+    suite: type[Suite]
+    table: str
+    x: str
+    y: str
+    point: str | None = None
+    group: str | None = None
+
+
+SUITES = {
+    "world": Asked(WorldQuestions, "by x", "x", "accuracy", "x", "episode"),
+    "perplexity": Asked(Perplexity, "loss by context", "times", "nats per token", "multiple", "document"),
+    "attention": Asked(AttentionByDistance, "by distance", "x", "score"),
+    "regbench": Asked(RegBenchQuestions, "all", "automata", "accuracy"),
+    "regbench-variation": Asked(RegBenchQuestions, "all", "automata", "total variation"),
+    "many-shot": Asked(InContextLearning, "best strategy", "shots", "accuracy", "shots"),
+    "documents": Asked(NewKnowledge, "by length", "length", "accuracy", "length"),
 }
 
 

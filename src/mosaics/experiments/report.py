@@ -26,6 +26,8 @@ _ABOUT = {
     "stated in the prompt.",
     "perplexity": "The same stretches of held-out text are read in windows of growing length: does more context help, "
     "or does the model break down beyond the length that it was trained at?",
+    "many-shot": "Texts with labels are shown, so many of every class, then one without: which label does it have?",
+    "documents": "The answer stands in a long document that is given before the question, as RULER has it.",
     "attention": "How much the last position reads from each distance; 1 is an even spread.",
     "regbench": "Sequences of automata that the model has never met: is the likeliest next letter one that the "
     "automaton allows?",
@@ -38,11 +40,13 @@ _SIMPLE = {
     "word counts": "no memory for what goes with what: of the possible answers, the one that the prompt has most often",
     "repeated ending": "look-up: goes on as the prompt did after the longest earlier occurrence of its last words",
     "naive bayes": "counts, without training, which words stand with which label in the prompt",
+    "nearest text": "look-up: the label of the text in the prompt whose words are most like those of the question",
     "bigram": "counts of word pairs in the text that was trained on (Kneser-Ney)",
     "trigram": "counts of three words in a row in the text that was trained on (Kneser-Ney)",
 }
 _DECIMALS = {"perplexity": (3, 3), "regbench-variation": (3, 3), "attention": (2, 2)}
 _SHARES = (1, 0)
+_UNITS_APART = {"perplexity": " nats per token"} | dict.fromkeys(("world", "many-shot", "documents"), " points")
 _LOSSES = ("perplexity", "regbench-variation")  # less is better
 
 
@@ -190,7 +194,7 @@ def _lead(
             kinds.append("open")
             text += f" One training and one document do not say how far {first} and {label} are apart by chance."
             continue
-        unit = {"perplexity": " nats per token", "world": " points"}.get(evaluation["suite"], "")
+        unit = _UNITS_APART.get(evaluation["suite"], "")
         estimate, low, high = (_rounded(results, rows, apart[key]) for key in ("estimate", "low", "high"))
         if apart["low"] > 0:
             kinds.append("good")
@@ -290,7 +294,7 @@ def _dimension(
 
 
 def _explained(name: str) -> str:
-    if name.startswith("nearest "):
+    if name.startswith("nearest ") and name not in _SIMPLE:
         count = name.split()[1]
         return (
             f"look-up: the label of most of the {count} examples in the prompt that share most words with the question"
@@ -299,7 +303,7 @@ def _explained(name: str) -> str:
 
 
 def _column(setting: dict[str, Any], evaluation: dict[str, Any], x: float) -> str:
-    if evaluation["suite"] == "world" and not evaluation["options"].get("shots"):
+    if evaluation["suite"] in ("world", "documents") and not evaluation["options"].get("shots"):
         return f"{x:g} tokens ({x / _length(setting):g}×)"
     words = {"perplexity": f"{x:g}× length", "attention": f"{x:g} tokens", "regbench": f"{x:g} automata"}
     words["regbench-variation"] = words["regbench"]

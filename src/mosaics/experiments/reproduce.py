@@ -17,7 +17,7 @@ from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Setting
 from mosaics.reporting import Lead, Number, Section, Table, shown
 
-CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF
+CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF | claims.REAL
 GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS), "proof": tuple(claims.PROOF)}
 OWN = {three_moons.NAME: three_moons}  # experiments that are no study of language models
 

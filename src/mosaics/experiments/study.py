@@ -85,8 +85,8 @@ class Evaluation(Part):
     Attributes:
         name: unique in its study.
         title: of the plot.
-        suite: `world` (questions of the test split), `perplexity`, `attention`, or on RegBench `regbench` (accuracy) or
-            `regbench-variation`.
+        suite: `world` (questions of the test split), `perplexity`, `attention`, on RegBench `regbench` (accuracy) or
+            `regbench-variation`; on files of yours `many-shot` (`InContextLearning`) or `documents` (`NewKnowledge`).
         options: of the suite.
         without: memories that are taken out first.
         changes: options of the config that are changed first, such as `long_term.delay`.
@@ -97,7 +97,9 @@ class Evaluation(Part):
 
     name: str
     title: str = ""
-    suite: Literal["world", "perplexity", "attention", "regbench", "regbench-variation"] = "world"
+    suite: Literal["world", "perplexity", "attention", "regbench", "regbench-variation", "many-shot", "documents"] = (
+        "world"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
     without: tuple[str, ...] = ()
     changes: dict[str, Any] = Field(default_factory=dict)
