@@ -91,8 +91,8 @@ class InContextLearning(Suite):
             out); `fewrel` (JSON by relation; a fifth of each relation's instances are asked), perhaps `fewrel_names`;
             `tacred_train`, `tacred_test` (its JSON, for those who have its licence); `babi_train`, `babi_test` (of one
             task; the answers are the classes).
-        tasks: `banking77`, `goemotions`, `fewrel`, `tacred`, `babi`, `synthetic`; by default all for which there is data,
-            or `synthetic` if there is none.
+        tasks: `banking77`, `goemotions`, `fewrel`, `tacred`, `babi`, `synthetic`; by default all for which there is
+            data, or `synthetic` if there is none.
         shots: numbers of shots, each one example of every class.
         labels: `semantic`, `anonymous` (`class_00`, `class_01`, ..., dealt out by the seed).
         strategies: separators (newline, space), and whether the classes are shuffled within each shot.
