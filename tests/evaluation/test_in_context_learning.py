@@ -188,14 +188,16 @@ def test_in_context_learning_reads_relations(known, tmp_path):
 
 def test_counted_words_by_hand():
     counted = CountedWords({"fruit": ["red apple", "Red plum"], "car": ["fast red car", "a car"]})
-    # 7 words and one that is none of them; fruit has 4 words, car 5.
-    assert counted.answers("apple") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 2/11 against 1/12
-    assert counted.answers("red") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 3/11 against 2/12
-    assert counted.answers("car red") == {"naive Bayes": "car", "nearest text": "car"}  # 3/144·2 against 3/121
-    assert counted.answers("unheard of") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 1/121 against 1/144
-    assert (
-        CountedWords({"a": ["x", "y y y"], "b": ["x y"]}).answers("x y")["nearest text"] == "b"
-    )  # not the most in common
+    # Of 7 words, fruit has 4 and car 5; with one for all others they are counted as 4 + 7 + 1 and 5 + 7 + 1.
+    assert counted.answers("apple") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 2/12 against 1/13
+    assert counted.answers("red") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 3/12 against 2/13
+    assert counted.answers("car red") == {"naive Bayes": "car", "nearest text": "car"}  # 6/169 against 3/144
+    assert counted.answers("unheard of") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 1/144 against 1/169
+    nearest = CountedWords({"a": ["x", "x x y y y y y y"], "b": ["x y"]}).answers("x y")["nearest text"]
+    assert nearest == "b"  # not the one with most in common
+    weighed = CountedWords({"a": ["x x y"], "b": ["y z w v"]})
+    assert weighed.answers("x z z")["naive Bayes"] == "a"  # 3/729 against 4/1000
+    assert CountedWords({"a": ["q"], "b": ["y y y y r s t u"]}).answers("r")["naive Bayes"] == "b"  # 1/8 against 2/15
 
 
 def test_in_context_learning_shows_what_counting_reaches(known):

@@ -72,6 +72,7 @@ def test_real_tasks_are_asked_of_the_models_of_text(texts, real_files, tmp_path)
     asked = {(row["arrangement"], row["evaluation"]) for row in found["rows"]}
     assert asked == {(label, name) for label in claim.arrangements for _, name in claim.asks}
     assert all(check["left"] is not None for check in found["verdict"]["checks"])
+    assert all(len(row["scores"]) == 1 for row in found["rows"])
     beside = {(row["evaluation"], row["x"]): row for row in found["baselines"]}
     assert beside["babi, anonymous", 16]["chance"] == beside["fewrel, semantic", 4]["chance"] == 50
     assert beside["banking77, semantic", 1]["naive_bayes"] == 100  # the same texts are asked
