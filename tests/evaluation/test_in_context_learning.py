@@ -188,11 +188,11 @@ def test_in_context_learning_reads_relations(known, tmp_path):
 
 def test_counted_words_by_hand():
     counted = CountedWords({"fruit": ["red apple", "Red plum"], "car": ["fast red car", "a car"]})
-    # Of 7 words, fruit has 4 and car 5; with one for all others they are counted as 4 + 7 + 1 and 5 + 7 + 1.
-    assert counted.answers("apple") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 2/12 against 1/13
-    assert counted.answers("red") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 3/12 against 2/13
-    assert counted.answers("car red") == {"naive Bayes": "car", "nearest text": "car"}  # 6/169 against 3/144
-    assert counted.answers("unheard of") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 1/144 against 1/169
+    # There are 6 words, and one for all others; fruit has 4 + 7 counts and car 5 + 7.
+    assert counted.answers("apple") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 2/11 against 1/12
+    assert counted.answers("red") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 3/11 against 2/12
+    assert counted.answers("car red") == {"naive Bayes": "car", "nearest text": "car"}  # 6/144 against 3/121
+    assert counted.answers("unheard of") == {"naive Bayes": "fruit", "nearest text": "fruit"}  # 1/121 against 1/144
     nearest = CountedWords({"a": ["x", "x x y y y y y y"], "b": ["x y"]}).answers("x y")["nearest text"]
     assert nearest == "b"  # not the one with most in common
     weighed = CountedWords({"a": ["x x y"], "b": ["y z w v"]})
