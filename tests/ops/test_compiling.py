@@ -105,6 +105,15 @@ def picky(path: Path, words: tuple[str, ...], system: str = "") -> str:
 
 
 @needs_compiler
+def test_library_of_another_package_includes_our_headers(tmp_path, cache):
+    name = "mosaics/memories/contract/one_token.h"
+    source = tmp_path / "theirs.cpp"
+    source.write_text(f'#include "{name}"\n' + SOURCE.format(name="answer", value=7))
+    assert compiling.library(source).answer() == 7
+    assert (compiling.ROOT / name).read_bytes() in compiling._texts(source)  # with which it is compiled again
+
+
+@needs_compiler
 @pytest.mark.parametrize("words", REFUSED)
 def test_library_goes_without_what_the_compiler_refuses_and_says_so_once(tmp_path, cache, words, monkeypatch, caplog):
     path = write(tmp_path, 42)

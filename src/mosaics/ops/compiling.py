@@ -26,6 +26,7 @@ from torch import Tensor
 from mosaics.ops import has_numbers
 
 logger = logging.getLogger(__name__)
+ROOT = Path(__file__).parents[2]  # whence other packages include ours: "mosaics/memories/contract/one_token.h"
 ABOUT = Path(__file__).with_name("about.cpp")  # is compiled with every source
 SCRATCH = "making-"  # begins the name of a folder in which something is compiled
 ABANDONED = 3600  # seconds after which nobody compiles in it any more
@@ -88,7 +89,9 @@ def library(source: Path) -> ctypes.CDLL | None:
         version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
         more = shlex.split(os.environ.get("MOSAICS_CXXFLAGS", ""))
         possible = ways(platform.system(), platform.machine())
-        commands = [[*command, *way.options, *more, str(source), str(ABOUT), *way.libraries] for way in possible]
+        commands = [
+            [*command, *way.options, f"-I{ROOT}", *more, str(source), str(ABOUT), *way.libraries] for way in possible
+        ]
         words = [shlex.join([*command, *way.options, *more, *way.libraries]) for way in possible]
         about = [*_texts(source), ABOUT.read_bytes(), version, "\n".join(words).encode(), _processor()]
         name = f"{source.stem}-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}"
@@ -111,10 +114,12 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 
 def _texts(source: Path) -> list[bytes]:
-    """Of a C++ file, and of those that it includes by their paths."""
-    text = source.read_bytes()
-    included = re.findall(rb'^#include "(.+)"', text, re.M)
-    return [text, *(found for path in included for found in _texts(source.parent / path.decode()))]
+    """Of a C++ file, and of those that it includes by their paths, beside it or from `ROOT`."""
+    text, found = source.read_bytes(), []
+    for path in re.findall(r'^#include "(.+)"', text.decode(), re.M):
+        beside = source.parent / path
+        found += _texts(beside if beside.is_file() else ROOT / path)
+    return [text, *found]
 
 
 def about(source: Path) -> str:
