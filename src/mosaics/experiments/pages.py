@@ -19,7 +19,8 @@ _HEAD = """\
 Made from the files in `{folder}` by `mosaics report {folder} --output {page}`; nothing here is written by hand. The \
 claims are defined in `mosaics reproduce --list`; each file names the commit that it was measured with, and holds each \
 trial, curve, seed and single answer. Intervals hold 95 %: over seeds and examples drawn anew, and for shares at least \
-Newcombe's. A claim *can't be told* where a premise is not met or an interval has both signs.
+Newcombe's. A claim *can't be told* where a premise is not met or an interval has both signs; *left out* is what is \
+compared with what has not learnt the task at the training length. *Found* are both sides, the right one with margin.
 """
 
 
