@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import OPTIONS
 
-from mosaics.experiments.pages import records_in, results_page, write_results_page
+from mosaics.experiments.pages import _to_equal_loss, reached, records_in, results_page, write_results_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +39,28 @@ def test_page_follows_the_numbers(kept, tmp_path):
     record["rows"][0]["y"] += 12.5
     record["verdict"]["checks"][0]["low"] -= 1.25
     assert results_page([record], kept, tmp_path / "page.md") != before
+
+
+def test_page_says_when_both_had_the_loss_of_the_worse():
+    probes = {
+        ("v2", 0): [[100, 10.0, 5.0], [200, 20.0, 4.0], [300, 30.0, 3.5]],
+        ("twin", 0): [[100, 5.0, 6.0], [200, 10.0, 5.0], [300, 15.0, 4.5]],  # v2 is there after 150 steps, 15 seconds
+        ("v2", 1): [[100, 10.0, 5.0], [200, 20.0, 4.0], [300, 30.0, 4.0]],
+        ("twin", 1): [[100, 5.0, 4.5], [200, 10.0, 3.5], [300, 15.0, 3.0]],  # which has v2's 4 after 150 steps
+    }
+    models = [
+        {"setting": "text", "arrangement": label, "seed": seed, "trial": False, "probes": found}
+        for (label, seed), found in probes.items()
+    ]
+    models.append(models[0] | {"trial": True, "probes": [[1, 1.0, 0.1]]})
+    study = {"arrangements": [{"label": "v2"}, {"label": "twin"}, {"label": "untrained"}]}
+    study["settings"] = [{"name": "text", "data": {"corpus": "x"}}, {"name": "recall", "data": {"corpus": None}}]
+    said, table = _to_equal_loss(study, models)
+    assert "`text`" in said
+    row = "| twin | 4.25 (4 … 4.5) | 175.0 (150.0 … 200.0) | 225.0 (150.0 … 300.0) |"
+    assert table.splitlines()[-1].startswith(row), table
+    assert table.splitlines()[-1].endswith("| 0.9167 (0.5 … 1.333) | 1.833 (1 … 2.667) |"), table
+    assert reached([[100, 5.0, 6.0], [200, 9.0, 5.0]], 7.0) == (100, 5.0)
 
 
 def test_page_refuses_a_folder_without_results(tmp_path):

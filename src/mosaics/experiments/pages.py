@@ -106,6 +106,7 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
         yield markdown(["", "must hold", "found", "by", "95 % interval", ""], map(_check, checks))
     if models := [model for model in record["models"] if "trial" in model]:
         yield _models(models)
+        yield from _to_equal_loss(study, models)
     for setting, evaluation, rows in _asked(record):
         name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
         yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (lowest … highest):\n"
@@ -142,6 +143,39 @@ def _models(models: Sequence[dict[str, Any]]) -> str:
 
 
 _RATE = "training.learning_rate"
+
+
+def _to_equal_loss(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """On text, the steps and seconds until the first arrangement and each other have the loss at which the worse of
+    both ended."""
+    first, *others = [arrangement["label"] for arrangement in study["arrangements"]]
+    for setting in study["settings"]:
+        if setting["data"]["corpus"] is None:
+            continue
+        mine = [m for m in models if m["setting"] == setting["name"] and not m["trial"] and m["probes"]]
+        probes = {(m["arrangement"], m["seed"]): m["probes"] for m in mine}
+        rows = []
+        for other in others:
+            both = [(probes[first, seed], probes[other, seed]) for label, seed in probes if label == other]
+            losses = [max(one[-1][2], two[-1][2]) for one, two in both]
+            ours, theirs = ([reached(p[i], y) for p, y in zip(both, losses, strict=True)] for i in (0, 1))
+            numbers = [losses, *([at[0] for at in side] for side in (ours, theirs))]
+            numbers += [[one[i] / two[i] for one, two in zip(ours, theirs, strict=True)] for i in (0, 1)]
+            if both:
+                rows.append([other, *map(shown_range, numbers)])
+        if rows:
+            yield f"To equal loss on held-out rows of `{setting['name']}`, that at which the worse of both ended:\n"
+            columns = ["other", "loss", f"steps, {first}", "steps, other", "share of the steps", "of the seconds"]
+            yield markdown(columns, rows)
+
+
+def reached(probes: Sequence[Sequence[float]], loss: float) -> tuple[float, float]:
+    """Steps and seconds until probes (step, seconds, loss) first are down to a loss, straight between them."""
+    for before, after in zip(probes, probes[1:], strict=False):
+        if before[2] > loss >= after[2]:
+            share = (before[2] - loss) / (before[2] - after[2])
+            return tuple(a + share * (b - a) for a, b in zip(before[:2], after[:2], strict=True))
+    return tuple(probes[0][:2])
 
 
 def _short(key: str) -> str:
