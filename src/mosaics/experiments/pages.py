@@ -105,7 +105,7 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
     if checks := verdict["checks"]:
         yield markdown(["", "must hold", "found", "by", "95 % interval", ""], map(_check, checks))
     if models := [model for model in record["models"] if "trial" in model]:
-        yield _models(models)
+        yield _models(study, models)
         yield from _to_equal_loss(study, models)
     for setting, evaluation, rows in _asked(record):
         name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
@@ -124,17 +124,19 @@ def _check(check: dict[str, Any]) -> list[Any]:
     return [kind, check["says"], found, check["estimate"], interval, check["verdict"]]
 
 
-def _models(models: Sequence[dict[str, Any]]) -> str:
+def _models(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
     """A line for each arrangement and setting: what its best trial was, and how long its trainings took."""
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for model in models:
         lines.setdefault((model["setting"], model["arrangement"]), []).append(model)
+    known = [one for setting in study["settings"] for one in (setting, setting.get("start")) if one]
+    probes = {setting["name"]: setting.get("probe") or {} for setting in known}
     rows = []
     for (setting, arrangement), found in lines.items():
         kept = [m for m in found if not m["trial"]] or found
         variant = {"learning rate": kept[0]["learning_rate"]} | kept[0].get("variant", {})
         best = ", ".join(f"{_short(key)} {shown(value)}" for key, value in variant.items() if key != _RATE)
-        learnt = ", ".join(str(m["enough_at"] or "never") for m in kept) if kept[0].get("probes") else ""
+        learnt = ", ".join(str(m["enough_at"] or "never") for m in kept) if probes[setting].get("enough") else ""
         steps = shown_range([m["steps"] for m in kept])
         row = [setting, arrangement, kept[0]["parameters"], sum(m["trial"] for m in found), best, learnt, steps]
         rows.append([*row, f"{sum(m['seconds'] for m in found) / 3600:.2f}"])
