@@ -264,17 +264,34 @@ def checkpointing_changes_nothing(subject: Subject) -> None:
 
 @check
 def states_survive_a_file(subject: Subject) -> None:
-    """What is remembered of a context is kept in a file, and goes on from there, at odd lengths."""
+    """What is remembered of a context is kept in a file, and goes on from there, at odd lengths: as what was kept does,
+    and as the whole does, as far as rounding allows."""
     model = subject.model(layers=1)
     model.generation_config.pad_token_id = 0
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for time in (1, 9, 300):
             context, path = _ids(1, time), Path(folder) / f"{time}.memory"
-            save_memory(path, model, read_context(model, context, 97), context)
+            kept, more = read_context(model, context, 97), _ids(1, 7, seed=1)
+            save_memory(path, model, kept, context)
             cache, _ = load_memory(path, model)
-            more = _ids(1, 7, seed=1)
-            whole = model(torch.cat([context, more], dim=1), use_cache=False).logits[:, time:]
-            _near(model(more, past_key_values=cache).logits, whole, f"kept after {time} tokens")
+            found, what = model(more, past_key_values=cache).logits, f"kept after {time} tokens"
+            _near(found, model(more, past_key_values=kept).logits, f"{what} in a file", 1e-12)
+            ids = torch.cat([context, more], dim=1)
+            whole = model(ids, use_cache=False).logits[:, time:]
+            try:
+                _near(found, whole, what)
+            except Nonconforming:
+                _near(found, whole, what, _rounding(model, ids, whole))
+
+
+def _rounding(model: MosaicForCausalLM, ids: Tensor, expected: Tensor) -> float:
+    """How far the last logits move when all embeddings do by parts in 1e15: an inner loop of hundreds of steps may be
+    chaotic, and then no two orders of the same sums agree better."""
+    generator = torch.Generator().manual_seed(6)
+    embedded = model.get_input_embeddings()(ids)
+    moved = embedded * (1 + 1e-15 * torch.randn(embedded.shape, generator=generator, dtype=embedded.dtype))
+    logits = model(inputs_embeds=moved, use_cache=False).logits[:, -expected.shape[1] :]
+    return (logits - expected).norm().item() / expected.norm().item()
 
 
 @check
