@@ -89,6 +89,11 @@ def test_real_tasks_refuse_files_before_anything_is_trained(real_files, tmp_path
         real_tasks({"tacred": real_files["squad"]}, 500)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         real_tasks({"squad": str(tmp_path / "none")}, 500)
+    for name in ("squad", "fewrel", "babi_train", "banking77_test"):
+        files = {one: path for one, path in real_files.items() if one.split("_")[0] == name.split("_")[0]}
+        (tmp_path / name).write_text("not what was asked for")
+        with pytest.raises(ValueError, match=name):
+            real_tasks(files | {name: str(tmp_path / name)}, 500)
     with pytest.raises(ValueError, match="asks about files of yours"):
         study_of((REAL["real-tasks"],), settings(changes=MICRO), (0,), "")
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from mosaics.evaluation.in_context_learning import LABELS, READERS
+from mosaics.evaluation.files import known_form
+from mosaics.evaluation.in_context_learning import LABELS, READERS, InContextLearning
 from mosaics.evaluation.new_knowledge import QA_TASKS
+from mosaics.evaluation.new_knowledge import READERS as DOCUMENTS
 from mosaics.experiments.compare import LENGTHS, MULTIPLES, SHOTS, text_setting, world_evaluation, world_setting
 from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study
 
@@ -217,7 +219,7 @@ def real_tasks(files: dict[str, str], samples: int) -> tuple[Evaluation, ...]:
     each length, since each takes long; those tasks whose files are there.
 
     Raises:
-        ValueError: a file of another name, or some but not all of a task.
+        ValueError: a file of another name or form, or some but not all of a task.
         OSError: there is no such file.
     """
     needed = {task: READERS[task][0] for task in MANY_SHOT} | {task: (task,) for task in QA_TASKS}
@@ -236,6 +238,8 @@ def real_tasks(files: dict[str, str], samples: int) -> tuple[Evaluation, ...]:
             mine = {name: files[name] for name in (*needed[task], f"{task}_names") if name in files}
             options = {"data": mine, "tasks": [task], "strategies": ["newline-shuffled"], "shots": list(shots)}
             options |= {"samples": max(1, samples // 20)}
+            if not any(True for _ in InContextLearning(**options).examples(None)):  # read before anything is trained
+                raise ValueError(f"{' and '.join(mine.values())} hold no question with a class that is shown")
             found += [
                 Evaluation(name=f"{task}, {labels}", suite="many-shot", options=options | {"labels": [labels]})
                 for labels in LABELS
@@ -243,6 +247,8 @@ def real_tasks(files: dict[str, str], samples: int) -> tuple[Evaluation, ...]:
     options = {"lengths": [1024, 2048, 4096], "samples": max(1, samples // 20)}
     for task in QA_TASKS:
         if task in files:
+            with known_form(files[task]):
+                DOCUMENTS[task](files[task])
             mine = {"data": {task: files[task]}, "tasks": [task]}
             found.append(Evaluation(name=task, suite="documents", options=options | mine))
     return tuple(found)
@@ -843,7 +849,9 @@ def study_of(claims: tuple[Claim, ...], known: dict[str, Setting], seeds: tuple[
         if mine:
             chosen.append(setting.model_copy(update={"evaluations": mine}))
     if not chosen:
-        raise ValueError(f"{claims[0].name} asks about files of yours; give them as --data NAME=PATH (see docs/cli.md)")
+        raise ValueError(
+            f"{claims[0].name} asks about files of yours; give them as --data NAME=PATH (see docs/reproduction.md)"
+        )
     labels = dict.fromkeys(label for claim in claims for label in claim.arrangements)
     return Study(
         title=title,
