@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import OPTIONS
 
-from mosaics.experiments.pages import _to_equal_loss, reached, records_in, results_page, write_results_page
+from mosaics.experiments.pages import _asked, _to_equal_loss, reached, records_in, results_page, write_results_page
+from mosaics.experiments.points import plot_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,14 @@ def test_page_follows_the_numbers(kept, tmp_path):
     record["rows"][0]["y"] += 12.5
     record["verdict"]["checks"][0]["low"] -= 1.25
     assert results_page([record], kept, tmp_path / "page.md") != before
+
+
+def test_plots_have_lines_of_what_counting_reaches():
+    records = {record["name"]: record for record in records_in(ROOT / "results")}
+    for name, setting, lines in (("text", "text", {"bigram", "trigram"}), ("table13", "new-knowledge", {"chance"})):
+        for shown_as, evaluation, rows in _asked(records[name]):
+            if (shown_as, evaluation["name"]) in ((setting, "loss"), (setting, "needle")):
+                assert {line for line, _ in plot_of(evaluation, rows, records[name])["lines"]} == lines
 
 
 def test_page_says_when_both_had_the_loss_of_the_worse():

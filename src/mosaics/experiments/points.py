@@ -64,7 +64,7 @@ def plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results:
     known = [
         b
         for b in results["baselines"]
-        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"] and "chance" in b
+        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"]
     ][:1]
     lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
     title = evaluation["title"] or evaluation["name"]
