@@ -64,6 +64,7 @@ def test_page_says_when_both_had_the_loss_of_the_worse():
     models.append(models[0] | {"trial": True, "probes": [[1, 1.0, 0.1]]})
     study = {"arrangements": [{"label": "v2"}, {"label": "twin"}, {"label": "untrained"}]}
     study["settings"] = [{"name": "text", "data": {"corpus": "x"}}, {"name": "recall", "data": {"corpus": None}}]
+    models.append(models[1] | {"seed": 2})  # the other training of that seed diverged
     said, table = _to_equal_loss(study, models)
     assert "`text`" in said
     row = "| twin | 4.25 (4 … 4.5) | 175.0 (150.0 … 200.0) | 225.0 (150.0 … 300.0) |"

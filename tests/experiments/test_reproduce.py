@@ -6,7 +6,8 @@ import pytest
 from tests.experiments.conftest import MICRO
 
 from mosaics.experiments import claims_v1
-from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, REAL, real_tasks, settings, study_of
+from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, REAL, settings, study_of
+from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
 from mosaics.experiments.trainings import Training
@@ -96,6 +97,12 @@ def test_real_tasks_refuse_files_before_anything_is_trained(real_files, tmp_path
             real_tasks(files | {name: str(tmp_path / name)}, 500)
     with pytest.raises(ValueError, match="asks about files of yours"):
         study_of((REAL["real-tasks"],), settings(changes=MICRO), (0,), "")
+
+
+def test_trials_are_not_longer_than_the_training():
+    for changes in (None, {"training.steps": 3}):
+        for setting in settings(changes=changes).values():
+            assert setting.tuning_steps is None or setting.tuning_steps <= setting.training["steps"], setting.name
 
 
 def test_claims_share_trained_models():

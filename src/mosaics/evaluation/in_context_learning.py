@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from mosaics.data.worlds.baselines import naive_bayes
 from mosaics.evaluation.example import Example, Prompts, Record
 from mosaics.evaluation.files import fields, known_form, read_csv, read_json, read_text, texts
 from mosaics.evaluation.results import Suite, accuracy_row, curve, grouped, mean
@@ -279,18 +280,16 @@ class CountedWords:
     def answers(self, text: str) -> dict[str, str]:
         """The label by name of the predictor: of multinomial naive Bayes with one count added to every word, and of the
         text that is nearest by the cosine of its word counts. Of equally good ones the first."""
-        asked = Counter(_words(text))
-
-        def likelihood(label: str) -> float:
-            counts = self._counts[label]
-            total = math.log(counts.total() + self._vocabulary + 1)
-            return sum(times * (math.log(counts[word] + 1) - total) for word, times in asked.items())
+        words = _words(text)
+        asked = Counter(words)
 
         def nearness(shown: tuple[str, Counter[str]]) -> float:
             length = math.sqrt(sum(n * n for n in shown[1].values()))
             return sum(n * shown[1][word] for word, n in asked.items()) / max(length, 1)
 
-        found = max(self._counts, key=likelihood), max(self._texts, key=nearness)[0]
+        # The vocabulary is that of the demonstrations, and one for all other words.
+        likeliest = naive_bayes(self._counts, words, 1.0, self._vocabulary + 1)
+        found = likeliest, max(self._texts, key=nearness)[0]
         return dict(zip(self.NAMES, found, strict=True))
 
 

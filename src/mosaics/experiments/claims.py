@@ -7,14 +7,10 @@ lists what was changed later, and why.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from mosaics.evaluation.files import known_form
-from mosaics.evaluation.in_context_learning import LABELS, READERS, InContextLearning
-from mosaics.evaluation.new_knowledge import QA_TASKS
-from mosaics.evaluation.new_knowledge import READERS as DOCUMENTS
 from mosaics.experiments.compare import LENGTHS, MULTIPLES, SHOTS, text_setting, world_evaluation, world_setting
+from mosaics.experiments.real_tasks import CLASSES, QUESTIONS, real_tasks
 from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study
 
 V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
@@ -212,46 +208,6 @@ def settings(
         tried = {"training.learning_rate": rates} if tuning else {}
         found.append(documents.model_copy(update=more | {"tuning": tried, "beyond": 0, "tuning_steps": None}))
     return {setting.name: setting for setting in found}
-
-
-def real_tasks(files: dict[str, str], samples: int) -> tuple[Evaluation, ...]:
-    """What is asked on real data, by models of text: a twentieth of the questions for each number of shots and
-    each length, since each takes long; those tasks whose files are there.
-
-    Raises:
-        ValueError: a file of another name or form, or some but not all of a task.
-        OSError: there is no such file.
-    """
-    needed = {task: READERS[task][0] for task in MANY_SHOT} | {task: (task,) for task in QA_TASKS}
-    known = [*(name for names in needed.values() for name in names), "fewrel_names"]
-    for name, path in files.items():
-        if name not in known:
-            raise ValueError(f"--data {name}=… is no file of real tasks; they take {', '.join(known)}")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--data {name}: there is no file {path}")
-    for task, names in needed.items():
-        if 0 < len(set(names) & files.keys()) < len(names):
-            raise ValueError(f"the task {task} needs all of --data {', '.join(f'{name}=PATH' for name in names)}")
-    found = []
-    for task, shots in MANY_SHOT.items():
-        if set(needed[task]) <= files.keys():
-            mine = {name: files[name] for name in (*needed[task], f"{task}_names") if name in files}
-            options = {"data": mine, "tasks": [task], "strategies": ["newline-shuffled"], "shots": list(shots)}
-            options |= {"samples": max(1, samples // 20)}
-            if not any(True for _ in InContextLearning(**options).examples(None)):  # read before anything is trained
-                raise ValueError(f"{' and '.join(mine.values())} hold no question with a class that is shown")
-            found += [
-                Evaluation(name=f"{task}, {labels}", suite="many-shot", options=options | {"labels": [labels]})
-                for labels in LABELS
-            ]
-    options = {"lengths": [1024, 2048, 4096], "samples": max(1, samples // 20)}
-    for task in QA_TASKS:
-        if task in files:
-            with known_form(files[task]):
-                DOCUMENTS[task](files[task])
-            mine = {"data": {task: files[task]}, "tasks": [task]}
-            found.append(Evaluation(name=task, suite="documents", options=options | mine))
-    return tuple(found)
 
 
 def _of(arrangement: str, evaluation: str, setting: str | None = None, **more: Any) -> Term:
@@ -803,8 +759,6 @@ PROOF: dict[str, Claim] = {
 }
 
 
-MANY_SHOT = {"banking77": (1, 2), "goemotions": (1, 4), "fewrel": (1, 4), "babi": (1, 4, 16)}
-_REAL = (*(f"{task}, {labels}" for task in MANY_SHOT for labels in LABELS), *QA_TASKS)
 # What needs files that nobody else can give.
 REAL: dict[str, Claim] = {
     "real-tasks": Claim(
@@ -812,11 +766,11 @@ REAL: dict[str, Claim] = {
         paper="Asked by us: what of the paper's dimensions is left on real data, at this size?",
         here="The models of `text`: Banking77, GoEmotions, FewRel (in the place of TACRED) and bAbI's first task with "
         "few and many shots, questions about documents of SQuAD and HotpotQA; all in the paper's and RULER's words.",
-        asks=tuple(("text", name) for name in _REAL),
+        asks=tuple(("text", name) for name in (*CLASSES, *QUESTIONS)),
         checks=(
             *(
                 _least(f"{name}: v2 is above the Transformer", _of(V2, name, "text"), 0, _of(TRANSFORMER, name, "text"))
-                for name in _REAL
+                for name in (*CLASSES, *QUESTIONS)
             ),
             *(
                 _least(
@@ -826,7 +780,7 @@ REAL: dict[str, Claim] = {
                     _of(f"baseline: {counted}", name, "text"),
                     kind="control",
                 )
-                for name in _REAL[: -len(QA_TASKS)]
+                for name in CLASSES
                 for label in (V2, TRANSFORMER)
                 for counted in ("chance", "naive_bayes")
             ),

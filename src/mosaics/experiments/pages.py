@@ -158,7 +158,11 @@ def _to_equal_loss(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> I
         probes = {(m["arrangement"], m["seed"]): m["probes"] for m in mine}
         rows = []
         for other in others:
-            both = [(probes[first, seed], probes[other, seed]) for label, seed in probes if label == other]
+            both = [
+                (probes[first, seed], probes[other, seed])
+                for label, seed in probes
+                if label == other and (first, seed) in probes
+            ]
             losses = [max(one[-1][2], two[-1][2]) for one, two in both]
             ours, theirs = ([reached(p[i], y) for p, y in zip(both, losses, strict=True)] for i in (0, 1))
             numbers = [losses, *([at[0] for at in side] for side in (ours, theirs))]

@@ -265,11 +265,11 @@ def checkpointing_changes_nothing(subject: Subject) -> None:
 @check
 def states_survive_a_file(subject: Subject) -> None:
     """What is remembered of a context is kept in a file, and goes on from there, at odd lengths: as what was kept does,
-    and as the whole does, as far as rounding allows."""
+    and as the whole does; an inner loop that is chaotic over 300 tokens as far as rounding allows."""
     model = subject.model(layers=1)
     model.generation_config.pad_token_id = 0
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for time in (1, 9, 300):
+        for time in (1, 9, 130, 300):
             context, path = _ids(1, time), Path(folder) / f"{time}.memory"
             kept, more = read_context(model, context, 97), _ids(1, 7, seed=1)
             save_memory(path, model, kept, context)
@@ -281,12 +281,14 @@ def states_survive_a_file(subject: Subject) -> None:
             try:
                 _near(found, whole, what)
             except Nonconforming:
-                _near(found, whole, what, _rounding(model, ids, whole))
+                if time < 300:
+                    raise
+                _near(found, whole, what, min(_rounding(model, ids, whole), 1e-6))
 
 
 def _rounding(model: MosaicForCausalLM, ids: Tensor, expected: Tensor) -> float:
-    """How far the last logits move when all embeddings do by parts in 1e15: an inner loop of hundreds of steps may be
-    chaotic, and then no two orders of the same sums agree better."""
+    """How far the last logits move when all embeddings do by parts in 1e15: where that is far, no two orders of the
+    same sums agree better."""
     generator = torch.Generator().manual_seed(6)
     embedded = model.get_input_embeddings()(ids)
     moved = embedded * (1 + 1e-15 * torch.randn(embedded.shape, generator=generator, dtype=embedded.dtype))

@@ -2,7 +2,7 @@
 far a simple look-up in the prompt reaches."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -64,6 +64,23 @@ class RepeatedEnding:
         return answer
 
 
+def naive_bayes(counts: Mapping[str, Counter[str]], words: Sequence[str], smoothing: float, vocabulary: int) -> str:
+    """The label whose texts make words likeliest (multinomial, all labels alike); of equally likely ones the first.
+
+    Args:
+        counts: of the words by label.
+        words: that were asked about.
+        smoothing: added to the count of every word.
+        vocabulary: different words that there may be.
+    """
+
+    def likelihood(label: str) -> float:
+        total = counts[label].total() + vocabulary * smoothing
+        return sum(np.log((counts[label][word] + smoothing) / total) for word in words)
+
+    return max(counts, key=likelihood)
+
+
 class LabelledCounts:
     """Naive Bayes over the examples in the prompt: what counting words by label, sentence by sentence, can reach.
 
@@ -82,13 +99,7 @@ class LabelledCounts:
             for word in words:
                 if word in counts:
                     counts[word].update(words)
-        question = example.question.split()
-
-        def score(choice: str) -> float:
-            total = counts[choice].total() + 240 * self.smoothing
-            return sum(np.log((counts[choice][word] + self.smoothing) / total) for word in question)
-
-        return max(example.choices, key=score)
+        return naive_bayes(counts, example.question.split(), self.smoothing, 240)
 
 
 class NearestExamples:
