@@ -1,25 +1,35 @@
 """What a read that may be wrong by a little saves: the share of pairs that have to be read, milliseconds a token, the
-error that was met; beside the full read of the same tokens.
+error that was met; beside the full read of the same tokens, and beside a Llama of as many parameters with its static
+cache.
 
 python benchmarks/bounds.py MODEL [--lengths 16384 65536]         # an exported model with a long-term memory
+python benchmarks/bounds.py MODEL --text novels.jsonl --lengths 262144 1048576 --state-dtype int8
 python benchmarks/bounds.py MODEL --groups --lengths 16384        # what groups of pairs with bounds would have to read
 
-The text is source code of Python's standard library; after it the text's next tokens are read one at a time, by a state
-with and one without a tolerance in turn. Medians.
+The text is source code of Python's standard library, or the records of a .jsonl file; after it the text's next tokens
+are read one at a time, by a state with and one without a tolerance and by the Llama in turn. Medians. What is longer
+than a piece is read in pieces, each from a new beginning, and their pairs are put together, as for documents that are
+united: the pairs of a million tokens are there without the days that reading them together takes. The Llama's cache is
+filled with random keys and values, which cost what real ones cost, and keeps them in the dtype of its weights.
 """
 
 import argparse
 import copy
+import json
 import math
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from kept import text_tokens
+from long_context import filled
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from mosaics.experiments.bench import Bench
 from mosaics.experiments.records import commit, processor
 from mosaics.memories.contract import Pairs
 from mosaics.models.cache import open_cache
@@ -31,14 +41,45 @@ TOKENS = 48
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
+def record_tokens(tokenizer, path: Path, count: int) -> Tensor:
+    """The first tokens `(1, count)` of the records of a file, as many as there are."""
+    ids: list[int] = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
+            if len(ids) >= count:
+                break
+    return torch.tensor([ids[:count]])
+
+
 def stores(cache, stack) -> list[Pairs]:
     """All stores of a cache that grow without limit."""
     return [p for p in open_cache(cache, stack)[0].parts() if isinstance(p, Pairs) and p.limit is None]
 
 
-def decoding(model, ids: Tensor, length: int) -> None:
+def remembered(model, ids: Tensor, piece: int) -> DynamicCache:
+    """Of a text: read whole, or in pieces whose pairs are put together."""
+    states, cache = [], None
+    for part in ids.split(piece, dim=1):
+        cache = read_context(model, part)
+        states.append(stores(cache, model.model.stack))
+    for at, newest in enumerate(states[-1] if len(states) > 1 else ()):
+        every = [read[at] for read in states]
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            if getattr(newest, name) is not None:
+                joined = torch.cat([getattr(pairs, name)[:, :, : pairs.used] for pairs in every], 2)
+                for pairs in every:
+                    setattr(pairs, name, None)  # not to be held twice
+                setattr(newest, name, joined)
+        newest.used = sum(pairs.used for pairs in every)
+    return cache
+
+
+def decoding(model, ids: Tensor, length: int, piece: int) -> None:
     """Reads `length` tokens, then the next with every tolerance."""
-    cache = read_context(model, ids[:, :length])
+    cache = remembered(model, ids[:, :length], piece)
+    llama = Bench(model.config, device="cpu", dtype="float32").build("llama-static").eval()
+    beside = filled(llama, "llama-static", length, len(TOLERANCES) * TOKENS)
     shares: list[float] = []
     read = bounded.kernel_regression
 
@@ -54,35 +95,35 @@ def decoding(model, ids: Tensor, length: int) -> None:
             pairs.tolerance = tolerance
         for pairs in stores(plain, model.model.stack):
             pairs.tolerance = 0
-        times: list[list[float]] = [[], []]
+        times: list[list[float]] = [[], [], []]
         losses: list[list[float]] = [[], []]
         difference, shares[:] = 0.0, []
         for at in range(length, length + TOKENS):
             logits = []
-            for number, own in enumerate((plain, near)):
+            for number, (one, own) in enumerate(((model, plain), (model, near), (llama, beside))):
                 began = time.perf_counter()
-                logits.append(model(ids[:, at : at + 1], past_key_values=own).logits[:, -1])
+                logits.append(one(ids[:, at : at + 1], past_key_values=own).logits[:, -1])
                 times[number].append(1e3 * (time.perf_counter() - began))
-                losses[number].append(F.cross_entropy(logits[-1], ids[:, at + 1]).item())
+                if one is model:
+                    losses[number].append(F.cross_entropy(logits[-1], ids[:, at + 1]).item())
             difference = max(difference, (logits[0] - logits[1]).abs().max().item())
-        again = copy.deepcopy(near)
         bounded.kernel_regression = counted
-        model(ids[:, length + TOKENS : length + TOKENS + 1], past_key_values=again)
+        model(ids[:, length + TOKENS : length + TOKENS + 1], past_key_values=near)
         bounded.kernel_regression = read
-        exact, quick = (statistics.median(x[4:]) for x in times)  # the first makes the sketch
+        exact, quick, peer = (statistics.median(x[4:]) for x in times)  # the first makes the sketch
         change = sum(losses[1]) / TOKENS - sum(losses[0]) / TOKENS
         print(
             f"| {length:,} | {tolerance:g} | {100 * statistics.mean(shares):.1f} | "
-            f"{100 * statistics.median(shares):.1f} | {exact:.1f} | {quick:.1f} | {exact / quick:.2f} | "
+            f"{100 * statistics.median(shares):.1f} | {exact:.1f} | {quick:.1f} | {exact / quick:.2f} | {peer:.1f} | "
             f"{difference:.1e} | {change:+.1e} |",
             flush=True,
         )
 
 
-def groups(model, ids: Tensor, length: int) -> None:
+def groups(model, ids: Tensor, length: int, piece: int) -> None:
     """Of the keys of each head the share that groups with bounds have to read; with the newest keys as queries."""
     memories = [m for m in model.modules() if hasattr(m, "bandwidth")]
-    cache = read_context(model, ids[:, :length])
+    cache = remembered(model, ids[:, :length], piece)
     state = open_cache(cache, model.model.stack)[0]
     long = [p for p in state.parts() if isinstance(p, Pairs) and p.limit is None]
     memories = [m for m in memories if m.window is None]
@@ -142,20 +183,27 @@ def main() -> None:
     parser.add_argument("model", help="an exported model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536], help="in tokens")
     parser.add_argument("--groups", action="store_true", help="say what groups with bounds would have to read")
+    parser.add_argument("--piece", type=int, default=65536, help="tokens that are read together")
+    parser.add_argument("--text", type=Path, help="a .jsonl file whose records have a `text`")
+    parser.add_argument("--state-dtype", choices=["bfloat16", "int8"], help="in which pairs are kept")
     given = parser.parse_args()
     tokenizer = load_exported(given.model)[1]
-    model = AutoModelForCausalLM.from_pretrained(given.model, read_tolerance=TOLERANCES[0]).eval()
+    options = {"read_tolerance": TOLERANCES[0], "state_dtype": given.state_dtype}
+    model = AutoModelForCausalLM.from_pretrained(given.model, **options).eval()
     print(f"commit {commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
     if not given.groups:
         print(
             "| pairs | tolerance | read, mean of heads (%) | median (%) | full (ms a token) | bounded (ms a token) | "
-            "ratio | largest difference of a logit | loss (nats) |\n|" + "---|" * 9
+            "ratio | Llama, static cache (ms a token) | largest difference of a logit | loss (nats) |\n|" + "---|" * 10
         )
     torch.manual_seed(0)
-    ids, _ = text_tokens(tokenizer, max(given.lengths) + TOKENS + 2)
+    count = max(given.lengths) + TOKENS + 2
+    ids = text_tokens(tokenizer, count)[0] if given.text is None else record_tokens(tokenizer, given.text, count)
+    if ids.shape[1] < count:
+        sys.exit(f"the text has {ids.shape[1]:,} tokens and {count:,} are needed; give a longer text")
     with torch.inference_mode():
         for length in given.lengths:
-            (groups if given.groups else decoding)(model, ids, length)
+            (groups if given.groups else decoding)(model, ids, length, given.piece)
 
 
 if __name__ == "__main__":
