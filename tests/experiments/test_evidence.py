@@ -5,6 +5,7 @@ import pytest
 
 from mosaics.experiments.claims import Check, Claim, Term
 from mosaics.experiments.evidence import FAILS, HOLDS, LEFT_OUT, OPEN, difference, judge
+from mosaics.experiments.records import reached, read_record, write_record
 from mosaics.experiments.reproduce import verdict_text
 
 
@@ -71,6 +72,23 @@ def test_difference_draws_whole_contexts():
     alike = [{**row, "scores": sorted(row["scores"])} for row in made]
     apart, together = (difference(check(">=", 50), given) for given in (made, alike))
     assert together["high"] - together["low"] > 1.5 * (apart["high"] - apart["low"])
+
+
+def test_judge_pairs_simple_predictors_with_the_same_documents(tmp_path):
+    """Documents are hard or easy for everyone: what a predictor reaches is compared document by document."""
+    losses = np.random.default_rng(0).normal(4, 1, 40)
+    row = {"arrangement": "a", "setting": "s", "evaluation": "e", "x": 1, "groups": [2] * 20}
+    made = [row | {"seed": i, "y": losses.mean(), "scores": losses.tolist()} for i in (0, 1)]
+    counted = {"setting": "s", "evaluation": "e", "x": 1, "trigram": losses.mean() + 0.2}
+    single = {"scores": {"trigram": (losses + 0.2).tolist()}, "groups": [2] * 20}
+    better = Check(says="", left=term("a"), relation="<=", right=term("baseline: trigram"), margin=-0.1)
+    claim = Claim(name="c", paper="", here="", asks=(), checks=(better,), full_scale="")
+    results = {"rows": made, "models": [], "study": {"seeds": [0, 1]}, "machine": {}}
+    assert judge(claim, results | {"baselines": [counted]})["verdict"] == OPEN
+    assert judge(claim, results | {"baselines": [counted | single]})["verdict"] == HOLDS
+    write_record(tmp_path / "kept.json", "c", results | {"baselines": [counted | single]}, "")
+    kept = read_record(tmp_path / "kept.json")
+    assert judge(claim, kept)["verdict"] == HOLDS and reached(kept["baselines"][0]).keys() == {"trigram"}
 
 
 def test_judge_measures_falls_rises_and_spreads():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tests.experiments.conftest import MICRO
@@ -25,6 +26,9 @@ def test_run_study_asks_every_model_everything(results, small_study):
         found[row["setting"]].append(row)
     assert [row["x"] for row in found["recall"]] == [64, 128, 256, 512] and "repeated_ending" in found["recall"][0]
     assert [row["x"] for row in found["text"]] == [1, 2, 4, 8] and found["text"][0]["bigram"] > 1
+    asked = {row["x"]: row["groups"] for row in results["rows"] if row["setting"] == "text"}
+    for row in found["text"]:
+        assert row["groups"] == asked[row["x"]] and np.mean(row["scores"]["bigram"]) == pytest.approx(row["bigram"], 1e-3)
 
 
 def test_run_study_trains_every_arrangement_with_every_trial_and_takes_the_best(results):

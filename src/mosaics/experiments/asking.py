@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mosaics.experiments.study import Evaluation, digest
 from mosaics.experiments.trainings import Source, Training, locked, prepared, say, word_digest, write_json
+
+if TYPE_CHECKING:
+    from mosaics.experiments.questions import Asked
 
 
 def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
@@ -42,7 +45,11 @@ def _asked(
     from mosaics.experiments.questions import SUITES
 
     asked = SUITES[evaluation.suite]
-    found = answers(job, evaluation, cache, options, changes)
+    return _points(asked, answers(job, evaluation, cache, options, changes))
+
+
+def _points(asked: Asked, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `evaluate` from what was answered."""
     parts: dict[Any, dict[str, list[float]]] = {}
     for example in found["examples"] if asked.point else ():
         meta = example["meta"]
@@ -114,7 +121,8 @@ def baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[s
     Returns:
         For each point `x`, in a world `chance` and the accuracy of each of `mosaics.data.worlds.predictors` in percent;
         on text the nats per token of counted bigrams and trigrams (`KneserNey`), counted in all that the model of `job`
-        was trained on; in many-shot classification chance and those of `CountedWords`. Nothing for other suites.
+        was trained on, with their `scores` by name and `groups` as in `evaluate`; in many-shot classification chance
+        and those of `CountedWords`. Nothing for other suites.
     """
     of = {"world": _world_baselines, "perplexity": _text_baselines, "many-shot": _shown_baselines}.get(evaluation.suite)
     if of is None:
@@ -122,7 +130,7 @@ def baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[s
     data = job.setting.data
     path = cache / "baselines" / f"{digest([evaluation.options, data.model_dump(mode='json'), evaluation.suite])}.json"
     if evaluation.suite == "perplexity":
-        path = job.folder(cache) / "baselines" / path.name
+        path = job.folder(cache) / "baselines" / f"scored-{path.name}"
     if not path.is_file():
         write_json(path, of(job, evaluation, cache))
     return json.loads(path.read_text(encoding="utf-8"))
@@ -186,8 +194,10 @@ def _text_baselines(job: Training, evaluation: Evaluation, cache: Path) -> list[
         text = job.setting.data.test or str(prepared(job.setting.data, cache))
         options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)}
         counted = ask(asked.suite(**options | evaluation.options), scorer, None)
-        for row in counted["summary"]["tables"][asked.table]:
-            found.setdefault(row[asked.x], {"x": row[asked.x]})[name] = round(row[asked.y], 4)
+        for row in _points(asked, counted):
+            here = found.setdefault(row["x"], {"x": row["x"], "scores": {}, "groups": row["groups"]})
+            here[name] = round(row["y"], 4)
+            here["scores"][name] = row["scores"]
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from mosaics.evaluation.results import wilson
 from mosaics.experiments.claims import Check, Claim, Term
+from mosaics.experiments.records import reached
 
 RESAMPLES = 2000
 HOLDS, FAILS, OPEN, LEFT_OUT = "holds", "does not hold", "can't be told", "left out"
@@ -243,10 +244,11 @@ def _judged(check: Check, rows: list[dict[str, Any]], results: dict[str, Any]) -
 def _baseline_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Simple predictors as arrangements, `baseline: NAME`, the same for every seed."""
     return [
-        {"arrangement": f"baseline: {name}", "seed": seed, "y": y} | {k: row[k] for k in ("setting", "evaluation", "x")}
+        {key: row[key] for key in ("setting", "evaluation", "x")}
+        | {"arrangement": f"baseline: {name}", "seed": seed, "y": y}
+        | ({"scores": row["scores"][name], "groups": row["groups"]} if name in row.get("scores", ()) else {})
         for row in results.get("baselines", [])
-        for name, y in row.items()
-        if name not in ("setting", "evaluation", "x")
+        for name, y in reached(row).items()
         for seed in results["study"]["seeds"]
     ]
 

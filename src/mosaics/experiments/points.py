@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mosaics.experiments.records import reached
 from mosaics.reporting import draw, shown
 
 _RIGHT = "right answers (%)"
@@ -30,8 +31,8 @@ def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> 
     found: dict[str, dict[float, float]] = {}
     for row in record.get("baselines", []):
         if (row["setting"], row["evaluation"]) == (setting, evaluation):
-            for name, y in row.items():
-                if name not in ("setting", "evaluation", "x") and y is not None:
+            for name, y in reached(row).items():
+                if y is not None:
                     found.setdefault(name.replace("_", " "), {})[row["x"]] = y
     return found
 

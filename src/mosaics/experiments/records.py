@@ -6,6 +6,7 @@ import base64
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def write_record(path: Path, name: str, results: dict[str, Any], command: str, *
     kept = {key: results[key] for key in ("study", "verdict", "baselines") if key in results}
     models = [model | {"curve": _thinned(model["curve"])} for model in results["models"]]
     rows = [row | {"scores": packed(row["scores"])} if "scores" in row else row for row in results["rows"]]
+    if "baselines" in kept:
+        kept["baselines"] = [_each_score(row, packed) for row in kept["baselines"]]
     write_lines(path, about | more | kept | {"models": models, "rows": rows})
 
 
@@ -48,9 +51,21 @@ def read_record(path: Path) -> dict[str, Any]:
         for row in found["rows"]:
             if "scores" in row:
                 row["scores"] = unpacked(row["scores"])
+        if "baselines" in found:
+            found["baselines"] = [_each_score(row, unpacked) for row in found["baselines"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results that mosaics wrote ({error}); remove it or make it anew") from None
     return found
+
+
+def reached(row: dict[str, Any]) -> dict[str, float | None]:
+    """What simple predictors reach at a point, by name: of an entry of `baselines`."""
+    return {name: y for name, y in row.items() if name not in ("setting", "evaluation", "x", "scores", "groups")}
+
+
+def _each_score(row: dict[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
+    """An entry of `baselines` with the scores of each predictor changed, if they were kept."""
+    return row | {"scores": {name: changed(s) for name, s in row["scores"].items()}} if "scores" in row else row
 
 
 def write_lines(path: Path, values: dict[str, Any]) -> None:
