@@ -1,5 +1,6 @@
 """A residual step of one token by one call, beside the same step by the memories themselves."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def test_step_of_one_equals_the_memories(dtype, bound, batch, threads, bias, wid
     assert len(calls) == STEPS * (time - 5)
     expected = decoded(model, ids, monkeypatch=monkeypatch)
     assert len(calls) == STEPS * (time - 5) and relative_error(found, expected) < bound
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "batch, threads, bias, width, time", [(1, 1, False, 16, 110), (3, 2, True, 38, 40), (8, 1, True, 70, 30)]
+)
+def test_step_of_one_in_bfloat16_is_as_near_to_the_equations(batch, threads, bias, width, time, calls, monkeypatch):
+    model = tiny_model(torch.bfloat16, hidden_size=width, intermediate_size=29, bias=bias)
+    exact, ids, before = copy.deepcopy(model).double(), tokens(batch, time), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = decoded(model, ids)
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == STEPS * (time - 5) and found.dtype == torch.bfloat16
+    expected = decoded(exact, ids, monkeypatch=monkeypatch)
+    by_memories = relative_error(decoded(model, ids, monkeypatch=monkeypatch), expected)
+    assert relative_error(found, expected) < 1.1 * by_memories < 3e-2
 
 
 @needs_compiler
@@ -300,7 +319,6 @@ def test_step_of_one_leaves_other_passes_to_the_memories(calls, monkeypatch):
     assert flops[0] == flops[1]
     with torch.autocast("cpu", torch.bfloat16):
         decoded(model, ids)
-    decoded(tiny_model(torch.bfloat16), ids)
     decoded(model.train(), ids)
     decoded(model.eval(), ids, context=Context(without=frozenset({"long_term"})))
     decoded(model, ids.repeat(5, 1))  # ten rows

@@ -11,11 +11,40 @@
 
 namespace {
 
+// A number of 16 bits; it is computed with as a float.
+struct bfloat16 {
+    uint16_t bits;
+    bfloat16() = default;
+    bfloat16(float x) {  // to the nearest, of two the even one
+        uint32_t wide;
+        std::memcpy(&wide, &x, sizeof wide);
+        bits = x == x ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
+    }
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, sizeof x);
+        return x;
+    }
+};
+
+// What numbers of a kind are computed in, between the stages too.
+template <typename T>
+struct Computed {
+    typedef T type;
+};
+template <>
+struct Computed<bfloat16> {
+    typedef float type;
+};
+template <typename T>
+using Wide = typename Computed<T>::type;
+
 // What each stage is given, on every thread, beside its memory's record and scratch.
 template <typename T>
 struct Call {
-    const T* x;  // (batch, width), after the norm
-    T* y;        // (batch, width)
+    const Wide<T>* x;  // (batch, width), after the norm
+    Wide<T>* y;        // (batch, width)
     int64_t batch, width, thread, threads;
 };
 
@@ -31,21 +60,36 @@ template <typename T>
 struct Vector {
     typedef T type __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
     static constexpr int64_t lanes = 64 / sizeof(T);
+    static type of(const T* x) { return *reinterpret_cast<const type*>(x); }
+};
+template <>
+struct Vector<bfloat16> {
+    typedef Vector<float>::type type;
+    static constexpr int64_t lanes = Vector<float>::lanes;
+    static type of(const bfloat16* x) {
+        typedef uint16_t narrow __attribute__((vector_size(32), aligned(2), may_alias));
+        typedef uint32_t wide __attribute__((vector_size(64)));
+        const wide bits = __builtin_convertvector(*reinterpret_cast<const narrow*>(x), wide) << 16;
+        type found;
+        std::memcpy(&found, &bits, sizeof found);
+        return found;
+    }
 };
 
 // The rows from `from` to `end` of a map of x (batch, inputs), of which each is given to `take(b, row, number)`. Weights
 // pass by once, four rows at a time, and the next four are asked for ahead.
 template <typename T, typename Take>
-inline void product(const Map<T>& map, const T* x, int64_t batch, int64_t from, int64_t end, Take take) {
+inline void product(const Map<T>& map, const Wide<T>* x, int64_t batch, int64_t from, int64_t end, Take take) {
+    using W = Wide<T>;
     using V = typename Vector<T>::type;
     constexpr int64_t lanes = Vector<T>::lanes;
     const int64_t n = map.inputs, even = n / lanes * lanes;
-    const auto finish = [&](V sums, const T* row, const T* own, int64_t o) {
-        T parts[lanes];
+    const auto finish = [&](V sums, const T* row, const W* own, int64_t o) {
+        W parts[lanes];
         std::memcpy(parts, &sums, sizeof parts);
         for (int64_t half = lanes / 2; half; half /= 2)
             for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
-        T sum = parts[0];
+        W sum = parts[0];
         for (int64_t i = even; i < n; i++) sum += row[i] * own[i];
         return map.bias ? sum + map.bias[o] : sum;
     };
@@ -53,7 +97,7 @@ inline void product(const Map<T>& map, const T* x, int64_t batch, int64_t from, 
     for (; o + 4 <= end; o += 4) {
         const T *a = map.weight + o * n, *b = a + n, *c = b + n, *d = c + n;
         for (int64_t r = 0; r < batch; r++) {
-            const T* own = x + r * n;
+            const W* own = x + r * n;
             V p{}, q{}, s{}, t{};
             for (int64_t i = 0; i < even; i += lanes) {
                 if (r == 0) {
@@ -62,11 +106,11 @@ inline void product(const Map<T>& map, const T* x, int64_t batch, int64_t from, 
                     __builtin_prefetch(c + i + 4 * n);
                     __builtin_prefetch(d + i + 4 * n);
                 }
-                const V v = *reinterpret_cast<const V*>(own + i);
-                p += *reinterpret_cast<const V*>(a + i) * v;
-                q += *reinterpret_cast<const V*>(b + i) * v;
-                s += *reinterpret_cast<const V*>(c + i) * v;
-                t += *reinterpret_cast<const V*>(d + i) * v;
+                const V v = Vector<W>::of(own + i);
+                p += Vector<T>::of(a + i) * v;
+                q += Vector<T>::of(b + i) * v;
+                s += Vector<T>::of(c + i) * v;
+                t += Vector<T>::of(d + i) * v;
             }
             take(r, o, finish(p, a, own, o));
             take(r, o + 1, finish(q, b, own, o + 1));
@@ -78,8 +122,7 @@ inline void product(const Map<T>& map, const T* x, int64_t batch, int64_t from, 
         const T* a = map.weight + o * n;
         for (int64_t r = 0; r < batch; r++) {
             V p{};
-            for (int64_t i = 0; i < even; i += lanes)
-                p += *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(x + r * n + i);
+            for (int64_t i = 0; i < even; i += lanes) p += Vector<T>::of(a + i) * Vector<W>::of(x + r * n + i);
             take(r, o, finish(p, a, x + r * n, o));
         }
     }
@@ -96,16 +139,17 @@ struct Share {
 
 // The last stage: what a map makes of (batch, inputs) is added to this thread's share of y.
 template <typename T>
-inline void add(const Call<T>& c, const Map<T>& map, const T* given) {
+inline void add(const Call<T>& c, const Map<T>& map, const Wide<T>* given) {
     const Share share(c.width, c.thread, c.threads);
-    product(map, given, c.batch, share.from, share.end, [&](int64_t b, int64_t o, T sum) { c.y[b * c.width + o] += sum; });
+    const auto take = [&](int64_t b, int64_t o, Wide<T> sum) { c.y[b * c.width + o] += sum; };
+    product(map, given, c.batch, share.from, share.end, take);
 }
 
 }  // namespace
 
-// Makes `name`, a template over T, the stages `name_float` and `name_double`.
-#define STAGE_OF(name, T)                                                                 \
-    extern "C" void name##_##T(const Call<T>* call, const Record<T>* record, T* scratch) { \
-        name<T>(*call, *record, scratch);                                                 \
+// Makes `name`, a template over the kind of number that weights are, a stage of that kind: `name_float`.
+#define STAGE_OF(name, T)                                                                        \
+    extern "C" void name##_##T(const Call<T>* call, const Record<T>* record, Wide<T>* scratch) { \
+        name<T>(*call, *record, scratch);                                                        \
     }
 #define STAGE(name) STAGE_OF(name, float) STAGE_OF(name, double)

@@ -29,7 +29,7 @@ from mosaics.ops.compiling import library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ROWS = 8  # more are faster by a product of matrices
-KINDS = {torch.float32: "float", torch.float64: "double"}  # as they are called in C++
+KINDS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}  # as they are called in C++
 
 
 class Unfit(Exception):
@@ -101,10 +101,10 @@ def addresses(source: Path, *names: str) -> tuple[int, ...]:
     """Where functions of a C++ file lie; the first call compiles it.
 
     Raises:
-        Unfit: it can't be compiled and loaded.
+        Unfit: it can't be compiled and loaded, or has no such function.
     """
     made = library(source)
-    if made is None:
+    if made is None or not all(hasattr(made, name) for name in names):
         raise Unfit
     return tuple(ctypes.cast(getattr(made, name), c_void_p).value for name in names)
 

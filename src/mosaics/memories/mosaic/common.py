@@ -311,7 +311,8 @@ class GatedContextualMemory(ContextualMemory):
         buffers = [one.address(buffer, shape, dtype) + skipped for buffer in (keys, values)]
         before = (state.direction, state.log_scale, state.raw_value)
         shapes = ((batch, heads, width), (batch, heads), (batch, heads, 1, width))
-        after = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        dtypes = (wide := torch.promote_types(dtype, torch.float32), wide, dtype)
+        after = [torch.empty(shape, dtype=own) for shape, own in zip(shapes, dtypes, strict=True)]
         linears, vectors, (stages, called) = self._modules, self._parameters, _functions(dtype)
         numbers = [*called]
         for name, outputs in (("key_proj", d), ("key_gate", heads), ("key_decay", heads), ("value_proj", d)):
@@ -319,8 +320,8 @@ class GatedContextualMemory(ContextualMemory):
         numbers += one.numbers_of(linears.get("out_proj"), d, d, dtype)
         for name in _VECTORS:
             numbers.append(one.address(vectors.get(name), (heads,), dtype))
-        for tensor, shape in zip(before, shapes, strict=True):
-            numbers.append(one.address(tensor, shape, dtype))
+        for tensor, shape, own in zip(before, shapes, dtypes, strict=True):
+            numbers.append(one.address(tensor, shape, own))
         numbers += [tensor.data_ptr() for tensor in after]
         numbers += buffers
         numbers += (*keys.stride()[:3], *values.stride()[:3])
@@ -357,11 +358,12 @@ def _functions(dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Raises:
         Unfit: they can't be compiled and loaded.
     """
-    kind, of_reads = one.KINDS[dtype], str(dtype).removeprefix("torch.")
-    stages = one.addresses(SOURCE, f"maps_{kind}", f"reads_{kind}", f"out_{kind}")
-    ops = (averages.SOURCE, f"forward_{kind}"), (lengths.SOURCE, f"forward_{kind}"), (single.SOURCE, f"read_{of_reads}")
+    wide = torch.promote_types(dtype, torch.float32)
+    stages = one.addresses(SOURCE, *(f"{name}_{one.KINDS[dtype]}" for name in ("maps", "reads", "out")))
+    forward, read = f"forward_{one.KINDS[wide]}", f"read_{str(dtype).removeprefix('torch.')}"
+    ops = (averages.SOURCE, forward), (lengths.SOURCE, forward), (single.SOURCE, read)
     called = [address for source, name in ops for address in one.addresses(source, name)]
-    return stages, (*called, one.bits(SMALLEST), one.bits(floor_of(torch.empty(0, dtype=dtype))))
+    return stages, (*called, one.bits(SMALLEST), one.bits(floor_of(torch.empty(0, dtype=wide))))
 
 
 @cache

@@ -10,17 +10,17 @@ struct Record {
 };
 
 template <typename T>
-void inner(const Call<T>& c, const Record<T>& m, T* out) {
+void inner(const Call<T>& c, const Record<T>& m, Wide<T>* out) {
     const int64_t row = m.up.outputs;
     const Share share(row, c.thread, c.threads);
-    const auto put = [&](int64_t b, int64_t o, T sum) { out[b * row + o] = sum; };
-    const auto gated = [&](int64_t b, int64_t o, T sum) { out[b * row + o] *= sum / (1 + std::exp(-sum)); };
+    const auto put = [&](int64_t b, int64_t o, Wide<T> sum) { out[b * row + o] = sum; };
+    const auto gated = [&](int64_t b, int64_t o, Wide<T> sum) { out[b * row + o] *= sum / (1 + std::exp(-sum)); };
     product(m.up, c.x, c.batch, share.from, share.end, put);
     product(m.gate, c.x, c.batch, share.from, share.end, gated);
 }
 
 template <typename T>
-void outer(const Call<T>& c, const Record<T>& m, T* given) {
+void outer(const Call<T>& c, const Record<T>& m, Wide<T>* given) {
     add(c, m.down, given);
 }
 
@@ -28,3 +28,5 @@ void outer(const Call<T>& c, const Record<T>& m, T* given) {
 
 STAGE(inner)
 STAGE(outer)
+STAGE_OF(inner, bfloat16)
+STAGE_OF(outer, bfloat16)
