@@ -28,7 +28,9 @@ def test_run_study_asks_every_model_everything(results, small_study):
     assert [row["x"] for row in found["text"]] == [1, 2, 4, 8] and found["text"][0]["bigram"] > 1
     asked = {row["x"]: row["groups"] for row in results["rows"] if row["setting"] == "text"}
     for row in found["text"]:
-        assert row["groups"] == asked[row["x"]] and np.mean(row["scores"]["bigram"]) == pytest.approx(row["bigram"], 1e-3)
+        assert row["groups"] == asked[row["x"]] and np.mean(row["scores"]["bigram"]) == pytest.approx(
+            row["bigram"], 1e-3
+        )
 
 
 def test_run_study_trains_every_arrangement_with_every_trial_and_takes_the_best(results):

@@ -16,6 +16,7 @@ from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Sett
 V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
 LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "transformer, equal FLOPs"
 NO_POSITIONS, ALIBI, WINDOW = "transformer, no positions", "transformer, ALiBi", "transformer, window"
+CONVOLVED, CONVOLVED_ALIBI = "transformer, convolution", "transformer, ALiBi, convolution"
 ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
@@ -28,6 +29,10 @@ ARRANGEMENTS = {
         Arrangement(label=NO_POSITIONS, preset="transformer-tiny", overrides={"positions": "none"}),
         Arrangement(label=ALIBI, preset="transformer-tiny", overrides={"positions": "alibi"}),
         Arrangement(label=WINDOW, preset="transformer-tiny", overrides={"window": 64}, tuning=ROTARY),
+        Arrangement(label=CONVOLVED, preset="transformer-tiny", overrides={"convolution": 4}, tuning=ROTARY),
+        Arrangement(
+            label=CONVOLVED_ALIBI, preset="transformer-tiny", overrides={"convolution": 4, "positions": "alibi"}
+        ),
         Arrangement(label=V1, preset="memory-mosaics-v1-regbench"),
     )
 }
@@ -669,6 +674,42 @@ PROOF: dict[str, Claim] = {
                 ),
             ),
             full_scale=_SMALL + _LONG + _RULER,
+        ),
+        Claim(
+            name="convolution",
+            paper="Asked by us: how much of it is the average in the keys? What does a Transformer with a short "
+            "convolution of its queries, keys and values (Primer) lack?",
+            here="Facts of the context at 1 to 32 times the training length; Transformers with a convolution over 4 "
+            "tokens, with rotary positions and with ALiBi.",
+            arrangements=(V2, CONVOLVED, CONVOLVED_ALIBI),
+            asks=((QA, QA),),
+            checks=(
+                *_learnt(QA, V2),
+                *(
+                    _least(
+                        f"the {label} takes at least {times} times the steps of v2",
+                        _of(label, QA, measure="steps"),
+                        0,
+                        _of(V2, QA, measure="steps"),
+                        factor=times,
+                        kind=kind,
+                    )
+                    for label in (CONVOLVED, CONVOLVED_ALIBI)
+                    for times, kind in ((2, "claim"), (10, "control"))
+                ),
+                *(
+                    _least(
+                        f"at {times} times the training length, v2 is 10 points above the {label}",
+                        _of(V2, QA, at=FAR.index(times)),
+                        10,
+                        _of(label, QA, at=FAR.index(times)),
+                        given=_learnt(QA, label)[0],
+                    )
+                    for times in (8, 32)
+                    for label in (CONVOLVED, CONVOLVED_ALIBI)
+                ),
+            ),
+            full_scale=_SMALL,
         ),
         Claim(
             name="text",

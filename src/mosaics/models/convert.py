@@ -80,8 +80,10 @@ def to_llama(mosaic: MosaicForCausalLM) -> LlamaForCausalLM:
     network, options = steps[1].memories["feed_forward"].options, steps[0].memories["attention"].options
     if c.learned_positions is not None or network.activation != "swiglu":
         raise ValueError("A Llama has SwiGLU networks and no learned positions; this mosaic differs.")
-    if options.window is not None or options.delay or options.train_delay or options.persistent_tokens:
-        raise ValueError("A Llama's attention has neither window nor delay nor persistent tokens; this mosaic's has.")
+    if options.window is not None or options.delay or options.train_delay:
+        raise ValueError("A Llama's attention has neither window nor delay; this mosaic's has.")
+    if options.persistent_tokens or options.convolution:
+        raise ValueError("A Llama's attention has neither persistent tokens nor a convolution; this mosaic's has.")
     if options.positions != "rotary" or options.rotary_scaling is not None:
         raise ValueError("A Llama has rotary positions, here those it was trained with; this mosaic's differ.")
     memory = mosaic.model.stack.blocks[0].steps[0].memories["attention"]

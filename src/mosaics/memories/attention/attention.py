@@ -25,6 +25,7 @@ from mosaics.memories.contract import (
     mean_pairs,
     register,
 )
+from mosaics.memories.fast_weights.common import ShortConvolution
 from mosaics.ops.kernel_regression import (
     ALL_PAIRS,
     Bandwidth,
@@ -42,9 +43,10 @@ POSITIONS = ("rotary", "alibi", "none")
 
 @dataclass
 class AttentionState(State):
-    """The stored pairs: rotated keys, and values."""
+    """The stored pairs: rotated keys, and values; and the last inputs of the convolution, if there is one."""
 
     pairs: Pairs
+    tail: Tensor | None = None
 
 
 @register("attention")
@@ -79,6 +81,7 @@ class AttentionMemory(Memory):
         {"num_attention_heads": 1, "rotary_scaling": "yarn", "rotary_factor": 2.0, "rotary_trained_length": 64},
         {"num_attention_heads": 2, "window": 3, "delay": 1, "persistent_tokens": 3},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "positions": "alibi", "persistent_tokens": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "convolution": 4},
     )
 
     @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class AttentionMemory(Memory):
         So many learned `persistent_tokens` can be read by every position together with the pairs, whatever the window
         and the delay. They have no position: their keys, and the queries that read them, are not turned (with ALiBi
         they are at no distance).
+
+        With a `convolution` each channel of queries, keys and values is mixed over so many tokens, this one and those
+        before it, ahead of their positions (Primer, So et al., arXiv 2109.08668; there over 3).
         """
 
         num_attention_heads: int
@@ -109,6 +115,7 @@ class AttentionMemory(Memory):
         rotary_factor: float = 1.0
         rotary_trained_length: int | None = None
         persistent_tokens: int = 0
+        convolution: int = 0
         initializer_range: float | None = None
 
     def __init__(self, options: Options, common: Common, layer_index: int) -> None:
@@ -140,6 +147,10 @@ class AttentionMemory(Memory):
         self.o_proj = nn.Linear(heads * self.width, d, bias=common.bias)
         if options.persistent_tokens < 0:
             raise ValueError(f"persistent_tokens is {options.persistent_tokens}; give 0 or more.")
+        if options.convolution < 0:
+            raise ValueError(f"convolution is {options.convolution}; give the tokens that it is over, or 0.")
+        self.widths = (heads * self.width, pair_heads * self.width, pair_heads * self.width)
+        self.convolution = ShortConvolution(sum(self.widths), options.convolution) if options.convolution else None
         shape = (options.persistent_tokens, d)
         self.persistent = nn.Parameter(torch.empty(shape)) if options.persistent_tokens else None
 
@@ -150,9 +161,14 @@ class AttentionMemory(Memory):
     def forward(
         self, x: Tensor, layout: Layout, state: AttentionState | None, context: Context
     ) -> tuple[Tensor, AttentionState | None]:
-        queries, keys, values = (
-            proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        mixed = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.convolution is not None:
+            before = None if state is None else state.tail
+            whole, tail = self.convolution(torch.cat(mixed, dim=-1), layout, before)
+            mixed = whole.split(self.widths, dim=-1)
+            if state is not None:
+                state.tail = tail
+        queries, keys, values = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in mixed)
         asked, position = queries, layout.position(x.device)
         queries, keys = self._positioned(queries, keys, position)
         if state is not None:
@@ -251,9 +267,11 @@ class AttentionMemory(Memory):
 
     def reset_parameters(self, layer_index: int) -> None:
         """As the maps of Memory Mosaics v2 (Table 6), since the paper gives none for its baseline; persistent tokens
-        from N(0, 1)."""
+        from N(0, 1); the convolution as PyTorch's."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_map(linear, layer_index, self.options.initializer_range)
+        if self.convolution is not None:
+            self.convolution.reset_parameters()
         if self.persistent is not None:
             nn.init.normal_(self.persistent)  # as long as what comes from a norm
 
@@ -267,16 +285,19 @@ class AttentionMemory(Memory):
     def activation_bytes(self, element_size: int) -> float:
         stores = 1 if self.persistent is None else 2
         kept = 4 * stores * self.heads * self.width  # turned, repeated, read
-        return super().activation_bytes(element_size) + 4 * kept
+        mixed = 0 if self.convolution is None else 2 * sum(self.widths)  # joined, behind the tail
+        return super().activation_bytes(element_size) + 4 * kept + element_size * mixed
 
     def flops(self, context_length: int) -> float:
         pairs = mean_pairs(context_length, self.options.window) + self.options.persistent_tokens
-        return linear_flops(self) + 4 * pairs * self.heads * self.width
+        near = 0 if self.convolution is None else self.convolution.flops()
+        return linear_flops(self) + near + 4 * pairs * self.heads * self.width
 
     def state_bytes(self, context_length: int, element_size: int) -> int:
         pairs = context_length if self.options.window is None else min(context_length, self.options.window - 1)
         positions = pairs * self.pair_heads * 2 * element_size if self.options.positions == "alibi" else 0
-        return pairs * self.pair_bytes(self.pair_heads * self.width, self.pair_heads, element_size) + positions
+        tail = max(0, self.options.convolution - 1) * sum(self.widths) * element_size
+        return pairs * self.pair_bytes(self.pair_heads * self.width, self.pair_heads, element_size) + positions + tail
 
 
 def _check_positions(options: AttentionMemory.Options, common: Common) -> None:
