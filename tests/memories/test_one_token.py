@@ -74,7 +74,7 @@ def test_step_of_one_equals_the_memories(dtype, bound, batch, threads, bias, wid
 @pytest.mark.parametrize(
     "batch, threads, bias, width, time", [(1, 1, False, 16, 110), (3, 2, True, 38, 40), (8, 1, True, 70, 30)]
 )
-def test_step_of_one_in_bfloat16_is_as_near_to_the_equations(batch, threads, bias, width, time, calls, monkeypatch):
+def test_step_of_one_in_bfloat16_is_nearer_to_the_equations(batch, threads, bias, width, time, calls, monkeypatch):
     model = tiny_model(torch.bfloat16, hidden_size=width, intermediate_size=29, bias=bias)
     exact, ids, before = copy.deepcopy(model).double(), tokens(batch, time), torch.get_num_threads()
     try:
@@ -83,9 +83,9 @@ def test_step_of_one_in_bfloat16_is_as_near_to_the_equations(batch, threads, bia
     finally:
         torch.set_num_threads(before)
     assert len(calls) == STEPS * (time - 5) and found.dtype == torch.bfloat16
-    expected = decoded(exact, ids, monkeypatch=monkeypatch)
-    by_memories = relative_error(decoded(model, ids, monkeypatch=monkeypatch), expected)
-    assert relative_error(found, expected) < 1.1 * by_memories < 3e-2
+    expected, by_memories = (decoded(m, ids, monkeypatch=monkeypatch)[:, 5:] for m in (exact, model))
+    # Less is rounded on the way: 0.52 to 0.65 of their error.
+    assert relative_error(found[:, 5:], expected) < 0.75 * relative_error(by_memories, expected) < 0.02
 
 
 @needs_compiler
