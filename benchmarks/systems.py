@@ -4,14 +4,17 @@ many parameters, in turn and in one process.
 python benchmarks/systems.py --results results     # every `-tiny` preset; some minutes each, on a quiet machine
 
 Written to FOLDER/systems.json after every system, and shown by `mosaics report FOLDER` with the league. A case whose
-step takes more than a minute is left out and said to be.
+step takes more than a minute, or more memory than there is, is left out and said to be.
 """
 
 import argparse
+import multiprocessing
 import shlex
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,19 @@ def measure(preset: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def measured(preset: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """As `measure`, in a process of its own, which the system may kill."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, preset, dtype, rounds).result()
+        except BrokenProcessPool:
+            config = matched(MosaicConfig.from_preset(preset), MosaicConfig.from_preset(FIRST))
+            model = MosaicForCausalLM(config)
+            case = {"system": preset.removesuffix("-tiny"), "part": "training", "context": TRAINING, "batch_size": 1}
+            case |= {"parameters": model.num_parameters(), "state_bytes": model.describe(TRAINING)["state_bytes"]}
+            return [case | {"left_out": "it was killed, for want of memory"}]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default="all")
@@ -88,9 +104,9 @@ def main() -> None:
     about = {"machine": machine() | {"threads": torch.get_num_threads()}, "models": [], "rows": cases}
     for preset in systems(given.systems.split(",")):
         for dtype in given.dtypes.split(","):
-            cases += [case | {"dtype": dtype} for case in measure(preset, dtype, given.rounds)]
-            for case in cases[-3:]:
-                print(case, flush=True)
+            found = measured(preset, dtype, given.rounds)
+            print(*found, sep="\n", flush=True)
+            cases += [case | {"dtype": dtype} for case in found]
             write_record(given.results / "systems.json", "systems", about, shlex.join(["python", *sys.argv]))
 
 

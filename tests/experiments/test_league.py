@@ -9,6 +9,7 @@ from tests.experiments.conftest import OPTIONS
 from mosaics.experiments.league import league, run_league, systems
 from mosaics.experiments.league_page import league_page
 from mosaics.experiments.pages import league_in, write_results_page
+from mosaics.experiments.records import write_record
 from mosaics.models import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,32 @@ def test_league_takes_from_the_cache_what_is_there(kept, monkeypatch):
     )
 
 
+def test_league_page_shows_how_fast_systems_are_and_which_were_not_measured(tmp_path):
+    study = league(systems(["memory-mosaics-v2", "gla", "atlas", "dot"]), ["recall"], None)
+    machine = {"processor": "a chip", "threads": 2, "torch": "2", "device": "cpu"}
+    record = {"study": study.model_dump(mode="json"), "machine": machine, "commit": "1a", "command": "mosaics compare"}
+    record |= {key: [] for key in ("models", "rows", "baselines", "costs")}
+    case = {"dtype": "float32", "parameters": 6000, "state_bytes": 1234}
+    step, token = {"part": "training", "context": 2048}, {"part": "decoding", "context": 1024}
+    rows = [
+        case | step | {"system": "gla", "seconds": 0.5, "to_v2": [0.9, 0.8, 1.0], "to_llama": [0.7, 0.6, 0.75]},
+        case | token | {"system": "gla", "seconds": 0.002, "to_v2": [1.1, 1.0, 1.2], "to_llama": [0.5, 0.4, 0.6]},
+        case | step | {"system": "atlas", "left_out": "it was killed, for want of memory"},
+    ]
+    speeds = {"rows": rows, "models": [], "machine": machine}
+    write_record(tmp_path / "results" / "systems.json", "systems", speeds, "python systems.py")
+    text = league_page(record, tmp_path, tmp_path / "results.md", league_in(tmp_path / "results", "systems"))
+    part = text.split("## How fast they are")[1].split("##")[0]
+    gla, atlas = (
+        next(line for line in part.splitlines() if line.startswith(f"| {name} |")) for name in ("gla", "atlas")
+    )
+    ends = "500 | 0.90 (0.80 … 1.00) | 0.70 (0.60 … 0.75) | 2 | 1.10 (1.00 … 1.20) | 0.50 (0.40 … 0.60) |"
+    assert gla == f"| gla | float32 | 6,000 | 1,234 | {ends}"
+    assert "it was killed, for want of memory" in atlas and atlas.count("|") == gla.count("|")
+    assert "Not measured: dot." in part and "`python systems.py`" in part
+    assert "How fast" not in league_page(record, tmp_path, tmp_path / "results.md")
+
+
 def test_systems_are_presets_by_any_name():
     assert systems(["titans-lmm", "transformer-tiny"]) == ["titans-lmm-tiny", "transformer-tiny"]
     every = systems(["memory-mosaics-v2", "all"])
@@ -95,5 +122,6 @@ def test_league_refuses_in_one_sentence(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / "results" / "league.json").is_file(), reason="there is no kept league")
 def test_league_page_in_the_docs_is_made_of_the_results():
-    made = league_page(league_in(ROOT / "results"), ROOT / "results", Path("docs/results.md"))
+    speeds = league_in(ROOT / "results", "systems")
+    made = league_page(league_in(ROOT / "results"), ROOT / "results", Path("docs/results.md"), speeds)
     assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made

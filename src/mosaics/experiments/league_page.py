@@ -25,8 +25,8 @@ later.
 """
 
 
-def league_page(record: dict[str, Any], folder: Path, page: Path) -> str:
-    """The page of a kept league, in Markdown."""
+def league_page(record: dict[str, Any], folder: Path, page: Path, speeds: dict[str, Any] | None = None) -> str:
+    """The page of a kept league, in Markdown; with `speeds` as `benchmarks/systems.py` measures them."""
     study = Study.model_validate(record["study"])
     labels = [arrangement.label for arrangement in study.arrangements]
     seeds = ", ".join(map(str, study.seeds))
@@ -54,7 +54,10 @@ def league_page(record: dict[str, Any], folder: Path, page: Path) -> str:
         missing = [label for label in labels if not any(m["arrangement"] == label for m in models)]
         if missing:
             parts.append(f"Not run: {', '.join(missing)}.\n")
-    parts += ["## What they cost\n", _costs(record, labels), "## What their papers claim\n"]
+    parts += ["## What they cost\n", _costs(record, labels)]
+    if speeds is not None:
+        parts += ["## How fast they are\n", _speeds(speeds, labels)]
+    parts.append("## What their papers claim\n")
     parts.append(markdown(["system", "at its own size"], [[name, CLAIMED.get(name, "")] for name in labels]))
     return "\n".join(parts)
 
@@ -148,6 +151,40 @@ def _beside(
         return ""
     text = f"{found['estimate']:+.3g} ({found['low']:+.3g} … {found['high']:+.3g})"
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+
+
+def _speeds(record: dict[str, Any], labels: Sequence[str]) -> str:
+    """Times as parts of those of v2 and of a Llama in the same run, a line for each system that was measured."""
+    cases = {(row["system"], row["dtype"], row["part"], row["context"]): row for row in record["rows"]}
+    asked = list(dict.fromkeys((part, context) for *_, part, context in cases))
+    lines = []
+    for system, dtype in dict.fromkeys(key[:2] for key in cases):
+        own = [cases.get((system, dtype, *case)) for case in asked]
+        last = next(case for case in reversed(own) if case is not None)
+        line = [system, dtype, f"{last['parameters']:,}", f"{last['state_bytes']:,}"]
+        for case in own:
+            if case is None or "to_v2" not in case:
+                line += [(case or {}).get("left_out", ""), "", ""]
+            else:
+                line += [f"{1000 * case['seconds']:.3g}", *(_ratio(case[key]) for key in ("to_v2", "to_llama"))]
+        lines.append(line)
+    names = {"training": "training step at {:,}", "decoding": "token after {:,}"}
+    columns = ["system", "dtype", "parameters", "bytes of state"]
+    for part, context in asked:
+        columns += [f"{names[part].format(context)} (ms)", "to v2", "to a Llama"]
+    machine, missing = record["machine"], [label for label in labels[1:] if label not in {line[0] for line in lines}]
+    about = (
+        f"Commit {record['commit']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}: "
+        f"`{record['command']}`. Median of the ratios of rounds in turn, lowest and highest; below 1 it is faster. The "
+        "Llama has as many parameters and transformers' default cache, which is copied at every token."
+    )
+    left = [f"Not measured: {', '.join(missing)}.\n"] if missing else []
+    return "\n".join([f"{about}\n", markdown(columns, lines), *left])
+
+
+def _ratio(found: Sequence[float]) -> str:
+    middle, low, high = found
+    return f"{middle:.2f} ({low:.2f} … {high:.2f})"
 
 
 def _costs(record: dict[str, Any], labels: Sequence[str]) -> str:

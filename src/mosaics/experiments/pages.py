@@ -35,9 +35,9 @@ def records_in(folder: Path) -> list[dict[str, Any]]:
     return [found[name] for name in names]
 
 
-def league_in(folder: Path) -> dict[str, Any] | None:
-    """The kept league of a folder, if there is one; raises as `records_in`."""
-    return next((record for record in map(read_record, _files(folder)) if record["name"] == NAME), None)
+def league_in(folder: Path, name: str = NAME) -> dict[str, Any] | None:
+    """The kept league of a folder, or the speeds of its systems, if there is one; raises as `records_in`."""
+    return next((record for record in map(read_record, _files(folder)) if record["name"] == name), None)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def write_results_page(folder: Path, page: Path) -> list[Path]:
             draw_evaluation(evaluation, rows, record, page.parent / _image(record, setting, evaluation))
     if league := league_in(folder):
         other = page.with_name(f"{NAME}.md")
-        other.write_text(league_page(league, folder, page), encoding="utf-8")
+        other.write_text(league_page(league, folder, page, league_in(folder, "systems")), encoding="utf-8")
         draw_league(league, other)
         written.append(other)
     return written
