@@ -74,8 +74,8 @@ def draw_league(record: dict[str, Any], page: Path) -> None:
         models = [m for m in record["models"] if m["setting"] == setting.name]
         if curves := _learning(setting, models):
             on_text = setting.data.corpus is not None
-            y = "held-out loss (nats per token)" if on_text else "new questions of the training side (% right)"
-            title = f"What was learnt meanwhile, {setting.name}"
+            y = "nats per token" if on_text else "right answers (%)"
+            title = f"{'Held-out loss' if on_text else 'New questions of the training side'}, {setting.name}"
             plot = {"title": title, "x": "optimisation step", "y": y, "log_x": False, "curves": curves}
             draw(plot, page.parent / image(setting, "learning"))
 
