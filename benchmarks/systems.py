@@ -3,7 +3,7 @@ many parameters, in turn and in one process.
 
 python benchmarks/systems.py --results results     # every `-tiny` preset; some minutes each, on a quiet machine
 
-Written to FOLDER/systems.json after every system, and shown by `mosaics report FOLDER` with the league. A case whose
+Written to FOLDER/systems.json after every system, beside what is there of others, and shown by `mosaics report FOLDER` with the league. A case whose
 step takes more than a minute, or more memory than there is, is left out and said to be.
 """
 
@@ -25,7 +25,7 @@ from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.experiments.bench import Bench, decoding, training_step
 from mosaics.experiments.league import systems
 from mosaics.experiments.measuring import paired
-from mosaics.experiments.records import write_record
+from mosaics.experiments.records import commit, read_record, write_record
 from mosaics.experiments.studies import machine
 from mosaics.models.matching import matched
 
@@ -100,14 +100,17 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    cases: list[dict[str, Any]] = []
+    asked, path = systems(given.systems.split(",")), given.results / "systems.json"
+    again = {preset.removesuffix("-tiny") for preset in asked}
+    before = read_record(path)["rows"] if path.is_file() else []
+    cases = [case for case in before if case["system"] not in again]
     about = {"machine": machine() | {"threads": torch.get_num_threads()}, "models": [], "rows": cases}
-    for preset in systems(given.systems.split(",")):
+    for preset in asked:
         for dtype in given.dtypes.split(","):
             found = measured(preset, dtype, given.rounds)
             print(*found, sep="\n", flush=True)
-            cases += [case | {"dtype": dtype} for case in found]
-            write_record(given.results / "systems.json", "systems", about, shlex.join(["python", *sys.argv]))
+            cases += [case | {"dtype": dtype, "commit": commit()} for case in found]
+            write_record(path, "systems", about, shlex.join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

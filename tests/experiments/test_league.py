@@ -78,7 +78,7 @@ def test_league_page_shows_how_fast_systems_are_and_which_were_not_measured(tmp_
     machine = {"processor": "a chip", "threads": 2, "torch": "2", "device": "cpu"}
     record = {"study": study.model_dump(mode="json"), "machine": machine, "commit": "1a", "command": "mosaics compare"}
     record |= {key: [] for key in ("models", "rows", "baselines", "costs")}
-    case = {"dtype": "float32", "parameters": 6000, "state_bytes": 1234}
+    case = {"dtype": "float32", "commit": "2b", "parameters": 6000, "state_bytes": 1234}
     step, token = {"part": "training", "context": 2048}, {"part": "decoding", "context": 1024}
     rows = [
         case | step | {"system": "gla", "seconds": 0.5, "to_v2": [0.9, 0.8, 1.0], "to_llama": [0.7, 0.6, 0.75]},
@@ -95,7 +95,7 @@ def test_league_page_shows_how_fast_systems_are_and_which_were_not_measured(tmp_
     ends = "500 | 0.90 (0.80 … 1.00) | 0.70 (0.60 … 0.75) | 2 | 1.10 (1.00 … 1.20) | 0.50 (0.40 … 0.60) |"
     assert gla == f"| gla | float32 | 6,000 | 1,234 | {ends}"
     assert "it was killed, for want of memory" in atlas and atlas.count("|") == gla.count("|")
-    assert "Not measured: dot." in part and "`python systems.py`" in part
+    assert "Not measured: dot." in part and "`python systems.py`" in part and "Commit 2b," in part
     assert "How fast" not in league_page(record, tmp_path, tmp_path / "results.md")
 
 

@@ -172,10 +172,11 @@ def _speeds(record: dict[str, Any], labels: Sequence[str]) -> str:
     columns = ["system", "dtype", "parameters", "bytes of state"]
     for part, context in asked:
         columns += [f"{names[part].format(context)} (ms)", "to v2", "to a Llama"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"]))
     machine, missing = record["machine"], [label for label in labels[1:] if label not in {line[0] for line in lines}]
     about = (
-        f"Commit {record['commit']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}: "
-        f"`{record['command']}`. Median of the ratios of rounds in turn, lowest and highest; below 1 it is faster. The "
+        f"Commit {commits}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"the last run was `{record['command']}`. Median of the ratios of rounds in turn, lowest and highest; below 1 it is faster. The "
         "Llama has as many parameters and transformers' default cache, which is copied at every token."
     )
     left = [f"Not measured: {', '.join(missing)}.\n"] if missing else []
