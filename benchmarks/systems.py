@@ -3,8 +3,8 @@ many parameters, in turn and in one process.
 
 python benchmarks/systems.py --results results     # every `-tiny` preset; some minutes each, on a quiet machine
 
-Written to FOLDER/systems.json after every system, beside what is there of others, and shown by `mosaics report FOLDER` with the league. A case whose
-step takes more than a minute, or more memory than there is, is left out and said to be.
+Written to FOLDER/systems.json after every system, beside what is there of others, and shown by `mosaics report FOLDER`
+with the league. A case whose step takes more than a minute, or more memory than there is, is left out and said to be.
 """
 
 import argparse
