@@ -177,7 +177,7 @@ def _speeds(record: dict[str, Any], labels: Sequence[str]) -> str:
     about = (
         f"Commit {commits}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
         f"the last run was `{record['command']}`. Median of the ratios of rounds in turn, lowest and highest; below 1 "
-        "it is faster. The Llama has as many parameters and transformers' default cache, which is copied at every token."
+        "it is faster. The Llama has as many parameters and transformers' default cache, which is copied at each token."
     )
     left = [f"Not measured: {', '.join(missing)}.\n"] if missing else []
     return "\n".join([f"{about}\n", markdown(columns, lines), *left])
