@@ -5,7 +5,7 @@ import pytest
 
 from mosaics.experiments.claims import Check, Claim, Term
 from mosaics.experiments.evidence import FAILS, HOLDS, LEFT_OUT, OPEN, difference, judge
-from mosaics.experiments.records import reached, read_record, write_record
+from mosaics.experiments.records import by_predictor, read_record, write_record
 from mosaics.experiments.reproduce import verdict_text
 
 
@@ -88,7 +88,7 @@ def test_judge_pairs_simple_predictors_with_the_same_documents(tmp_path):
     assert judge(claim, results | {"baselines": [counted | single]})["verdict"] == HOLDS
     write_record(tmp_path / "kept.json", "c", results | {"baselines": [counted | single]}, "")
     kept = read_record(tmp_path / "kept.json")
-    assert judge(claim, kept)["verdict"] == HOLDS and reached(kept["baselines"][0]).keys() == {"trigram"}
+    assert judge(claim, kept)["verdict"] == HOLDS and by_predictor(kept["baselines"][0]).keys() == {"trigram"}
 
 
 def test_judge_measures_falls_rises_and_spreads():

@@ -11,7 +11,7 @@ import numpy as np
 
 from mosaics.evaluation.results import wilson
 from mosaics.experiments.claims import Check, Claim, Term
-from mosaics.experiments.records import reached
+from mosaics.experiments.records import by_predictor
 
 RESAMPLES = 2000
 HOLDS, FAILS, OPEN, LEFT_OUT = "holds", "does not hold", "can't be told", "left out"
@@ -248,7 +248,7 @@ def _baseline_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         | {"arrangement": f"baseline: {name}", "seed": seed, "y": y}
         | ({"scores": row["scores"][name], "groups": row["groups"]} if name in row.get("scores", ()) else {})
         for row in results.get("baselines", [])
-        for name, y in reached(row).items()
+        for name, y in by_predictor(row).items()
         for seed in results["study"]["seeds"]
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaics.experiments.records import reached
+from mosaics.experiments.records import by_predictor
 from mosaics.reporting import draw, shown
 
 _RIGHT = "right answers (%)"
@@ -31,7 +31,7 @@ def simple_predictors(record: dict[str, Any], setting: str, evaluation: str) -> 
     found: dict[str, dict[float, float]] = {}
     for row in record.get("baselines", []):
         if (row["setting"], row["evaluation"]) == (setting, evaluation):
-            for name, y in reached(row).items():
+            for name, y in by_predictor(row).items():
                 if y is not None:
                     found.setdefault(name.replace("_", " "), {})[row["x"]] = y
     return found

@@ -11,7 +11,7 @@ from mosaics.experiments.asking import answers
 from mosaics.experiments.compare import arrangements, text_setting, world_setting
 from mosaics.experiments.points import grid
 from mosaics.experiments.questions import WorldQuestions
-from mosaics.experiments.records import reached
+from mosaics.experiments.records import by_predictor
 from mosaics.experiments.report import write_report
 from mosaics.experiments.studies import Plan, run_study
 from mosaics.experiments.study import Study
@@ -79,7 +79,7 @@ def in_words(results: dict[str, Any]) -> str:
             figures = {label: [sum(at[x].values()) / len(at[x]) for x in points] for label, at in grid(rows).items()}
             for row in results["baselines"]:  # in the order of the points
                 if (row["setting"], row["evaluation"]) == wanted:
-                    for name, value in reached(row).items():
+                    for name, value in by_predictor(row).items():
                         figures.setdefault(f"({name.replace('_', ' ')})", []).append(value)
             lines += [f"  {label:<20}" + "".join(f"{shown(float(y)):>9}" for y in ys) for label, ys in figures.items()]
     return "\n".join([*lines, "In brackets: counts of words and word pairs, and look-ups in the text, for comparison."])

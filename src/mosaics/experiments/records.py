@@ -58,7 +58,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return found
 
 
-def reached(row: dict[str, Any]) -> dict[str, float | None]:
+def by_predictor(row: dict[str, Any]) -> dict[str, float | None]:
     """What simple predictors reach at a point, by name: of an entry of `baselines`."""
     return {name: y for name, y in row.items() if name not in ("setting", "evaluation", "x", "scores", "groups")}
 
