@@ -240,6 +240,22 @@ def _learnt(task: str, *arrangements: str, setting: str | None = None, least: fl
     )
 
 
+def _slower(task: str, *arrangements: str) -> tuple[Check, ...]:
+    """Who takes a multiple of v2's steps until enough was learnt."""
+    return tuple(
+        _least(
+            f"{task}: the {label} takes at least {times} times the steps of v2",
+            _of(label, task, measure="steps"),
+            0,
+            _of(V2, task, measure="steps"),
+            factor=times,
+            kind=kind,
+        )
+        for label in arrangements
+        for times, kind in ((2, "claim"), (10, "control"))
+    )
+
+
 NAMED = "classes with meaning"
 RECALL, QA, ICL, PERSISTENT = "recall", "new-knowledge", "in-context-learning", "persistent-knowledge"
 WITHOUT, WITHOUT_SHORT = " without long-term memory", " without short-term memory"
@@ -620,19 +636,7 @@ PROOF: dict[str, Claim] = {
             "that was tried; a Transformer that does not get there is counted with all steps it was given.",
             arrangements=(V2, TRANSFORMER, ALIBI),
             asks=((RECALL, RECALL), (QA, QA)),
-            checks=tuple(
-                _least(
-                    f"{task}: the {label} takes at least {times} times the steps of v2",
-                    _of(label, task, measure="steps"),
-                    0,
-                    _of(V2, task, measure="steps"),
-                    factor=times,
-                    kind=kind,
-                )
-                for task in (RECALL, QA)
-                for label in (TRANSFORMER, ALIBI)
-                for times, kind in ((2, "claim"), (10, "control"))
-            ),
+            checks=(*_slower(RECALL, TRANSFORMER, ALIBI), *_slower(QA, TRANSFORMER, ALIBI)),
             full_scale=_SMALL,
         ),
         Claim(
@@ -685,18 +689,7 @@ PROOF: dict[str, Claim] = {
             asks=((QA, QA),),
             checks=(
                 *_learnt(QA, V2),
-                *(
-                    _least(
-                        f"the {label} takes at least {times} times the steps of v2",
-                        _of(label, QA, measure="steps"),
-                        0,
-                        _of(V2, QA, measure="steps"),
-                        factor=times,
-                        kind=kind,
-                    )
-                    for label in (CONVOLVED, CONVOLVED_ALIBI)
-                    for times, kind in ((2, "claim"), (10, "control"))
-                ),
+                *_slower(QA, CONVOLVED, CONVOLVED_ALIBI),
                 *(
                     _least(
                         f"at {times} times the training length, v2 is 10 points above the {label}",
