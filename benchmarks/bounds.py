@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -200,7 +199,7 @@ def main() -> None:
     count = max(given.lengths) + TOKENS + 2
     ids = text_tokens(tokenizer, count)[0] if given.text is None else record_tokens(tokenizer, given.text, count)
     if ids.shape[1] < count:
-        sys.exit(f"the text has {ids.shape[1]:,} tokens and {count:,} are needed; give a longer text")
+        parser.error(f"the text has {ids.shape[1]:,} tokens and {count:,} are needed; give a longer text")
     with torch.inference_mode():
         for length in given.lengths:
             (groups if given.groups else decoding)(model, ids, length, given.piece)

@@ -3,7 +3,7 @@ many parameters, in turn and in one process.
 
 python benchmarks/systems.py --results results     # every `-tiny` preset; some minutes each, on a quiet machine
 
-Written to FOLDER/systems.json after every system, beside what is there of others, and shown by `mosaics report FOLDER`
+Written to FOLDER/systems.json after every case, beside what is there of others, and shown by `mosaics report FOLDER`
 with the league. A case whose step takes more than a minute, or more memory than there is, is left out and said to be.
 """
 
@@ -13,6 +13,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -54,43 +55,38 @@ def seconds_to_read(settings: Bench, model: Any) -> float:
     return time.perf_counter() - began
 
 
-def measure(preset: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """The cases of one system, each beside v2 and the Llama in the same rounds."""
+def measure(preset: str, dtype: str, rounds: int, part: str, context: int) -> dict[str, Any]:
+    """One case of one system, beside v2 and the Llama in the same rounds."""
     first = MosaicConfig.from_preset(FIRST, max_position_embeddings=DECODING[-1])
     config = matched(MosaicConfig.from_preset(preset, max_position_embeddings=DECODING[-1]), first)
     settings, own = Bench(first, rounds=rounds, dtype=dtype), Bench(config, rounds=rounds, dtype=dtype)
-    figures = MosaicForCausalLM(config)
-    found = []
+    models = {FIRST: settings.build("mosaic"), PEER: settings.build(PEER), preset: own.build("mosaic")}
+    if part == "decoding" and seconds_to_read(own, models[preset]) * context / DECODING[0] > 2 * LIMIT:
+        return {"left_out": "reading the prompt takes too long"}
+    runs, longest = runs_of(settings, models, part, context)
+    if longest > LIMIT:
+        return {"left_out": f"a step takes {longest:.0f} s"}
+    samples, case = paired(runs, rounds, settings.torch_device, 16 if part == "decoding" else None), {}
+    for name, key in ((FIRST, "to_v2"), (PEER, "to_llama")):
+        ratios = [a / b for a, b in zip(samples[preset], samples[name], strict=True)]
+        case[key] = [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
+    return case | {"seconds": round(statistics.median(samples[preset]), 6)}
+
+
+def measured(preset: str, dtype: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """The cases of one system, each in a process of its own, which it may kill."""
+    config = MosaicConfig.from_preset(preset, max_position_embeddings=DECODING[-1])
+    figures = MosaicForCausalLM(matched(config, MosaicConfig.from_preset(FIRST)))
     for part, context in (("training", TRAINING), *(("decoding", n) for n in DECODING)):
         case = {"system": preset.removesuffix("-tiny"), "part": part, "context": context, "batch_size": 1}
         case |= {"parameters": figures.num_parameters(), "state_bytes": figures.describe(context)["state_bytes"]}
-        models = {FIRST: settings.build("mosaic"), PEER: settings.build(PEER), preset: own.build("mosaic")}
-        if part == "decoding" and seconds_to_read(own, models[preset]) * context / DECODING[0] > 2 * LIMIT:
-            found.append(case | {"left_out": "reading the prompt takes too long"})
-            continue
-        runs, longest = runs_of(settings, models, part, context)
-        if longest > LIMIT:
-            found.append(case | {"left_out": f"a step takes {longest:.0f} s"})
-            continue
-        samples = paired(runs, rounds, settings.torch_device, 16 if part == "decoding" else None)
-        for name, key in ((FIRST, "to_v2"), (PEER, "to_llama")):
-            ratios = [a / b for a, b in zip(samples[preset], samples[name], strict=True)]
-            case[key] = [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
-        found.append(case | {"seconds": round(statistics.median(samples[preset]), 6)})
-    return found
-
-
-def measured(preset: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """As `measure`, in a process of its own, which the system may kill."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, preset, dtype, rounds).result()
-        except BrokenProcessPool:
-            config = matched(MosaicConfig.from_preset(preset), MosaicConfig.from_preset(FIRST))
-            model = MosaicForCausalLM(config)
-            case = {"system": preset.removesuffix("-tiny"), "part": "training", "context": TRAINING, "batch_size": 1}
-            case |= {"parameters": model.num_parameters(), "state_bytes": model.describe(TRAINING)["state_bytes"]}
-            return [case | {"left_out": "it was killed, for want of memory"}]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                yield case | pool.submit(measure, preset, dtype, rounds, part, context).result()
+            except RuntimeError as error:  # that of a process that was killed is one, too
+                if not isinstance(error, BrokenProcessPool) and "allocate memory" not in str(error):
+                    raise
+                yield case | {"left_out": "more memory than there is"}
 
 
 def main() -> None:
@@ -107,10 +103,10 @@ def main() -> None:
     about = {"machine": machine() | {"threads": torch.get_num_threads()}, "models": [], "rows": cases}
     for preset in asked:
         for dtype in given.dtypes.split(","):
-            found = measured(preset, dtype, given.rounds)
-            print(*found, sep="\n", flush=True)
-            cases += [case | {"dtype": dtype, "commit": commit()} for case in found]
-            write_record(path, "systems", about, shlex.join(["python", *sys.argv]))
+            for case in measured(preset, dtype, given.rounds):
+                print(case, flush=True)
+                cases.append(case | {"dtype": dtype, "commit": commit()})
+                write_record(path, "systems", about, shlex.join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     given = parser.parse_args()
     if given.kind == "novels" and (given.source is None or not given.source.exists()):
-        sys.exit(f"there are no novels at {given.source}; clone the repository that --help names, or give the file")
+        parser.error(f"there are no novels at {given.source}; clone the repository that --help names, or give the file")
     records = novels(given.source) if given.kind == "novels" else python_source()
     given.output.mkdir(parents=True, exist_ok=True)
     for name, members in split(records, given.kind).items():
