@@ -1,8 +1,8 @@
 """Claims as data: what is trained, what is asked, and what must be greater than what.
 
 `CLAIMS` are those of "Memory Mosaics at scale" (Zhang and Bottou, 2025), whose section, table and figure numbers they
-bear; those of version 1 are in `claims_v1`. Definitions were committed before the first full run of each; `CHANGED`
-lists what was changed later, and why.
+bear; those of version 1 are in `claims_v1`. Definitions were committed before the first full run of each;
+docs/reproduction.md lists what was changed later, and why.
 """
 
 from __future__ import annotations

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from mosaics.data.worlds.vocabulary import PLAIN_WORDS
 from mosaics.data.worlds.world import Episode, World, WorldExample
+
+KERNELS = ((4, 16), (4, 32))  # heads and their width, as in the models of the worlds, and in those of twice their width
 
 
 class LastWords:
@@ -102,6 +105,47 @@ class LabelledCounts:
         return naive_bayes(counts, example.question.split(), self.smoothing, 240)
 
 
+class KernelOverWords:
+    """One read of the examples in the prompt by their words, with nothing learnt: the label with the largest sum of
+    exp(sharpness cos(a, b)), where a and b are means of random vectors of the words. How far heads of that width reach.
+
+    Args:
+        heads: reads, each with word vectors of its own, whose weights are averaged; 0: one read with a dimension for
+            every word.
+        width: dimensions of a word's vector in each head.
+        sharpness: of the kernel; that of several that does best with most examples.
+    """
+
+    def __init__(self, heads: int = 0, width: int = 0, sharpness: float = 8.0) -> None:
+        self.heads, self.sharpness = heads, sharpness
+        count = len(PLAIN_WORDS)
+        drawn = np.random.default_rng(0).normal(size=(max(heads, 1), count, width))
+        self.vectors = dict(zip(PLAIN_WORDS, drawn.swapaxes(0, 1) if heads else np.eye(count)[:, None], strict=True))
+
+    def _key(self, words: Iterable[str]) -> np.ndarray:
+        """Of unit norm, `(heads, width)`."""
+        mean = sum(self.vectors[word] for word in words)
+        return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+    def predict(self, example: WorldExample) -> str:
+        """The choice with most weight."""
+        keys, labels = [], []
+        for sentence in example.context.split(" . "):
+            *words, label = sentence.removesuffix(" .").split() or [""]
+            if label in example.choices:
+                keys.append(self._key(word for word in words if word in self.vectors))
+                labels.append(label)
+        if not keys:
+            return example.choices[0]
+        asked = self._key(word for word in example.question.split() if word in self.vectors)
+        logits = self.sharpness * np.einsum("phw,hw->ph", keys, asked)
+        weights = np.exp(logits - logits.max(0))
+        read: defaultdict[str, float] = defaultdict(float)
+        for label, weight in zip(labels, (weights / weights.sum(0)).mean(1), strict=True):
+            read[label] += weight
+        return max(read, key=lambda label: read[label])
+
+
 class NearestExamples:
     """Labels of the examples in the prompt that have most words in common with the question: a majority of `count`, the
     nearer first.
@@ -142,6 +186,8 @@ def predictors(world: World, task: str, training_episodes: int = 500, **settings
     }
     if task == "in-context-learning":
         found |= {"naive_bayes": LabelledCounts()} | {f"nearest_{k}": NearestExamples(k) for k in (1, 5, 15)}
+        found |= {"kernel_of_words": KernelOverWords()}
+        found |= {f"kernel_{heads}x{width}": KernelOverWords(heads, width) for heads, width in KERNELS}
     return found
 
 

@@ -200,6 +200,7 @@ class World:
         noise: float | None = None,
         classes: int | None = None,
         meaning: bool = False,
+        most_shots: int | None = None,
     ) -> Episode:
         """Episode `number` of an endless stream; it depends on the arguments and the world's seed alone.
 
@@ -226,11 +227,12 @@ class World:
                 at most 90), in training a random number from half of that on.
             questions: how many are asked. By default as many as fit and facts there are; with `shots`, 8.
             shots: examples of every class before the questions. By default the episode is a row of examples, each a
-                question itself; in training there are 3 times as many as classes at most, none with more than 3 of its
-                class before it.
+                question itself; in training there are `most_shots` times as many as classes at most, none with more
+                than `most_shots` of its class before it.
             noise: the chance that a word of an example is any word; by default 0.4.
             classes: how many there are, by default 8, at most 16.
             meaning: whether labels mean something that training can teach.
+            most_shots: see `shots`; by default 3.
 
         Raises:
             ValueError: an unknown task or split, or numbers that are out of range or do not fit into the length.
@@ -238,11 +240,11 @@ class World:
         _check(task in (*TASKS, MIXED), f"there is no task {task!r} in a world; choose from {', '.join(TASKS)}, mixed")
         _check(split in SPLITS, f"split is {split!r}; choose train or test")
         _check(number >= 0 and stream >= 0, f"episode {number} of stream {stream}: both must be 0 or more")
-        numbers = {"facts": facts, "questions": questions, "shots": shots}
+        numbers = {"facts": facts, "questions": questions, "shots": shots, "most_shots": most_shots}
         for name, value in numbers.items():
             _check(value is None or value >= 0, f"{name} is {value}; give 0 or more")
         labelled = task == "in-context-learning"
-        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None}
+        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None, "most_shots": most_shots}
         for option, value in own.items():
             _check(labelled or value is None, f"{task} has no {option}; leave it out")
         _check(not labelled or facts is None, "in-context-learning has no facts; leave them out")
@@ -259,7 +261,8 @@ class World:
             labelled = task == "in-context-learning"
         if labelled:
             noise = NOISE if noise is None else noise
-            return self._classification(rng, name, split, length, shots, questions, noise, classes, meaning)
+            most = MOST_TRAINING_SHOTS if most_shots is None else most_shots
+            return self._classification(rng, name, split, length, shots, most, questions, noise, classes, meaning)
         if facts is None:
             facts = {"recall": min(length // 8, 90), "new-knowledge": length // 16}.get(task, min(length // 16, 128))
             if split == "train":
@@ -319,7 +322,9 @@ class World:
             questions.append((number, [KEYS[key]], value, VALUES, float(facts)))
         return statements, [questions[index] for index in rng.permutation(facts)]
 
-    def _classification(self, rng, name, split, length, shots, questions, noise, classes, meaning) -> Episode:
+    def _classification(
+        self, rng, name, split, length, shots, most_shots, questions, noise, classes, meaning
+    ) -> Episode:
         labels = rng.choice(LABELS, classes, replace=False).tolist()
         firsts = rng.permutation(len(PLAIN_WORDS))[:classes]
         words = []
@@ -347,7 +352,7 @@ class World:
             asked = rng.integers(0, classes, 8 if questions is None else questions).tolist()
         else:
             fit = (length - 1) // each
-            most = min(fit, classes * MOST_TRAINING_SHOTS) if split == "train" else fit
+            most = min(fit, classes * most_shots) if split == "train" else fit
             wanted = most if questions is None else questions
             _check(
                 wanted <= most, f"{wanted} questions are more than the {most} that an episode of {length} tokens has"
@@ -358,7 +363,7 @@ class World:
             asked = []
             while len(asked) < wanted:
                 label = int(rng.integers(classes))
-                if split == "test" or shown[label] <= MOST_TRAINING_SHOTS:
+                if split == "test" or shown[label] <= most_shots:
                     shown[label] += 1
                     asked.append(label)
         made = tuple(
@@ -366,6 +371,7 @@ class World:
             for label in asked
         )
         unusual = (f"-{classes}" if classes != CLASSES else "") + ("-meaning" if meaning else "")
+        unusual += f"-most-{most_shots}" if most_shots != MOST_TRAINING_SHOTS else ""
         name = f"{name}/{length if shots is None else shots}-{noise}{unusual}"
         return Episode(name, tuple(context), made, shots)
 
