@@ -44,10 +44,22 @@ def test_page_follows_the_numbers(kept, tmp_path):
 
 def test_plots_have_lines_of_what_counting_reaches():
     records = {record["name"]: record for record in records_in(ROOT / "results")}
-    for name, setting, lines in (("text", "text", {"bigram", "trigram"}), ("table13", "new-knowledge", {"chance"})):
-        for shown_as, evaluation, rows in _asked(records[name]):
-            if (shown_as, evaluation["name"]) in ((setting, "loss"), (setting, "needle")):
-                assert {line for line, _ in plot_of(evaluation, rows, records[name])["lines"]} == lines
+    for name, asked, lines, curves in (
+        ("text", ("text", "loss"), {"bigram", "trigram"}, set()),
+        ("table13", ("new-knowledge", "needle"), {"chance"}, set()),
+        ("table9", ("mixed", "in-context-learning"), {"chance"}, {"naive bayes", "nearest 5"}),
+    ):
+        (found,) = (
+            plot_of(evaluation, rows, records[name])
+            for shown_as, evaluation, rows in _asked(records[name])
+            if (shown_as, evaluation["name"]) == asked
+        )
+        assert {line for line, _ in found["lines"]} == lines
+        beside = {label: dict(zip(xs, ys, strict=True)) for label, xs, ys in found["beside"]}
+        assert curves <= beside.keys() and (curves or not beside)
+        for b in records[name]["baselines"]:
+            if (b["setting"], b["evaluation"]) == asked and curves:
+                assert beside["naive bayes"][b["x"]] == b["naive_bayes"]
 
 
 def test_page_says_when_both_had_the_loss_of_the_worse():

@@ -195,6 +195,14 @@ def test_draw_has_the_mean_over_seeds(tmp_path, monkeypatch):
     assert list(figure.axes[0].lines[0].get_ydata()) == [1.5, 7.0]
 
 
+def test_draw_tells_many_curves_apart_and_shows_the_first_above_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "embedded", lambda figure, *_: figure)
+    curves = [(f"{number}", 0, [1, 2], [1.0, 2.0]) for number in range(4 * len(figures.COLOURS))]
+    lines = draw({"title": "t", "x": "x", "y": "y", "log_x": False, "curves": curves}, tmp_path / "a.png").axes[0].lines
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == len(curves)
+    assert all(lines[0].get_zorder() > line.get_zorder() for line in lines[1:])
+
+
 def test_draw_breaks_long_names(tmp_path):
     name = "learning rate 0.008, initializer range 0.02, warmup steps 50, final learning rate ratio 0.01 (taken)"
     plot = {"title": "t", "x": "x", "y": "y", "log_x": False, "curves": [(name, 0, [1, 2], [1, 2])]}

@@ -17,6 +17,9 @@ _AXES = {
     "regbench-variation": ("automata learnt from", "total variation"),
 }
 
+_LEVEL = ("chance", "bigram", "trigram")  # simple predictors that are drawn, alike at all points
+_CURVES = ("naive bayes", "nearest 5", "kernel 4x16", "kernel 4x32")
+
 
 def grid(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
     """y by arrangement, x and seed."""
@@ -62,15 +65,12 @@ def plot_of(evaluation: dict[str, Any], rows: Sequence[dict[str, Any]], results:
         for seed in sorted({seed for found in points.values() for seed in found}):
             line = [(at, found[seed]) for at, found in points.items() if seed in found]
             curves.append((arrangement, seed, *zip(*line, strict=True)))
-    known = [
-        b
-        for b in results["baselines"]
-        if b["evaluation"] == evaluation["name"] and rows and b["setting"] == rows[0]["setting"]
-    ][:1]
-    lines = [(name, b[name]) for b in known for name in ("chance", "bigram", "trigram") if name in b]
+    known = simple_predictors(results, rows[0]["setting"], evaluation["name"]) if rows else {}
+    lines = [(name, next(iter(known[name].values()))) for name in _LEVEL if name in known]
     title = evaluation["title"] or evaluation["name"]
     if evaluation["without"]:
         title += f" (without {', '.join(evaluation['without'])})"
     beside = [(label, *zip(*points, strict=True)) for label, points in evaluation["beside"].items()]
+    beside += [(name, *zip(*sorted(known[name].items()), strict=True)) for name in _CURVES if name in known]
     more = {"log_x": suite != "attention", "curves": curves, "beside": beside, "lines": lines}
     return {"title": title, "x": x, "y": y} | more

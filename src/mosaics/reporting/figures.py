@@ -11,6 +11,7 @@ from typing import Any
 
 COLOURS = ("#3b82d0", "#d9692a", "#2a9d78", "#b56bb5", "#b08a1e", "#7a7f87")
 MARKERS = "os^Dv*"
+_ROUNDS = ("-", (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)), (0, (8, 3)))
 _LONGEST = 64  # characters of a line of a legend
 _GREY = "#888888"
@@ -45,7 +46,8 @@ def draw(plot: dict[str, Any], png: Path) -> str:
         xs = sorted(points)
         means = [sum(points[x]) / len(points[x]) for x in xs]
         marked = {"marker": marker, "markersize": 5} if len(xs) <= 20 else {}
-        axes.plot(xs, means, color=colour, label=label, zorder=3, **marked)
+        dash = _ROUNDS[number // len(COLOURS) % len(_ROUNDS)]  # where colours come again
+        axes.plot(xs, means, color=colour, linestyle=dash, label=label, zorder=4 - number / len(labels), **marked)
         spread = bands.get(label) or [(x, min(points[x]), max(points[x])) for x in xs]
         axes.fill_between(*zip(*spread, strict=True), color=colour, alpha=0.18, lw=0)
     greys = 0
