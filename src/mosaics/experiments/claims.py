@@ -592,7 +592,7 @@ CLAIMS: dict[str, Claim] = {
             name="figure3",
             paper="With semantic labels, v2 rises with the shots; Transformers stall or fall, 10 points behind.",
             here="Classes of the prompt, half of whose words training connects with their labels, with 1 to 32 shots; "
-            "trained with at most 3.",
+            "trained with 3 on average.",
             asks=((NAMED, NAMED),),
             checks=_rises(NAMED),
             full_scale=_LARGE + _MANY_SHOTS + " --labels semantic",
@@ -600,7 +600,7 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="figure4",
             paper="With anonymous labels, v2 rises with the shots; Transformers stall or fall, 10 points behind.",
-            here="Classes that exist only in the prompt, with 1 to 32 shots, trained with at most 3.",
+            here="Classes that exist only in the prompt, with 1 to 32 shots, trained with 3 on average.",
             asks=((ICL, ICL),),
             checks=_rises(ICL),
             full_scale=_LARGE + _MANY_SHOTS + " --labels anonymous",
@@ -608,7 +608,7 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="figure5",
             paper="A Transformer with attention split into long and short does not learn in context as v2 does.",
-            here="Classes that exist only in the prompt, with 1 to 32 shots, trained with at most 3.",
+            here="Classes that exist only in the prompt, with 1 to 32 shots, trained with 3 on average.",
             arrangements=(V2, TRANSFORMER, LONG_SHORT),
             asks=((ICL, ICL),),
             checks=(
@@ -839,9 +839,9 @@ PROOF: dict[str, Claim] = {
         Claim(
             name="classification-causes",
             paper="Asked by us: what keeps v2 from what counting words by label reaches: heads of 16 numbers, that it "
-            "is trained with at most 3 shots, too few steps?",
+            "is trained with 3 shots on average, too few steps?",
             here="Classes that exist only in the prompt; trained with twice the width, with rows of four times the "
-            "length and up to 32 shots, and for twice the steps. Beside it what one read reaches whose keys are means "
+            "length and 12 shots on average, and for twice the steps. Beside it what one read reaches whose keys are means "
             "of random word vectors, as wide as the heads.",
             arrangements=(V2,),
             asks=tuple((setting, ICL) for setting in (ICL, WIDE_HEADS, MANY_SHOTS, LONG)),

@@ -227,8 +227,7 @@ class World:
                 at most 90), in training a random number from half of that on.
             questions: how many are asked. By default as many as fit and facts there are; with `shots`, 8.
             shots: examples of every class before the questions. By default the episode is a row of examples, each a
-                question itself; in training there are `most_shots` times as many as classes at most, none with more
-                than `most_shots` of its class before it.
+                question itself; in training there are `most_shots` times as many as classes at most.
             noise: the chance that a word of an example is any word; by default 0.4.
             classes: how many there are, by default 8, at most 16.
             meaning: whether labels mean something that training can teach.
@@ -358,14 +357,7 @@ class World:
                 wanted <= most, f"{wanted} questions are more than the {most} that an episode of {length} tokens has"
             )
             context += (word for sentence in _sentences(rng, length - 1 - wanted * each) for word in sentence)
-            # A label tells nothing about the next one, but for classes that have had their share.
-            shown = [0] * classes
-            asked = []
-            while len(asked) < wanted:
-                label = int(rng.integers(classes))
-                if split == "test" or shown[label] <= most_shots:
-                    shown[label] += 1
-                    asked.append(label)
+            asked = [int(rng.integers(classes)) for _ in range(wanted)]
         made = tuple(
             Question(tuple(example(label)), labels[label], choices, (".",), last.get(labels[label]), noise)
             for label in asked
