@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from helpers import relative_error
 from mosaics.memories import Layout
+from mosaics.ops import heap
 from mosaics.ops.inner_loop import FORMS, LOSSES, RETENTIONS, InnerState, Loss, Network, Retention, inner_loop
 
 KINDS = {
@@ -106,6 +107,19 @@ def results(tensors, options, segments, form, keep):
     parameters = [*leaves.values(), *(y for x in lists.values() for y in x)]
     found = torch.autograd.grad(total, parameters, allow_unused=True)
     return [read, *state.current, *state.inputs, *state.errors, *(g for g in found if g is not None)]
+
+
+@pytest.mark.parametrize("kind, times", [("atlas", 3 * 2), ("moneta", 0), ("both", 0)])
+def test_heap_is_given_back_between_chunks_of_muon_alone(kind, times, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: calls.append)
+    tensors, options = inputs(kind, 2, 12, places=4)
+    segments = Layout(2, 12).segments(4, torch.device("cpu"))
+    with torch.no_grad():
+        inner_loop(segments=segments, form="chunked", **tensors, **options)
+    assert not calls  # nothing is kept
+    results(tensors, options, segments, "chunked", torch.ones(2, 12, dtype=torch.bool))
+    assert len(calls) == 2 * times  # each map of each chunk, forwards and once more backwards
 
 
 @settings(deadline=None, max_examples=60)

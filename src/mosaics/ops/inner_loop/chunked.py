@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mosaics.ops.heap import give_back
 from mosaics.ops.inner_loop.network import Network, Norm
 from mosaics.ops.inner_loop.retention import Retention
 from mosaics.ops.inner_loop.state import InnerState, Steps, newest, sizes, spread
@@ -55,7 +56,8 @@ def inner_loop(
             old = state.momentum[number] if shares.carried is not None else None
             if orthogonal:
                 halves = network.halves(number, len(inputs))
-                x, now = _again(_orthogonal, x, weights, old, shares, given, error, retention, orthogonal, halves)
+                more = retention, orthogonal, halves
+                x, now = _again(_orthogonal, x, weights, old, shares, given, error, *more, large=True)
             elif retention.linear:
                 x = _read(x, weights, old, shares, given, error)
             else:
@@ -192,11 +194,18 @@ def _answered(x: Tensor, sums: Tensor, retention: Retention) -> Tensor:
     return read[..., 0].movedim(2, -1).flatten(-2)
 
 
-def _again(function: Callable, *given: Any) -> Any:
-    """What it gives; what each token reads is as large as the weights, and made again in the backward pass."""
+def _again(function: Callable, *given: Any, large: bool = False) -> Any:
+    """What it gives; what each token reads is as large as the weights, and made again in the backward pass. If that is
+    `large`, the heap is given back between chunks: with Muon it would hold twenty times of what is kept."""
     if not torch.is_grad_enabled():
         return function(*given)
-    return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+
+    def run(*given: Any) -> Any:
+        if large:
+            give_back(given[0].device)
+        return function(*given)
+
+    return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def _last(weights: Tensor, momentum: Tensor | None, shares: _Shares, given: Tensor, error: Tensor) -> Tensor:
