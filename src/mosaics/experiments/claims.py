@@ -219,33 +219,27 @@ def settings(
 def _class_settings(samples: int, common: dict[str, Any]) -> list[Setting]:
     """Classification: as it is, with labels that mean something, and changed in what may keep v2 from learning it."""
     changes = common["changes"] or {}
-    steps = changes.get("training.steps", STEPS[ICL])
     length = changes.get("training.context_length", LENGTHS[ICL])
+    more = common | {"probe": Probe(every=100), "tuning_steps": min(300, changes.get("training.steps", STEPS[ICL]))}
 
-    def asked(name: str = ICL, title: str = "", shots: tuple[int, ...] = SHOTS, **settings: Any) -> Evaluation:
+    def asked(name: str = ICL, shots: tuple[int, ...] = SHOTS, **settings: Any) -> Evaluation:
+        title = f"Classes that exist only in the prompt{name.removeprefix(ICL)}"
         options = {"shots": list(shots)} | ({"settings": settings} if settings else {})
-        return world_evaluation(ICL, length, samples, name=name, options=options, **({"title": title} if title else {}))
+        return world_evaluation(ICL, length, samples, name=name, title=title, options=options)
 
-    def setting(name: str, *evaluations: Evaluation, **given: Any) -> Setting:
-        more = common | {"changes": changes | {key.replace("__", "."): value for key, value in given.items()}}
-        more |= {"probe": Probe(every=100), "tuning_steps": min(300, steps)}
-        return world_setting(ICL, samples=samples, **more).model_copy(update={"name": name, "evaluations": evaluations})
+    def setting(name: str, given: dict[str, Any], *evaluations: Evaluation, **other: Any) -> Setting:
+        made = world_setting(ICL, samples=samples, **more | {"changes": changes | given} | other)
+        return made.model_copy(update={"name": name, "evaluations": evaluations})
 
-    others = tuple(
-        asked(f"{ICL}, {about}", f"Classes that exist only in the prompt: {about}", FEW_SHOTS, **settings)
-        for about, settings in OTHER_CLASSES.items()
-    )
-    named = asked(NAMED, "Classes whose labels mean something", meaning=True)
-    wide = {f"model__{key}": 2 * WORLD_MODEL[key] for key in ("hidden_size", "intermediate_size")}
-    many = {"training__context_length": 4 * length, "training__batch_size": WORLD_TRAINING["batch_size"] // 4}
-    causes = (
-        setting(WIDE_HEADS, asked(), **wide),
-        setting(MANY_SHOTS, asked(), data__settings={"most_shots": SHOTS[-1]}, **many),
-    )
+    others = (asked(f"{ICL}, {about}", FEW_SHOTS, **settings) for about, settings in OTHER_CLASSES.items())
+    named = asked(NAMED, meaning=True).model_copy(update={"title": "Classes whose labels mean something"})
+    wide = {f"model.{key}": 2 * WORLD_MODEL[key] for key in ("hidden_size", "intermediate_size")}
+    many = {"training.context_length": 4 * length, "training.batch_size": WORLD_TRAINING["batch_size"] // 4}
     return [
-        setting(ICL, asked(), *others),
-        setting(NAMED, named, data__settings={"meaning": True}),
-        *(cause.model_copy(update={"tuning": {}}) for cause in causes),
+        setting(ICL, {}, asked(), *others),
+        setting(NAMED, {"data.settings": {"meaning": True}}, named),
+        setting(WIDE_HEADS, wide, asked(), tuning={}),
+        setting(MANY_SHOTS, many | {"data.settings": {"most_shots": SHOTS[-1]}}, asked(), tuning={}),
     ]
 
 
