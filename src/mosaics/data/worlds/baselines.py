@@ -2,7 +2,7 @@
 far a simple look-up in the prompt reaches."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -105,6 +105,14 @@ class LabelledCounts:
         return naive_bayes(counts, example.question.split(), self.smoothing, 240)
 
 
+def _shown(example: WorldExample) -> Iterator[tuple[list[str], str]]:
+    """Words and label of every example in the prompt."""
+    for sentence in example.context.split(" . "):
+        *words, label = sentence.removesuffix(" .").split() or [""]
+        if label in example.choices:
+            yield words, label
+
+
 class KernelOverWords:
     """One read of the examples in the prompt by their words, with nothing learnt: the label with the largest sum of
     exp(sharpness cos(a, b)), where a and b are means of random vectors of the words. How far heads of that width reach.
@@ -124,21 +132,16 @@ class KernelOverWords:
 
     def _key(self, words: Iterable[str]) -> np.ndarray:
         """Of unit norm, `(heads, width)`."""
-        mean = sum(self.vectors[word] for word in words)
+        mean = sum(self.vectors[word] for word in words if word in self.vectors)
         return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
     def predict(self, example: WorldExample) -> str:
         """The choice with most weight."""
-        keys, labels = [], []
-        for sentence in example.context.split(" . "):
-            *words, label = sentence.removesuffix(" .").split() or [""]
-            if label in example.choices:
-                keys.append(self._key(word for word in words if word in self.vectors))
-                labels.append(label)
-        if not keys:
+        shown = list(_shown(example))
+        if not shown:
             return example.choices[0]
-        asked = self._key(word for word in example.question.split() if word in self.vectors)
-        logits = self.sharpness * np.einsum("phw,hw->ph", keys, asked)
+        keys, labels = [self._key(words) for words, _ in shown], [label for _, label in shown]
+        logits = self.sharpness * np.einsum("phw,hw->ph", keys, self._key(example.question.split()))
         weights = np.exp(logits - logits.max(0))
         read: defaultdict[str, float] = defaultdict(float)
         for label, weight in zip(labels, (weights / weights.sum(0)).mean(1), strict=True):
@@ -160,11 +163,9 @@ class NearestExamples:
     def predict(self, example: WorldExample) -> str:
         """The choice."""
         asked, found = Counter(example.question.split()), []
-        for sentence in example.context.split(" . "):
-            *words, label = sentence.removesuffix(" .").split() or [""]
-            if label in example.choices:
-                shared = (asked & Counter(words)).total()
-                found.append((shared, len(found), label))  # of equal ones, the latest
+        for words, label in _shown(example):
+            shared = (asked & Counter(words)).total()
+            found.append((shared, len(found), label))  # of equal ones, the latest
         nearest = [label for *_, label in sorted(found, reverse=True)[: self.count]]
         return max(nearest, key=lambda label: (nearest.count(label), -nearest.index(label)), default=example.choices[0])
 
