@@ -96,7 +96,11 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    asked, path = systems(given.systems.split(",")), given.results / "systems.json"
+    try:
+        asked = systems(given.systems.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    path = given.results / "systems.json"
     again = {preset.removesuffix("-tiny") for preset in asked}
     before = read_record(path)["rows"] if path.is_file() else []
     cases = [case for case in before if case["system"] not in again]

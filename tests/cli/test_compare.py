@@ -2,6 +2,8 @@
 
 from tests.experiments.conftest import OPTIONS
 
+from mosaics.experiments.compare import study
+
 
 def test_compare_writes_a_report(mosaics, tmp_path):
     words = ["--worlds", "recall", "--text", "none", "--seeds", "0", "--samples", "4"]
@@ -22,4 +24,15 @@ def test_compare_refuses_in_one_sentence(refused, tmp_path):
     assert "no system 'glaa'" in refused("compare", *to, "--systems", "glaa")
     assert "--match says nothing" in refused("compare", *to, "--systems", "gla", "--match", "flops")
     assert "name its --systems" in refused("compare", *to, "--automata", "5")
+    for key, value, says in (
+        ("data.sittings", 3, "no key of the data; choose from loss, settings"),
+        ("data.curriculum", 5, "--data.curriculum is 5: input should be"),
+        ("data.world", "recall", "nothing that compare can change"),
+    ):
+        assert says in refused("compare", *to, f"--{key}", value)
     assert not list(tmp_path.iterdir())
+
+
+def test_compare_hands_settings_to_the_episodes():
+    (setting,) = study(worlds=("in-context-learning",), corpus=None, changes={"data.settings.noise": 0.1}).settings
+    assert setting.data.settings == {"noise": 0.1} and setting.data.world == "in-context-learning"

@@ -349,6 +349,10 @@ def test_world_refuses_other_impossible_settings():
         World(-1)
     with pytest.raises(ValueError, match="choose all or answers"):
         WorldStream(WORLD, "recall", 256, loss="some")
+    with pytest.raises(ValueError, match="no setting 'shotz'; choose from facts, questions, shots, noise"):
+        WorldStream(WORLD, "recall", 256, shotz=3)
+    with pytest.raises(ValueError, match="no setting 'split'"):
+        WorldStream(WORLD, "recall", 256, split="test")
     with pytest.raises(ValueError, match="0 rows from 0"):
         WorldStream(WORLD, "recall", 256).batch(0, 0)
     with pytest.raises(ValueError, match="do not fit"):

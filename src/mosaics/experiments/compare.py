@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from mosaics.experiments.study import Arrangement, Data, Evaluation, Setting, Study
 
 WORLDS = ("recall", "new-knowledge", "in-context-learning")
@@ -31,6 +33,9 @@ TEXT_MODEL = {
     "long_term.train_delay": [16, 64],
 }
 TEXT_TRAINING = {"steps": 400, "context_length": 512, "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20}
+_SETTINGS = "data.settings."  # of a world's episodes
+_NAMED_OTHERWISE = ("data.world", "data.corpus", "data.automata", "data.field")
+_KEYS = tuple(key for key in Data.model_fields if f"data.{key}" not in _NAMED_OTHERWISE)
 _TITLES = {
     "recall": "Recall of pairs",
     "new-knowledge": "Questions about facts of the context",
@@ -52,7 +57,7 @@ def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | N
     Args:
         world: a task of the worlds, or `mixed`.
         samples: questions for each length or number of shots.
-        changes: values by dotted key, as `training.steps`, in the place of the usual ones.
+        changes: values by dotted key, as `training.steps` or `data.settings.noise`, in the place of the usual ones.
         more: further fields of `Setting`.
     """
     budget = {"steps": STEPS.get(world, 400), "context_length": LENGTHS.get(world, 64)} | WORLD_TRAINING
@@ -61,7 +66,7 @@ def world_setting(world: str, *, samples: int = 200, changes: dict[str, Any] | N
     tasks = _TITLES if world == "mixed" else [world]
     evaluations = tuple(world_evaluation(task, length, samples) for task in tasks)
     fields = {"name": world, "evaluations": evaluations} | more
-    return Setting(data=Data(world=world, **data), model=model, training=training, **fields)
+    return Setting(data=_data(world=world, **data), model=model, training=training, **fields)
 
 
 def world_evaluation(
@@ -110,7 +115,19 @@ def text_setting(
     )
     data |= ({} if held_out is None else {"validation": held_out}) | {"test": test}
     fields = {"name": "text", "evaluations": (loss,)} | more
-    return Setting(data=Data(corpus=corpus, field=field, **data), model=model, training=training, **fields)
+    return Setting(data=_data(corpus=corpus, field=field, **data), model=model, training=training, **fields)
+
+
+def _data(**given: Any) -> Data:
+    try:
+        return Data(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = f"--data.{'.'.join(map(str, first['loc']))}"
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{key} is no key of the data; choose from {', '.join(_KEYS)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key} is {first['input']!r}: {message[:1].lower()}{message[1:]}") from None
 
 
 def changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -122,9 +139,12 @@ def changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, 
     parts = {"model": dict(model), "training": dict(training), "data": {}}
     for dotted, value in (changes or {}).items():
         section, _, key = dotted.partition(".")
-        if section not in parts or not key:
+        if section not in parts or not key or dotted in _NAMED_OTHERWISE:
             raise ValueError(f"--{dotted} is nothing that compare can change; it takes --model.… --training.… --data.…")
-        parts[section][key] = value
+        if dotted.startswith(_SETTINGS):
+            parts["data"].setdefault("settings", {})[dotted.removeprefix(_SETTINGS)] = value
+        else:
+            parts[section][key] = value
     return list(parts.values())
 
 

@@ -1,5 +1,7 @@
 """Training rows of a world, addressed by their number."""
 
+import inspect
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from mosaics.data.worlds.vocabulary import WORD_IDS
 from mosaics.data.worlds.world import World
 
 LOSSES = ("all", "answers")
+SETTINGS = tuple(inspect.signature(World.episode).parameters)[6:]  # after self, task, number, length, split, stream
 
 
 class WorldStream:
@@ -24,7 +27,7 @@ class WorldStream:
         settings: of `World.episode`, such as `facts` or `noise`.
 
     Raises:
-        ValueError: another word for `loss`; or what `World.episode` raises.
+        ValueError: another word for `loss`, an unknown setting; or what `World.episode` raises.
     """
 
     vocab_size = len(WORD_IDS)
@@ -34,6 +37,9 @@ class WorldStream:
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}; choose {' or '.join(LOSSES)}")
+        for key in settings:
+            if key not in SETTINGS:
+                raise ValueError(f"episodes of a world have no setting {key!r}; choose from {', '.join(SETTINGS)}")
         self.world, self.task, self.context_length, self.loss, self.seed = world, task, context_length, loss, seed
         self.settings = settings
         self._row(0)
