@@ -72,8 +72,8 @@ ASKED = sorted(
     {
         (label, setting, evaluation.name)
         for claim in (claims.CLAIMS | claims.PROOF).values()
-        for label in claim.arrangements
         for setting, name in claim.asks
+        for label in claim.only.get(setting, claim.arrangements)
         for evaluation in SETTINGS[setting].evaluations
         if evaluation.name == name and evaluation.suite == "world" and not evaluation.without
     }

@@ -6,7 +6,7 @@ import pytest
 from tests.experiments.conftest import MICRO
 
 from mosaics.experiments import claims_v1
-from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, REAL, settings, study_of
+from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, PROOF, REAL, settings, study_of
 from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
@@ -28,13 +28,29 @@ def test_claim_is_about_what_it_asks(claim):
     study = study_of((claim,), known, (0,), "")
     assert study.arrangements[0].label == ("memory-mosaics-v1" if claim in V1_STUDIES else "memory-mosaics-v2")
     assert tuple(a.label for a in study.arrangements) == claim.arrangements
-    asked = {(s.shown_as, e.name): e for s in study.settings for e in s.evaluations}
+    asked = {(s.shown_as, e.name): [a.label for a in study.members(s)] for s in study.settings for e in s.evaluations}
     assert set(asked) == set(claim.asks)
+    assert claim.only.keys() <= {s.shown_as for s in study.settings}
+    assert {one for labels in asked.values() for one in labels} == set(claim.arrangements)
     for check in claim.checks:
         for one in (check.left, check.right, check.given and check.given.left):
             if one is not None:
-                assert (one.setting, one.evaluation) in asked and one.arrangement in claim.arrangements
+                assert one.arrangement in asked[one.setting, one.evaluation]
     assert "mosaics" in claim.full_scale and (claim in V1_STUDIES or "H100" in claim.full_scale)
+
+
+def test_settings_of_several_claims_have_those_that_any_of_them_asks():
+    def members(*names: str) -> dict[str, set[str]]:
+        chosen = tuple((CLAIMS | PROOF)[name] for name in names)
+        study = study_of(chosen, settings(changes=MICRO), (0,), "")
+        return {setting.name: {one.label for one in study.members(setting)} for setting in study.settings}
+
+    both = {"memory-mosaics-v2", "transformer"}
+    alone, remedies = members("table3"), members("text-remedies")
+    assert alone["text"] == both and alone["new-knowledge"] == set(CLAIMS["table3"].arrangements) > both
+    assert not both & (remedies["text"] - {"memory-mosaics-v2"})
+    together = members("table3", "text-remedies")
+    assert together == alone | {"text": both | remedies["text"]}
 
 
 @pytest.fixture
@@ -201,7 +217,7 @@ def test_plan_text_counts_what_claims_share_once(tmp_path):
     known = settings(changes=MICRO)
     chosen = [CLAIMS[name] for name in ("table3", "table13", "figure5")]
     counts = {line.split()[0]: line.split()[1:] for line in plan_text(chosen, known, (0, 1), tmp_path).splitlines()[1:]}
-    assert [counts[name][1] for name in ("table3", "table13", "figure5")] == ["8", "0", "6"]
+    assert [counts[name][1] for name in ("table3", "table13", "figure5")] == ["12", "0", "6"]
     tuned = settings(changes=MICRO, tuning={"training.learning_rate": (1e-3, 2e-3, 4e-3)}, beyond=3)
     more = plan_text([CLAIMS["table13"]], tuned, (0, 1), tmp_path).splitlines()[1].split()
     assert more[1:3] == ["8", "4"]  # 3 rates; for the Transformer 2 rotary bases more

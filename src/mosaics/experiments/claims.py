@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from mosaics.experiments.compare import (
     LENGTHS,
     MULTIPLES,
@@ -27,6 +29,7 @@ V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
 LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "transformer, equal FLOPs"
 NO_POSITIONS, ALIBI, WINDOW = "transformer, no positions", "transformer, ALiBi", "transformer, window"
 CONVOLVED, CONVOLVED_ALIBI = "transformer, convolution", "transformer, ALiBi, convolution"
+CONVOLVED_FLOPS = f"{CONVOLVED_ALIBI}, equal FLOPs"
 ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
@@ -40,8 +43,14 @@ ARRANGEMENTS = {
         Arrangement(label=ALIBI, preset="transformer-tiny", overrides={"positions": "alibi"}),
         Arrangement(label=WINDOW, preset="transformer-tiny", overrides={"window": 64}, tuning=ROTARY),
         Arrangement(label=CONVOLVED, preset="transformer-tiny", overrides={"convolution": 4}, tuning=ROTARY),
-        Arrangement(
-            label=CONVOLVED_ALIBI, preset="transformer-tiny", overrides={"convolution": 4, "positions": "alibi"}
+        *(
+            Arrangement(
+                label=label,
+                preset="transformer-tiny",
+                match=match,
+                overrides={"convolution": 4, "positions": "alibi"},
+            )
+            for label, match in ((CONVOLVED_ALIBI, "parameters"), (CONVOLVED_FLOPS, "flops"))
         ),
         Arrangement(label=V1, preset="memory-mosaics-v1-regbench"),
     )
@@ -110,6 +119,7 @@ class Claim(Part):
         arrangements: labels; the others are matched to the first.
         asks: (setting, evaluation) pairs, settings by the name that they are shown under; none for an experiment that
             is no study of language models.
+        only: labels of those that take part in a setting, where not all do.
         checks: what must hold.
         full_scale: recipe, data and hardware of the paper's own experiment.
     """
@@ -119,6 +129,7 @@ class Claim(Part):
     here: str
     arrangements: tuple[str, ...] = (V2, TRANSFORMER)
     asks: tuple[tuple[str, str], ...]
+    only: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     checks: tuple[Check, ...]
     full_scale: str
 
@@ -309,17 +320,21 @@ _MANY_SHOTS = (
 )
 
 
+def _told_apart(task: str, arrangement: str) -> Check:
+    return _least(
+        f"the {arrangement} has learnt something: 5 points above chance with most shots",
+        _of(arrangement, task),
+        12.5 + 5,
+        kind="premise",
+    )
+
+
 def _rises(task: str) -> tuple[Check, ...]:
     return (
         _most("v2 does not fall with shots by more than 3 points", _of(V2, task, measure="fall"), 3),
         _least("v2 with most shots is 10 points above one shot", _of(V2, task), 10, _of(V2, task, at=0)),
         _least("v2 is 10 points above the Transformer with most shots", _of(V2, task), 10, _of(TRANSFORMER, task)),
-        _least(
-            "the Transformer has learnt something: 5 points above chance with most shots",
-            _of(TRANSFORMER, task),
-            12.5 + 5,
-            kind="premise",
-        ),
+        _told_apart(task, TRANSFORMER),
     )
 
 
@@ -330,10 +345,12 @@ CLAIMS: dict[str, Claim] = {
             name="abstract",
             paper="v2 stores new knowledge and learns in context far better than a Transformer, at any length.",
             here="Recall, facts of the context, classes of the prompt and text, to 32 times the training length.",
+            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
             asks=((RECALL, RECALL), (QA, QA), (ICL, ICL), ("text", "loss")),
+            only={setting: (V2, TRANSFORMER) for setting in (RECALL, ICL, "text")},
             checks=(
                 *_learnt(RECALL, V2, TRANSFORMER),
-                *_learnt(QA, V2, TRANSFORMER),
+                *_learnt(QA, V2, CONVOLVED_ALIBI),
                 _least("v2 recalls 95 % at 32 times the training length", _of(V2, RECALL), 95),
                 _least("v2 answers 95 % at 32 times the training length", _of(V2, QA), 95),
                 _most("v2 does not fall with shots by more than 3 points", _of(V2, ICL, measure="fall"), 3),
@@ -344,8 +361,18 @@ CLAIMS: dict[str, Claim] = {
                     _of(V2, "loss", "text", at=0),
                 ),
                 *(
-                    _least(f"{task}: v2 is 10 points above the Transformer", _of(V2, task), 10, _of(TRANSFORMER, task))
-                    for task in (RECALL, QA, ICL)
+                    _least(
+                        f"{task}: v2 is 10 points above the {label}",
+                        _of(V2, task),
+                        10,
+                        _of(label, task),
+                        given=given,
+                    )
+                    for task, label, given in (
+                        (RECALL, TRANSFORMER, None),
+                        *((QA, label, _learnt(QA, label)[0]) for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)),
+                        (ICL, TRANSFORMER, _told_apart(ICL, TRANSFORMER)),
+                    )
                 ),
             ),
             full_scale=_LARGE + _RULER,
@@ -467,14 +494,20 @@ CLAIMS: dict[str, Claim] = {
             name="table3",
             paper="Trained at 4k, v2 answers from documents of 8k to 32k; the Transformer cannot beyond 4k.",
             here="Facts of the context at 1 to 32 times the training length, and the loss on text to 8 times.",
+            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
             asks=((QA, QA), ("text", "loss")),
+            only={"text": (V2, TRANSFORMER)},
             checks=(
-                *_learnt(QA, V2, TRANSFORMER),
+                *_learnt(QA, V2, CONVOLVED_ALIBI),
                 _least("v2 answers 95 % at 8 times the training length", _of(V2, QA, at=_EIGHT), 95),
-                _most(
-                    "the Transformer fails at 8 times the training length (below 50 %)",
-                    _of(TRANSFORMER, QA, at=_EIGHT),
-                    50,
+                *(
+                    _most(
+                        f"the {label} fails at 8 times the training length (below 50 %)",
+                        _of(label, QA, at=_EIGHT),
+                        50,
+                        given=_learnt(QA, label)[0],
+                    )
+                    for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
                 ),
                 _most(
                     "v2's loss on text does not rise up to 8 times",
@@ -649,13 +682,29 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="figure12",
             paper="v2 is ahead of Transformers of equal parameters, and of equal FLOPs.",
-            here="Facts of the context and classes of the prompt, against twins matched in both ways.",
-            arrangements=(V2, TRANSFORMER, EQUAL_FLOPS),
+            here="Facts of the context and classes of the prompt, against twins matched in both ways; for the facts "
+            "also with ALiBi and a convolution, which learn them.",
+            arrangements=(V2, TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALIBI, CONVOLVED_FLOPS),
             asks=((QA, QA), (ICL, ICL)),
-            checks=tuple(
-                _least(f"{task}: v2 is above the {twin}, at the longest", _of(V2, task), 0, _of(twin, task))
-                for task in (QA, ICL)
-                for twin in (TRANSFORMER, EQUAL_FLOPS)
+            only={ICL: (V2, TRANSFORMER, EQUAL_FLOPS)},
+            checks=(
+                *_learnt(QA, V2, CONVOLVED_ALIBI, CONVOLVED_FLOPS),
+                *(
+                    _least(
+                        f"{task}: v2 is above the {twin}, at the longest",
+                        _of(V2, task),
+                        0,
+                        _of(twin, task),
+                        given=given,
+                    )
+                    for task, twin, given in (
+                        *(
+                            (QA, twin, _learnt(QA, twin)[0])
+                            for twin in (TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALIBI, CONVOLVED_FLOPS)
+                        ),
+                        *((ICL, twin, _told_apart(ICL, twin)) for twin in (TRANSFORMER, EQUAL_FLOPS)),
+                    )
+                ),
             ),
             full_scale=_SMALL + " `mosaics.models.matching.matched` gives the widths of the twins.",
         ),
@@ -899,7 +948,10 @@ def study_of(claims: tuple[Claim, ...], known: dict[str, Setting], seeds: tuple[
     for setting in known.values():
         mine = tuple(e for e in setting.evaluations if (setting.shown_as, e.name) in asks)
         if mine:
-            chosen.append(setting.model_copy(update={"evaluations": mine}))
+            who = [claim for claim in claims if any(name == setting.shown_as for name, _ in claim.asks)]
+            only = dict.fromkeys(x for claim in who for x in claim.only.get(setting.shown_as, claim.arrangements))
+            some = set(only) != {x for claim in claims for x in claim.arrangements}
+            chosen.append(setting.model_copy(update={"evaluations": mine, "only": tuple(only) if some else ()}))
     if not chosen:
         raise ValueError(
             f"{claims[0].name} asks about files of yours; give them as --data NAME=PATH (see docs/reproduction.md)"

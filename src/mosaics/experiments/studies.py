@@ -80,7 +80,7 @@ def some_examples(plan: Plan, cache: Path) -> list[dict[str, Any]]:
 
     found = []
     for setting in plan.study.settings:
-        jobs = [plan.job(arrangement, setting, plan.study.seeds[0]) for arrangement in plan.study.arrangements]
+        jobs = [plan.job(arrangement, setting, plan.study.seeds[0]) for arrangement in plan.study.members(setting)]
         for evaluation in setting.evaluations:
             able = [job for job in jobs if job.result(cache)["held_out_loss"] is not None and evaluation in asked(job)]
             if (
@@ -127,8 +127,8 @@ class Plan:
         from mosaics.training.setup import build_config, check_model
 
         self.tried: dict[str, Training] = {}
-        for arrangement in study.arrangements:  # whatever is impossible is said before anything is trained
-            for setting in study.settings:
+        for setting in study.settings:  # whatever is impossible is said before anything is trained
+            for arrangement in study.members(setting):
                 recipe = Training(arrangement, study.arrangements[0], setting, study.seeds[0]).recipe
                 check_model(build_config(recipe), recipe.training.context_length)
 
@@ -136,7 +136,7 @@ class Plan:
         """What is to be tried next, in all settings; nothing when the best is known of all."""
         found = []
         for setting in self.study.settings:
-            for arrangement in self.study.arrangements:
+            for arrangement in self.study.members(setting):
                 missing, _ = self._tuned(arrangement, setting)
                 found += [job for job in missing if job.digest not in {other.digest for other in found}]
         return found
@@ -145,7 +145,7 @@ class Plan:
         """The trials and trainings to come, as far as can be said before the trials."""
         trials = []
         for setting in self.study.settings:
-            for arrangement in self.study.arrangements:
+            for arrangement in self.study.members(setting):
                 axes, seed = _axes(arrangement, setting), self.study.seeds[0]
                 start = None if setting.start is None else self.job(arrangement, setting.start, seed)
                 trials += [
@@ -163,7 +163,7 @@ class Plan:
             self.job(arrangement, setting, seed)
             for setting in self.study.settings
             for seed in self.study.seeds
-            for arrangement in self.study.arrangements
+            for arrangement in self.study.members(setting)
         ]
 
     def job(self, arrangement: Arrangement, setting: Setting, seed: int) -> Training:

@@ -140,6 +140,7 @@ class Setting(Part):
         evaluations: what the trained models are asked.
         start: another setting, whose trained models this one goes on from.
         series: settings of one series are shown as one: what they are asked has one plot, in which each has its own x.
+        only: labels of the arrangements that take part; empty: all.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Setting(Part):
     evaluations: tuple[Evaluation, ...] = ()
     start: Setting | None = None
     series: str | None = None
+    only: tuple[str, ...] = ()
 
     @property
     def shown_as(self) -> str:
@@ -174,3 +176,7 @@ class Study(Part):
     arrangements: tuple[Arrangement, ...] = Field(min_length=1)
     settings: tuple[Setting, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+
+    def members(self, setting: Setting) -> tuple[Arrangement, ...]:
+        """The arrangements that take part in a setting."""
+        return tuple(one for one in self.arrangements if not setting.only or one.label in setting.only)
