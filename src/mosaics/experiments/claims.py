@@ -904,7 +904,14 @@ PROOF: dict[str, Claim] = {
         ),
     )
 }
-
+_text = PROOF["text"]
+PROOF["text-code"] = _text.model_copy(
+    update={
+        "name": "text-code",
+        "paper": "Asked by us: is it so on source code, too?",
+        "here": f"{_text.here} Source code is to be given as --text (`benchmarks/texts.py python`).",
+    }
+)
 
 # What needs files that nobody else can give.
 REAL: dict[str, Claim] = {
