@@ -163,6 +163,18 @@ def test_in_context_learning_trains_with_three_shots_of_a_class_or_as_many_as_as
     assert len(names) == 40 and names.isdisjoint({WORLD.episode("in-context-learning", 0, 1280, most_shots=2).id})
 
 
+@pytest.mark.parametrize("settings", [{"length": 256}, {"shots": 2, "split": "test"}])
+def test_in_context_learning_has_examples_of_as_many_words_as_asked(settings):
+    own = {"noise": 0.0, **settings}
+    for words in (1, 3, 11):
+        text = " ".join(WORLD.episode("in-context-learning", 5, words=words, **own).words())
+        sentences = [sentence.split()[:-2] for sentence in text.split(" .") if " means " in sentence]
+        assert len(sentences) > 8 and {len(one) for one in sentences[1:]} == {words}
+    eight, plain = (WORLD.episode("in-context-learning", 5, **more, **own) for more in ({"words": 8}, {}))
+    assert eight.id == plain.id and eight.text() == plain.text()
+    assert WORLD.episode("in-context-learning", 5, words=7, **own).id != plain.id
+
+
 def test_in_context_learning_does_not_tell_a_label_by_how_often_it_was_there():
     again = []  # whether the next example has the most frequent label so far
     for number in range(300):
@@ -337,6 +349,9 @@ def test_baselines_find_what_they_can_find():
         ({"task": "in-context-learning", "questions": 24}, "more than the 23"),
         ({"task": "in-context-learning", "most_shots": -1}, "most_shots is -1"),
         ({"most_shots": 5}, "new-knowledge has no most_shots"),
+        ({"task": "in-context-learning", "words": 0}, "give words as 1 or more"),
+        ({"task": "in-context-learning", "words": -2}, "words is -2"),
+        ({"words": 5}, "new-knowledge has no words"),
     ],
 )
 def test_world_episode_refuses_what_is_impossible(settings, message):

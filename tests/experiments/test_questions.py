@@ -36,8 +36,9 @@ def test_world_questions_are_those_of_the_test_split():
     assert [(e.prefix + e.prompt, e.references) for e in asked] == [(e.prompt, [e.answer]) for e in expected]
 
 
-def test_world_questions_are_the_same_for_all_shots():
-    suite = WorldQuestions(task="in-context-learning", shots=(1, 4), samples=8)
+@pytest.mark.parametrize("settings", [{}, {"words": 3}])
+def test_world_questions_are_the_same_for_all_shots(settings):
+    suite = WorldQuestions(task="in-context-learning", shots=(1, 4), samples=8, settings=settings)
     few, many = (suite.examples(None)[i : i + 8] for i in (0, 8))
     for one, four in zip(few, many, strict=True):
         assert (one.prompt, one.references) == (four.prompt, four.references) and one.id != four.id

@@ -218,10 +218,14 @@ def test_training_stops_when_it_knows_enough_and_keeps_what_it_knew(tmp_path):
 
 
 def test_source_follows_a_curriculum():
-    data = Data(world="recall", curriculum=((2, 32), (3, 48)))
+    data = Data(
+        world="recall", settings={"facts": 4}, curriculum=((2, {"length": 32}), (3, {"length": 48, "facts": 2}))
+    )
     source = Source(data, 64, 0, None)
-    lengths = [source.at(step).batch(0, 2)["input_ids"].shape[1] for step in range(1, 8)]
-    assert lengths == [32, 32, 48, 48, 48, 64, 64]
+    rows = [source.at(step).batch(0, 2) for step in range(1, 8)]
+    assert [row["input_ids"].shape[1] for row in rows] == [32, 32, 48, 48, 48, 64, 64]
+    assert [int(row["answers"][0].sum()) for row in rows] == [4, 4, 2, 2, 2, 4, 4]
+    assert (rows[-1]["labels"] == -100).any()  # the loss is that of the data
 
 
 def test_plan_tunes_each_arrangement_by_what_it_has(tmp_path):

@@ -60,9 +60,10 @@ class WorldQuestions(Suite):
         # Fewer shots are the first ones of the most: the same questions about the same classes at every point.
         most = max(self.shots, default=0)
         full = list(world.examples(self.task, self.samples, shots=most, **self.settings)) if most else []
+        each = self.settings.get("words", EXAMPLE_WORDS) + 3
         for shots in self.shots:
             for example in full:
-                shown = " ".join(example.context.split()[: shots * len(example.choices) * (EXAMPLE_WORDS + 3)])
+                shown = " ".join(example.context.split()[: shots * len(example.choices) * each])
                 yield shots, replace(example, id=f"{example.id}/{shots}", context=shown, shots=shots)
 
     def examples(self, scorer) -> list[Example]:

@@ -50,7 +50,8 @@ class Data(Part):
         world: a task of the synthetic worlds, or `mixed`.
         loss: of a world: `answers` counts the tokens that answer a question, `all` every one.
         settings: further ones of `World.episode`.
-        curriculum: of a world: (steps, length) pairs: shorter rows for so many steps each, before those of full length.
+        curriculum: of a world: (steps, settings) pairs: other episodes for so many steps each, before those of
+            `settings`; `length` among them is the tokens of a row.
         corpus: text, as `mosaics prepare` takes it.
         field: field of .jsonl records.
         vocabulary_size: of the tokenizer that is trained on the text.
@@ -63,7 +64,7 @@ class Data(Part):
     world: str | None = None
     loss: Literal["answers", "all"] = "answers"
     settings: dict[str, Any] = Field(default_factory=dict)
-    curriculum: tuple[tuple[int, int], ...] = ()
+    curriculum: tuple[tuple[int, dict[str, Any]], ...] = ()
     corpus: str | None = None
     field: str = "text"
     vocabulary_size: int = 2048

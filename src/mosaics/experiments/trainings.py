@@ -177,14 +177,17 @@ class Source:
         if data.world is not None:
             from mosaics.data.worlds import World, WorldStream, world_tokenizer
 
-            world, more = World(0), {"loss": data.loss, **data.settings}
-            self.train = WorldStream(world, data.world, context_length, seed=seed, **more)
-            self.held_out = WorldStream(world, data.world, context_length, seed=seed + 1_000_000, **more)
+            world = World(0)
+
+            def stream(seed: int, length: int = context_length, **settings: Any) -> WorldStream:
+                return WorldStream(world, data.world, length, seed=seed, loss=data.loss, **settings)
+
+            self.train, self.held_out = stream(seed, **data.settings), stream(seed + 1_000_000, **data.settings)
             self.tokenizer = world_tokenizer()
             last = 0
-            for steps, length in data.curriculum:
+            for steps, settings in data.curriculum:
                 last += steps
-                self._of_step.append((last, WorldStream(world, data.world, length, seed=seed, **more)))
+                self._of_step.append((last, stream(seed, **data.settings | settings)))
             return
         if data.automata is not None:
             from mosaics.data.regbench import HELD_OUT, RegBenchStream, regbench_tokenizer

@@ -201,6 +201,7 @@ class World:
         classes: int | None = None,
         meaning: bool = False,
         most_shots: int | None = None,
+        words: int | None = None,
     ) -> Episode:
         """Episode `number` of an endless stream; it depends on the arguments and the world's seed alone.
 
@@ -232,6 +233,7 @@ class World:
             classes: how many there are, by default 8, at most 16.
             meaning: whether labels mean something that training can teach.
             most_shots: see `shots`; by default 3.
+            words: of an example, by default 8.
 
         Raises:
             ValueError: an unknown task or split, or numbers that are out of range or do not fit into the length.
@@ -239,17 +241,18 @@ class World:
         _check(task in (*TASKS, MIXED), f"there is no task {task!r} in a world; choose from {', '.join(TASKS)}, mixed")
         _check(split in SPLITS, f"split is {split!r}; choose train or test")
         _check(number >= 0 and stream >= 0, f"episode {number} of stream {stream}: both must be 0 or more")
-        numbers = {"facts": facts, "questions": questions, "shots": shots, "most_shots": most_shots}
+        numbers = {"facts": facts, "questions": questions, "shots": shots, "most_shots": most_shots, "words": words}
         for name, value in numbers.items():
             _check(value is None or value >= 0, f"{name} is {value}; give 0 or more")
         labelled = task == "in-context-learning"
-        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None, "most_shots": most_shots}
-        for option, value in own.items():
+        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None}
+        for option, value in (own | {"most_shots": most_shots, "words": words}).items():
             _check(labelled or value is None, f"{task} has no {option}; leave it out")
         _check(not labelled or facts is None, "in-context-learning has no facts; leave them out")
         classes = CLASSES if classes is None else classes
         _check(2 <= classes <= len(LABELS), f"{classes} classes are not possible; choose from 2 to {len(LABELS)}")
         _check(shots is None or length is None, "shots decide on the length; give one of the two")
+        _check(words != 0, "an example has no words; give words as 1 or more")
         _check(noise is None or 0 <= noise <= 1, f"noise is {noise}; choose from 0 to 1")
         length = 256 if length is None else length
         _check(length >= 32, f"an episode of {length} tokens is too short; choose 32 or more")
@@ -261,7 +264,10 @@ class World:
         if labelled:
             noise = NOISE if noise is None else noise
             most = MOST_TRAINING_SHOTS if most_shots is None else most_shots
-            return self._classification(rng, name, split, length, shots, most, questions, noise, classes, meaning)
+            words = EXAMPLE_WORDS if words is None else words
+            return self._classification(
+                rng, name, split, length, shots, most, questions, noise, classes, meaning, words
+            )
         if facts is None:
             facts = {"recall": min(length // 8, 90), "new-knowledge": length // 16}.get(task, min(length // 16, 128))
             if split == "train":
@@ -322,7 +328,7 @@ class World:
         return statements, [questions[index] for index in rng.permutation(facts)]
 
     def _classification(
-        self, rng, name, split, length, shots, most_shots, questions, noise, classes, meaning
+        self, rng, name, split, length, shots, most_shots, questions, noise, classes, meaning, size
     ) -> Episode:
         labels = rng.choice(LABELS, classes, replace=False).tolist()
         firsts = rng.permutation(len(PLAIN_WORDS))[:classes]
@@ -336,11 +342,11 @@ class World:
         choices = tuple(sorted(labels))
 
         def example(label: int) -> list[str]:
-            own = words[label][rng.integers(0, CLASS_WORDS, EXAMPLE_WORDS)]
-            drawn = np.where(rng.random(EXAMPLE_WORDS) < noise, rng.integers(0, len(PLAIN_WORDS), EXAMPLE_WORDS), own)
+            own = words[label][rng.integers(0, CLASS_WORDS, size)]
+            drawn = np.where(rng.random(size) < noise, rng.integers(0, len(PLAIN_WORDS), size), own)
             return [*(PLAIN_WORDS[index] for index in drawn), "means"]
 
-        each = EXAMPLE_WORDS + 3
+        each = size + 3
         context: list[str] = []
         last: dict[str, int] = {}
         if shots is not None:
@@ -364,6 +370,7 @@ class World:
         )
         unusual = (f"-{classes}" if classes != CLASSES else "") + ("-meaning" if meaning else "")
         unusual += f"-most-{most_shots}" if most_shots != MOST_TRAINING_SHOTS else ""
+        unusual += f"-{size}-words" if size != EXAMPLE_WORDS else ""
         name = f"{name}/{length if shots is None else shots}-{noise}{unusual}"
         return Episode(name, tuple(context), made, shots)
 
