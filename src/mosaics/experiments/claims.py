@@ -245,11 +245,14 @@ def _class_settings(samples: int, common: dict[str, Any]) -> list[Setting]:
     others = (asked(f"{ICL}, {about}", FEW_SHOTS, **settings) for about, settings in OTHER_CLASSES.items())
     named = asked(NAMED, meaning=True).model_copy(update={"title": "Classes whose labels mean something"})
     wide = {f"model.{key}": 2 * WORLD_MODEL[key] for key in ("hidden_size", "intermediate_size")}
+    steps = sum(steps for steps, _ in EASY_CLASSES) + changes.get("training.steps", STEPS[ICL])
+    easy = {"data.curriculum": EASY_CLASSES, "training.steps": steps}
     many = {"training.context_length": 4 * length, "training.batch_size": WORLD_TRAINING["batch_size"] // 4}
     return [
         setting(ICL, {}, asked(), *others),
         setting(NAMED, {"data.settings": {"meaning": True}}, named),
         setting(WIDE_HEADS, wide, asked(), tuning={}),
+        setting(EASY_FIRST, easy, asked(), tuning={}),
         setting(MANY_SHOTS, many | {"data.settings": {"most_shots": SHOTS[-1]}}, asked(), tuning={}),
     ]
 
@@ -298,7 +301,14 @@ def _slower(task: str, *arrangements: str) -> tuple[Check, ...]:
 NAMED = "classes with meaning"
 RECALL, QA, ICL, PERSISTENT = "recall", "new-knowledge", "in-context-learning", "persistent-knowledge"
 WITHOUT, WITHOUT_SHORT = " without long-term memory", " without short-term memory"
-WIDE_HEADS, MANY_SHOTS = (f"classes, {how}" for how in ("twice as wide", "many shots"))
+WIDE_HEADS, MANY_SHOTS, EASY_FIRST = (f"classes, {how}" for how in ("twice as wide", "many shots", "easy ones first"))
+# Steps of other episodes: examples of one word, of more, then as they are but without noise.
+EASY_CLASSES = (
+    (600, {"words": 1, "noise": 0.0, "most_shots": 8}),
+    (400, {"words": 2, "noise": 0.0, "most_shots": 6}),
+    (400, {"words": 4, "noise": 0.0, "most_shots": 4}),
+    (600, {"noise": 0.0}),
+)
 FEW_SHOTS = (1, 8, 32)
 OTHER_CLASSES = {"16 classes": {"classes": 16}, "20 % noise": {"noise": 0.2}, "60 % noise": {"noise": 0.6}}
 _EIGHT = FAR.index(8)
@@ -320,10 +330,10 @@ _MANY_SHOTS = (
 )
 
 
-def _told_apart(task: str, arrangement: str) -> Check:
+def _told_apart(task: str, arrangement: str, setting: str | None = None) -> Check:
     return _least(
         f"the {arrangement} has learnt something: 5 points above chance with most shots",
-        _of(arrangement, task),
+        _of(arrangement, task, setting),
         12.5 + 5,
         kind="premise",
     )
@@ -873,6 +883,38 @@ PROOF: dict[str, Claim] = {
                     )
                     for name in ("naive_bayes", "nearest_5", "kernel_4x16")
                     for shots in FEW_SHOTS
+                ),
+            ),
+            full_scale=_LARGE + _MANY_SHOTS,
+        ),
+        Claim(
+            name="classification-curriculum",
+            paper="Asked by us: what does it take until a Transformer tells classes of the prompt apart, and who is "
+            "ahead then?",
+            here=f"Before {STEPS[ICL]} steps as they are, {sum(steps for steps, _ in EASY_CLASSES)} with examples of "
+            "1, 2, 4 and 8 words and no noise, for both alike; untuned. The Transformer has ALiBi and a convolution.",
+            arrangements=(V2, CONVOLVED_ALIBI),
+            asks=((EASY_FIRST, ICL),),
+            checks=(
+                _told_apart(ICL, CONVOLVED_ALIBI, EASY_FIRST),
+                *(
+                    _least(
+                        f"v2 is 10 points above the {CONVOLVED_ALIBI} with {shots} shots",
+                        _of(V2, ICL, EASY_FIRST, at=SHOTS.index(shots)),
+                        10,
+                        _of(CONVOLVED_ALIBI, ICL, EASY_FIRST, at=SHOTS.index(shots)),
+                        kind="claim" if shots == SHOTS[-1] else "control",
+                    )
+                    for shots in FEW_SHOTS
+                ),
+                *(
+                    _most(
+                        f"the {label} does not fall with shots by more than 3 points",
+                        _of(label, ICL, EASY_FIRST, measure="fall"),
+                        3,
+                        kind=kind,
+                    )
+                    for label, kind in ((V2, "claim"), (CONVOLVED_ALIBI, "control"))
                 ),
             ),
             full_scale=_LARGE + _MANY_SHOTS,
