@@ -245,8 +245,9 @@ class World:
         for name, value in numbers.items():
             _check(value is None or value >= 0, f"{name} is {value}; give 0 or more")
         labelled = task == "in-context-learning"
-        own = {"shots": shots, "noise": noise, "classes": classes, "meaning": meaning or None}
-        for option, value in (own | {"most_shots": most_shots, "words": words}).items():
+        own = {"noise": noise, "classes": classes, "meaning": meaning or None}
+        own |= {name: numbers[name] for name in ("shots", "most_shots", "words")}
+        for option, value in own.items():
             _check(labelled or value is None, f"{task} has no {option}; leave it out")
         _check(not labelled or facts is None, "in-context-learning has no facts; leave them out")
         classes = CLASSES if classes is None else classes
