@@ -653,6 +653,7 @@ CLAIMS: dict[str, Claim] = {
                     12.5 + 20,
                     kind="premise",
                 ),
+                _told_apart(ICL, TRANSFORMER),
                 _least("v2 is 10 points above the split with most shots", _of(V2, ICL), 10, _of(LONG_SHORT, ICL)),
                 _most(
                     "the split is not 10 points above the plain Transformer",
