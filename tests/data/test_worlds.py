@@ -167,7 +167,9 @@ def test_in_context_learning_trains_with_three_shots_of_a_class_or_as_many_as_as
 def test_in_context_learning_has_examples_of_as_many_words_as_asked(settings):
     own = {"noise": 0.0, **settings}
     for words in (1, 3, 11):
-        text = " ".join(WORLD.episode("in-context-learning", 5, words=words, **own).words())
+        episode = WORLD.episode("in-context-learning", 5, words=words, **own)
+        assert len(episode.words()) + 1 == settings.get("length", 1 + (2 * 8 + 8) * (words + 3))
+        text = " ".join(episode.words())
         sentences = [sentence.split()[:-2] for sentence in text.split(" .") if " means " in sentence]
         assert len(sentences) > 8 and {len(one) for one in sentences[1:]} == {words}
     eight, plain = (WORLD.episode("in-context-learning", 5, **more, **own) for more in ({"words": 8}, {}))

@@ -31,11 +31,13 @@ def test_claim_is_about_what_it_asks(claim):
     asked = {(s.shown_as, e.name): [a.label for a in study.members(s)] for s in study.settings for e in s.evaluations}
     assert set(asked) == set(claim.asks)
     assert claim.only.keys() <= {s.shown_as for s in study.settings}
+    assert {one for labels in claim.only.values() for one in labels} <= set(claim.arrangements)
     assert {one for labels in asked.values() for one in labels} == set(claim.arrangements)
     for check in claim.checks:
         for one in (check.left, check.right, check.given and check.given.left):
             if one is not None:
-                assert one.arrangement in asked[one.setting, one.evaluation]
+                who = asked[one.setting, one.evaluation]
+                assert one.arrangement in who or one.arrangement.startswith("baseline: ")
     assert "mosaics" in claim.full_scale and (claim in V1_STUDIES or "H100" in claim.full_scale)
 
 

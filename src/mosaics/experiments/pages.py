@@ -133,7 +133,8 @@ def _models(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
     probes = {setting["name"]: setting.get("probe") or {} for setting in known}
     rows = []
     for (setting, arrangement), found in lines.items():
-        kept = [m for m in found if not m["trial"]] or found
+        if not (kept := [m for m in found if not m["trial"]]):
+            continue  # tried for what is fine-tuned from it
         variant = {"learning rate": kept[0]["learning_rate"]} | kept[0].get("variant", {})
         best = ", ".join(f"{_short(key)} {shown(value)}" for key, value in variant.items() if key != _RATE)
         learnt = ", ".join(str(m["enough_at"] or "never") for m in kept) if probes[setting].get("enough") else ""

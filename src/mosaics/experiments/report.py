@@ -401,7 +401,8 @@ def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
         )
     for setting, arrangement in dict.fromkeys((m["setting"], m["arrangement"]) for m in results["models"]):
         mine = [m for m in results["models"] if (m["setting"], m["arrangement"]) == (setting, arrangement)]
-        kept = [m for m in mine if not m["trial"]] or mine
+        if not (kept := [m for m in mine if not m["trial"]]):
+            continue  # tried for what is fine-tuned from it
         tokens, seconds = sum(m["tokens"] for m in kept) / len(kept), sum(m["seconds"] for m in kept) / len(kept)
         steps = sorted({m["steps"] for m in kept})
         budget.append(
