@@ -335,7 +335,7 @@ _WITHIN = 2  # the most shots of `SHOTS` that are no longer than the rows of tra
 
 def _told_apart(task: str, arrangement: str, setting: str | None = None) -> Check:
     return _least(
-        f"the {arrangement} reads the prompt: 5 points above its last words alone, with {_WITHIN} shots",
+        f"the {arrangement} has learnt something: 5 points above the last words alone, with {_WITHIN} shots",
         _of(arrangement, task, setting, at=SHOTS.index(_WITHIN)),
         5,
         _of("baseline: last_words", task, setting, at=SHOTS.index(_WITHIN)),
