@@ -16,10 +16,11 @@ from mosaics.reporting import draw, markdown
 _HEAD = """\
 # One memory in the place of another
 
-Made from `{folder}/league.json` by `mosaics report {folder} --output {page}`; nothing here is written by hand. Every \
+Made from `{folder}/league.json` and `systems.json` by `mosaics report {folder} --output {page}`; what the papers \
+claim is all that is written by hand. Every \
 system stands in the place of the contextual memories of the first one, with as many parameters (the feed-forward \
 networks make up for what the memories differ in), the same rows in the same order, equally many tuning trials and the \
-same questions. *Beside {first}*: the difference in the middle of its 95 % interval over seeds and questions; **bold** \
+same questions. *Beside {first}*: the difference, with its 95 % interval over seeds and questions around it; **bold** \
 where the interval leaves 0 out. The models are small and the budgets short: who has not learnt a task here may do so \
 later.
 """
