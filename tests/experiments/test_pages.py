@@ -7,6 +7,7 @@ from tests.experiments.conftest import OPTIONS
 
 from mosaics.experiments.pages import _asked, _to_equal_loss, reached, records_in, results_page, write_results_page
 from mosaics.experiments.points import plot_of
+from mosaics.experiments.records import trainings
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,16 @@ def test_page_says_when_both_had_the_loss_of_the_worse():
     assert table.splitlines()[-1].startswith(row), table
     assert table.splitlines()[-1].endswith("| 0.9167 (0.5 … 1.333) | 1.833 (1 … 2.667) |"), table
     assert reached([[100, 5.0, 6.0], [200, 9.0, 5.0]], 7.0) == (100, 5.0)
+
+
+def test_trainings_leave_out_what_was_only_tried():
+    tried, taken, other = (
+        {"setting": setting, "arrangement": "v2", "seed": seed, "trial": trial}
+        for setting, seed, trial in (("text", 0, True), ("text", 0, False), ("text", 1, False))
+    )
+    before = tried | {"setting": "before"}  # that another setting is fine-tuned from
+    found = list(trainings([tried, before, taken, other]))
+    assert found == [("text", "v2", [tried, taken, other], [taken, other])]
 
 
 def test_page_refuses_a_folder_without_results(tmp_path):

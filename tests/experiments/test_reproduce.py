@@ -150,6 +150,8 @@ def test_find_claims_of_a_group_are_those_of_one_paper():
     assert [claim.name for claim in find_claims("all")] == list(CLAIMS)
     assert [claim.name for claim in find_claims("v1")] == ["three-moons", "regbench", "babistories", "v1-figure1"]
     assert [claim.name for claim in find_claims("regbench")] == ["regbench"]
+    assert not {"text-code"} & {claim.name for claim in find_claims("proof")}  # that has a text of its own
+    assert [claim.name for claim in find_claims("text-code")] == ["text-code"]
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ class Claim(Part):
         only: labels of those that take part in a setting, where not all do.
         checks: what must hold.
         full_scale: recipe, data and hardware of the paper's own experiment.
+        alone: it needs a text of its own, so that no group of claims has it.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Claim(Part):
     only: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     checks: tuple[Check, ...]
     full_scale: str
+    alone: bool = False
 
 
 def settings(
@@ -960,6 +962,7 @@ _text = PROOF["text"]
 PROOF["text-code"] = _text.model_copy(
     update={
         "name": "text-code",
+        "alone": True,
         "paper": "Asked by us: is it so on source code, too?",
         "here": f"{_text.here} Source code is to be given as --text, --held-out and --test "
         "(`benchmarks/texts.py python`), so it is not among those of `proof`.",

@@ -9,7 +9,7 @@ from typing import Any
 from mosaics.experiments.league import NAME
 from mosaics.experiments.league_page import draw_league, league_page
 from mosaics.experiments.points import draw_evaluation, grid, shown_range, simple_predictors
-from mosaics.experiments.records import read_record
+from mosaics.experiments.records import read_record, trainings
 from mosaics.experiments.reproduce import CLAIMS
 from mosaics.reporting import markdown, shown
 
@@ -126,15 +126,10 @@ def _check(check: dict[str, Any]) -> list[Any]:
 
 def _models(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
     """A line for each arrangement and setting: what its best trial was, and how long its trainings took."""
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for model in models:
-        lines.setdefault((model["setting"], model["arrangement"]), []).append(model)
     known = [one for setting in study["settings"] for one in (setting, setting.get("start")) if one]
     probes = {setting["name"]: setting.get("probe") or {} for setting in known}
     rows = []
-    for (setting, arrangement), found in lines.items():
-        if not (kept := [m for m in found if not m["trial"]]):
-            continue  # tried for what is fine-tuned from it
+    for setting, arrangement, found, kept in trainings(models):
         variant = {"learning rate": kept[0]["learning_rate"]} | kept[0].get("variant", {})
         best = ", ".join(f"{_short(key)} {shown(value)}" for key, value in variant.items() if key != _RATE)
         learnt = ", ".join(str(m["enough_at"] or "never") for m in kept) if probes[setting].get("enough") else ""

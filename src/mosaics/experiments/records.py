@@ -6,7 +6,7 @@ import base64
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ def write_record(path: Path, name: str, results: dict[str, Any], command: str, *
     if "baselines" in kept:
         kept["baselines"] = [_each_score(row, packed) for row in kept["baselines"]]
     write_lines(path, about | more | kept | {"models": models, "rows": rows})
+
+
+def trainings(
+    models: Sequence[dict[str, Any]],
+) -> Iterable[tuple[str, str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Setting, arrangement, all its trainings and those that are no trials; what has trials alone, since others are
+    fine-tuned from it, is left out."""
+    for setting, arrangement in dict.fromkeys((m["setting"], m["arrangement"]) for m in models):
+        every = [m for m in models if (m["setting"], m["arrangement"]) == (setting, arrangement)]
+        if taken := [m for m in every if not m["trial"]]:
+            yield setting, arrangement, every, taken
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from mosaics.experiments.claims import Check, Term
 from mosaics.experiments.evidence import Answers, difference, intervals
 from mosaics.experiments.points import grid, plot_of, simple_predictors
+from mosaics.experiments.records import trainings
 from mosaics.experiments.trainings import write_json
 from mosaics.reporting import Example, Lead, Number, Section, Table, draw, shown, write_page
 from mosaics.reporting.figures import colour_of
@@ -399,10 +400,7 @@ def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
         lines.append(
             [m["arrangement"], m["setting"], m["seed"], _variant(m), m["steps"], m.get("enough_at"), loss, role]
         )
-    for setting, arrangement in dict.fromkeys((m["setting"], m["arrangement"]) for m in results["models"]):
-        mine = [m for m in results["models"] if (m["setting"], m["arrangement"]) == (setting, arrangement)]
-        if not (kept := [m for m in mine if not m["trial"]]):
-            continue  # tried for what is fine-tuned from it
+    for setting, arrangement, _, kept in trainings(results["models"]):
         tokens, seconds = sum(m["tokens"] for m in kept) / len(kept), sum(m["seconds"] for m in kept) / len(kept)
         steps = sorted({m["steps"] for m in kept})
         budget.append(

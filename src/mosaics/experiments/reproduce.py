@@ -18,8 +18,10 @@ from mosaics.experiments.study import Setting
 from mosaics.reporting import Lead, Number, Section, Table, shown
 
 CLAIMS = claims.CLAIMS | claims_v1.CLAIMS | claims.PROOF | claims.REAL
-_PROOF = tuple(name for name in claims.PROOF if name != "text-code")  # that has a text of its own
-GROUPS = {"all": tuple(claims.CLAIMS), "v1": tuple(claims_v1.CLAIMS), "proof": _PROOF}
+GROUPS = {
+    group: tuple(name for name, claim in known.items() if not claim.alone)
+    for group, known in (("all", claims.CLAIMS), ("v1", claims_v1.CLAIMS), ("proof", claims.PROOF))
+}
 OWN = {three_moons.NAME: three_moons}  # experiments that are no study of language models
 
 

@@ -155,6 +155,18 @@ class Episode:
             )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """What an episode of in-context-learning is made of, as `World.episode` says."""
+
+    shots: int | None = None
+    most_shots: int = MOST_TRAINING_SHOTS
+    noise: float = NOISE
+    classes: int = CLASSES
+    meaning: bool = False
+    words: int = EXAMPLE_WORDS
+
+
 class World:
     """One world: which names exist where, and which facts hold everywhere, drawn from a seed.
 
@@ -250,11 +262,11 @@ class World:
         for option, value in own.items():
             _check(labelled or value is None, f"{task} has no {option}; leave it out")
         _check(not labelled or facts is None, "in-context-learning has no facts; leave them out")
-        classes = CLASSES if classes is None else classes
-        _check(2 <= classes <= len(LABELS), f"{classes} classes are not possible; choose from 2 to {len(LABELS)}")
+        of = _Classes(**{option: value for option, value in own.items() if value is not None})
+        _check(2 <= of.classes <= len(LABELS), f"{of.classes} classes are not possible; choose from 2 to {len(LABELS)}")
         _check(shots is None or length is None, "shots decide on the length; give one of the two")
-        _check(words != 0, "an example has no words; give words as 1 or more")
-        _check(noise is None or 0 <= noise <= 1, f"noise is {noise}; choose from 0 to 1")
+        _check(of.words > 0, "an example has no words; give words as 1 or more")
+        _check(0 <= of.noise <= 1, f"noise is {of.noise}; choose from 0 to 1")
         length = 256 if length is None else length
         _check(length >= 32, f"an episode of {length} tokens is too short; choose 32 or more")
         name = f"{task}/{split}/{self.seed}-{stream}-{number}"
@@ -263,12 +275,7 @@ class World:
             task = str(rng.choice(TASKS))
             labelled = task == "in-context-learning"
         if labelled:
-            noise = NOISE if noise is None else noise
-            most = MOST_TRAINING_SHOTS if most_shots is None else most_shots
-            words = EXAMPLE_WORDS if words is None else words
-            return self._classification(
-                rng, name, split, length, shots, most, questions, noise, classes, meaning, words
-            )
+            return self._classification(rng, name, split, length, questions, of)
         if facts is None:
             facts = {"recall": min(length // 8, 90), "new-knowledge": length // 16}.get(task, min(length // 16, 128))
             if split == "train":
@@ -329,51 +336,51 @@ class World:
         return statements, [questions[index] for index in rng.permutation(facts)]
 
     def _classification(
-        self, rng, name, split, length, shots, most_shots, questions, noise, classes, meaning, size
+        self, rng: np.random.Generator, name: str, split: str, length: int, questions: int | None, of: _Classes
     ) -> Episode:
-        labels = rng.choice(LABELS, classes, replace=False).tolist()
-        firsts = rng.permutation(len(PLAIN_WORDS))[:classes]
+        labels = rng.choice(LABELS, of.classes, replace=False).tolist()
+        firsts = rng.permutation(len(PLAIN_WORDS))[: of.classes]
         words = []
         for label, first in zip(labels, firsts, strict=True):
             seconds = np.flatnonzero(self._classes[first] == SPLITS.index(split))
             others = rng.choice(len(PLAIN_WORDS), CLASS_WORDS - 2, replace=False)
-            if meaning:
+            if of.meaning:
                 others[: CLASS_WORDS // 2] = self._meanings[LABELS.index(label)]
             words.append(np.array([first, rng.choice(seconds), *others]))
         choices = tuple(sorted(labels))
 
         def example(label: int) -> list[str]:
-            own = words[label][rng.integers(0, CLASS_WORDS, size)]
-            drawn = np.where(rng.random(size) < noise, rng.integers(0, len(PLAIN_WORDS), size), own)
+            own = words[label][rng.integers(0, CLASS_WORDS, of.words)]
+            drawn = np.where(rng.random(of.words) < of.noise, rng.integers(0, len(PLAIN_WORDS), of.words), own)
             return [*(PLAIN_WORDS[index] for index in drawn), "means"]
 
-        each = size + 3
+        each = of.words + 3
         context: list[str] = []
         last: dict[str, int] = {}
-        if shots is not None:
-            for label in rng.permuted(np.tile(np.arange(classes), (shots, 1)), axis=1).flat:
+        if of.shots is not None:
+            for label in rng.permuted(np.tile(np.arange(of.classes), (of.shots, 1)), axis=1).flat:
                 context += example(label)
                 last[labels[label]] = len(context)
                 context += [labels[label], "."]
-            asked = rng.integers(0, classes, 8 if questions is None else questions).tolist()
+            asked = rng.integers(0, of.classes, 8 if questions is None else questions).tolist()
         else:
             fit = (length - 1) // each
-            most = min(fit, classes * most_shots) if split == "train" else fit
+            most = min(fit, of.classes * of.most_shots) if split == "train" else fit
             wanted = most if questions is None else questions
             _check(
                 wanted <= most, f"{wanted} questions are more than the {most} that an episode of {length} tokens has"
             )
             context += (word for sentence in _sentences(rng, length - 1 - wanted * each) for word in sentence)
-            asked = [int(rng.integers(classes)) for _ in range(wanted)]
+            asked = [int(rng.integers(of.classes)) for _ in range(wanted)]
         made = tuple(
-            Question(tuple(example(label)), labels[label], choices, (".",), last.get(labels[label]), noise)
+            Question(tuple(example(label)), labels[label], choices, (".",), last.get(labels[label]), of.noise)
             for label in asked
         )
-        unusual = (f"-{classes}" if classes != CLASSES else "") + ("-meaning" if meaning else "")
-        unusual += f"-most-{most_shots}" if most_shots != MOST_TRAINING_SHOTS else ""
-        unusual += f"-{size}-words" if size != EXAMPLE_WORDS else ""
-        name = f"{name}/{length if shots is None else shots}-{noise}{unusual}"
-        return Episode(name, tuple(context), made, shots)
+        unusual = (f"-{of.classes}" if of.classes != CLASSES else "") + ("-meaning" if of.meaning else "")
+        unusual += f"-most-{of.most_shots}" if of.most_shots != MOST_TRAINING_SHOTS else ""
+        unusual += f"-{of.words}-words" if of.words != EXAMPLE_WORDS else ""
+        name = f"{name}/{length if of.shots is None else of.shots}-{of.noise}{unusual}"
+        return Episode(name, tuple(context), made, of.shots)
 
     def _draw_names(self, rng: np.random.Generator, split: str, count: int) -> list[tuple[int, int]]:
         """Names of a split, from few first and few second words, so that one of the two is not enough to tell them."""
