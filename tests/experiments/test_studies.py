@@ -1,6 +1,7 @@
 """A study does all of its work, once, and on equal terms."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -187,6 +188,25 @@ def test_next_trials_looks_around_the_best_once_more():
     _, best = searched(axes, score)
     assert best == {"training.learning_rate": 2.0, "model.x": "b"}  # the neighbour; not all of them again
     assert searched({}, score) == ([], {})
+
+
+@pytest.mark.parametrize("wanted", (0.25, 1.0, 2.0, 8.0, 32.0))
+@pytest.mark.parametrize("first", (1.0, 4.0))
+def test_next_trials_ends_with_neighbours_on_both_sides(first, wanted):
+    """Both sides of the best rate were tried with the best of the other key, wherever the first round ended."""
+
+    def score(v):
+        return abs(math.log2(v["training.learning_rate"] / (first if v["model.x"] is None else wanted))) - (
+            10 if v["model.x"] == "b" else 0
+        )
+
+    axes = {"training.learning_rate": (1.0, 2.0, 4.0), "model.x": (None, "b")}
+    rounds, best = searched(axes, score, beyond=3)
+    assert best == {"training.learning_rate": wanted, "model.x": "b"}
+    tried = [v for each in rounds for v in each]
+    for factor in (0.5, 2.0):
+        beside = best | {"training.learning_rate": wanted * factor}
+        assert beside in tried or wanted * factor > 4.0 * 2**3
 
 
 def test_merit_ranks_by_steps_then_by_what_was_learnt_then_by_loss():

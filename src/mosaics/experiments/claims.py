@@ -225,7 +225,7 @@ def settings(
         }
         rates = tuple(documents.training["learning_rate"] / by for by in (16, 4, 1))
         tried = {"training.learning_rate": rates} if tuning else {}
-        found.append(documents.model_copy(update=more | {"tuning": tried, "beyond": 0, "tuning_steps": None}))
+        found.append(documents.model_copy(update=more | {"tuning": tried, "tuning_steps": None}))
     return {setting.name: setting for setting in found}
 
 

@@ -240,12 +240,13 @@ def next_trials(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What is to be tried next, one key after the other, and the best of what is known.
 
-    After the last key, the neighbours of the best of the first are tried once more, with the best of the others.
+    After the last key, the neighbours of the best of the first are tried once more, with the best of the others; both
+    times it goes on while the best is at the edge of what was tried.
 
     Args:
         axes: values by key; what is not being tried has the best value so far, at first the first one.
         score: of a variant, the lower the better; None if it was not tried.
-        beyond: how many further values of `training.learning_rate` may be tried, by factors of 2.
+        beyond: by how many factors of 2 `training.learning_rate` may go beyond its values.
 
     Returns:
         Variants (nothing when all is known) and the best one.
@@ -255,9 +256,11 @@ def next_trials(
         for axis, values in axes.items():
             if again and axis != next(iter(axes)):
                 break
-            values, more = list(values), beyond if axis == "training.learning_rate" else 0
+            values, reach = list(values), None
+            if axis == "training.learning_rate" and beyond:
+                reach = (min(values) * 0.5**beyond, max(values) * 2.0**beyond)
             if again:
-                values = sorted({*values, best[axis]}) if more or all(map(_is_number, values)) else values
+                values = sorted({*values, best[axis]}) if reach or all(map(_is_number, values)) else values
                 place = values.index(best[axis])
                 values = values[max(0, place - 1) : place + 2]
             while True:
@@ -267,9 +270,9 @@ def next_trials(
                     return missing, best
                 top = min(tried, key=score)
                 edge = {min(values, key=_rank): 0.5, max(values, key=_rank): 2.0}.get(top[axis])
-                if again or more == 0 or edge is None or len(values) < 2:
+                if reach is None or edge is None or len(values) < 2 or not reach[0] <= top[axis] * edge <= reach[1]:
                     break
-                values, more = [*values, top[axis] * edge], more - 1
+                values.append(top[axis] * edge)
             best = top
     return [], best
 

@@ -136,7 +136,7 @@ class Setting(Part):
         tuning: what is tried for every arrangement, by dotted key (`training.learning_rate`, `model....`): one key
             after the other with the best values so far, the first of the values to begin with; on the first seed. All
             seeds get the best: that which soonest learnt enough, or else has the lowest loss on held-out rows.
-        beyond: how many further learning rates are tried, by factors of 2, while the best is the largest or smallest.
+        beyond: by how many factors of 2 learning rates may go beyond these, while the best is the largest or smallest.
         tuning_steps: of the trials; None: as many as the training has.
         evaluations: what the trained models are asked.
         start: another setting, whose trained models this one goes on from.
