@@ -30,6 +30,7 @@ LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "t
 NO_POSITIONS, ALIBI, WINDOW = "transformer, no positions", "transformer, ALiBi", "transformer, window"
 CONVOLVED, CONVOLVED_ALIBI = "transformer, convolution", "transformer, ALiBi, convolution"
 CONVOLVED_FLOPS = f"{CONVOLVED_ALIBI}, equal FLOPs"
+CONVOLVED_ALONE, CONVOLVED_BASE = f"{NO_POSITIONS}, convolution", f"{CONVOLVED}, rotary base 500,000"
 ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
@@ -52,6 +53,10 @@ ARRANGEMENTS = {
             )
             for label, match in ((CONVOLVED_ALIBI, "parameters"), (CONVOLVED_FLOPS, "flops"))
         ),
+        *(
+            Arrangement(label=label, preset="transformer-tiny", overrides={"convolution": 4} | other)
+            for label, other in ((CONVOLVED_ALONE, {"positions": "none"}), (CONVOLVED_BASE, {"rotary_base": 5e5}))
+        ),
         Arrangement(label=V1, preset="memory-mosaics-v1-regbench"),
     )
 }
@@ -59,6 +64,8 @@ LONG_TERM, SHORT_TERM = ("long_term",), ("short_term",)
 FAR = (1, 2, 4, 8, 16, 32)  # times the training length
 LONGER = 4  # times the training length, of long fine-tuning
 FINE_TUNING_STEPS = 100
+LONG, LONGER_TRAINED = "long fine-tuning", "longer training"
+LONGER_STEPS = 1000  # of a training that goes on after enough was learnt
 ENOUGH = 97.0  # percent of held-out questions at the training length: training stops there
 # What `--tune` tries for every arrangement: one after the other, with the best of the others so far.
 TUNING: dict[str, tuple[Any, ...]] = {
@@ -177,7 +184,8 @@ def settings(
         asked(QA, f" with a delay of {delay}", only=(V2, FIXED), changes={"long_term.delay": delay})
         for delay in (1, 4, 8)
     )
-    stretched = tuple(asked(QA, f", {way}", stretch=way, only=(TRANSFORMER,)) for way in ("linear", "yarn"))
+    turned = (TRANSFORMER, CONVOLVED, CONVOLVED_BASE)
+    stretched = tuple(asked(QA, f", {way}", stretch=way, only=turned) for way in ("linear", "yarn"))
     mixed_length = (changes or {}).get("training.context_length", LENGTHS["mixed"])
     short = {PERSISTENT: {"multiples": (1,)}, QA: {"multiples": MULTIPLES}}
     parted = tuple(
@@ -208,11 +216,15 @@ def settings(
         *_class_settings(samples, common),
         text.model_copy(update={"evaluations": (*losses, *longer, attention, *real_tasks(files or {}, samples))}),
     ]
-    for name, steps in (("one long mini-batch", 1), ("long fine-tuning", FINE_TUNING_STEPS)):
+    for name, steps, times in (
+        ("one long mini-batch", 1, LONGER),
+        (LONG, FINE_TUNING_STEPS, LONGER),
+        (LONGER_TRAINED, LONGER_STEPS, 1),
+    ):
         training = documents.training | {
             "steps": steps,
-            "context_length": LONGER * length,
-            "batch_size": max(1, documents.training["batch_size"] // LONGER),
+            "context_length": times * length,
+            "batch_size": max(1, documents.training["batch_size"] // times),
             "learning_rate": documents.training["learning_rate"] / 4,
             "warmup_steps": 1,
         }
@@ -225,7 +237,9 @@ def settings(
         }
         rates = tuple(documents.training["learning_rate"] / by for by in (16, 4, 1))
         tried = {"training.learning_rate": rates} if tuning else {}
-        found.append(documents.model_copy(update=more | {"tuning": tried, "tuning_steps": None}))
+        found.append(
+            documents.model_copy(update=more | {"tuning": tried, "tuning_steps": 200 if steps > 200 else None})
+        )
     return {setting.name: setting for setting in found}
 
 
@@ -549,23 +563,23 @@ CLAIMS: dict[str, Claim] = {
             paper="Both fine-tuned at 32k, v2 answers better at 4k to 32k (53.4 against 41.1) and still at 64k.",
             here=f"{FINE_TUNING_STEPS} steps at {LONGER} times the training length; asked at 1 to 32 times.",
             arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
-            asks=(("long fine-tuning", QA),),
+            asks=((LONG, QA),),
             checks=(
-                *_learnt(QA, V2, CONVOLVED_ALIBI, setting="long fine-tuning"),
+                *_learnt(QA, V2, CONVOLVED_ALIBI, setting=LONG),
                 *(
                     _least(
                         f"v2 is not below the {label} at {times} times the first training length",
-                        _of(V2, QA, "long fine-tuning", at=index),
+                        _of(V2, QA, LONG, at=index),
                         -1,
-                        _of(label, QA, "long fine-tuning", at=index),
-                        given=_learnt(QA, label, setting="long fine-tuning")[0],
+                        _of(label, QA, LONG, at=index),
+                        given=_learnt(QA, label, setting=LONG)[0],
                     )
                     for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
                     for index, times in enumerate(MULTIPLES)
                 ),
                 _least(
                     "v2 answers 95 % at twice the length it was fine-tuned at",
-                    _of(V2, QA, "long fine-tuning", at=_EIGHT),
+                    _of(V2, QA, LONG, at=_EIGHT),
                     95,
                 ),
             ),
@@ -681,7 +695,7 @@ CLAIMS: dict[str, Claim] = {
             here=f"One step, and {FINE_TUNING_STEPS}, at {LONGER} times the training length; facts of the context, at "
             "32 times.",
             arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
-            asks=((QA, QA), ("one long mini-batch", QA), ("long fine-tuning", QA)),
+            asks=((QA, QA), ("one long mini-batch", QA), (LONG, QA)),
             checks=(
                 *_learnt(QA, V2, CONVOLVED_ALIBI),
                 _most("there is something to improve in v2: below 90 %", _of(V2, QA), 90, kind="premise"),
@@ -693,7 +707,7 @@ CLAIMS: dict[str, Claim] = {
                         f"v2 after 1 step is above the {label} after {FINE_TUNING_STEPS}",
                         _of(V2, QA, "one long mini-batch"),
                         0,
-                        _of(label, QA, "long fine-tuning"),
+                        _of(label, QA, LONG),
                         given=_learnt(QA, label)[0],
                     )
                     for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
@@ -759,8 +773,8 @@ PROOF: dict[str, Claim] = {
                 (QA, QA),
                 (QA, f"{QA}, linear"),
                 (QA, f"{QA}, yarn"),
-                ("long fine-tuning", QA),
-                ("long fine-tuning", f"{QA}, yarn"),
+                (LONG, QA),
+                (LONG, f"{QA}, yarn"),
             ),
             checks=(
                 *_learnt(QA, V2, ALIBI),
@@ -778,8 +792,8 @@ PROOF: dict[str, Claim] = {
                         (TRANSFORMER, QA, QA, ""),
                         (TRANSFORMER, f"{QA}, linear", QA, ", positions interpolated"),
                         (TRANSFORMER, f"{QA}, yarn", QA, " with YaRN"),
-                        (TRANSFORMER, QA, "long fine-tuning", " fine-tuned at 4 times"),
-                        (TRANSFORMER, f"{QA}, yarn", "long fine-tuning", " fine-tuned at 4 times, with YaRN"),
+                        (TRANSFORMER, QA, LONG, " fine-tuned at 4 times"),
+                        (TRANSFORMER, f"{QA}, yarn", LONG, " fine-tuned at 4 times, with YaRN"),
                         (NO_POSITIONS, QA, QA, ""),
                         (ALIBI, QA, QA, ""),
                         (WINDOW, QA, QA, ""),
@@ -812,6 +826,40 @@ PROOF: dict[str, Claim] = {
                 ),
             ),
             full_scale=_SMALL,
+        ),
+        Claim(
+            name="convolution-remedies",
+            paper="Asked by us: which remedies take a Transformer that has learnt the task, with a convolution, beyond "
+            "its training length?",
+            here="Facts of the context at 1 to 32 times the training length; Transformers with a convolution, with "
+            "positions stretched (linear, YaRN), with a larger rotary base, without positions, with ALiBi, fine-tuned "
+            f"at 4 times, and trained {LONGER_STEPS:,} steps longer than until enough was learnt; beside v2 as it is.",
+            arrangements=(V2, CONVOLVED, CONVOLVED_BASE, CONVOLVED_ALONE, CONVOLVED_ALIBI),
+            asks=(
+                (QA, f"{QA}, linear"),
+                *((setting, name) for setting in (QA, LONG, LONGER_TRAINED) for name in (QA, f"{QA}, yarn")),
+            ),
+            checks=(
+                *_learnt(QA, V2),
+                *(
+                    _least(
+                        f"at {times} times, v2 is 10 points above the {label}{how}",
+                        _of(V2, QA, at=FAR.index(times)),
+                        10,
+                        _of(label, name, setting, at=FAR.index(times)),
+                        given=_learnt(QA, label)[0],
+                    )
+                    for times in (8, 32)
+                    for setting, after in ((QA, ""), (LONG, ", fine-tuned at 4 times"), (LONGER_TRAINED, ", longer"))
+                    for labels, name, how in (
+                        ((CONVOLVED, CONVOLVED_BASE, CONVOLVED_ALONE, CONVOLVED_ALIBI), QA, after),
+                        ((CONVOLVED, CONVOLVED_BASE), f"{QA}, yarn", f"{after}, with YaRN"),
+                        ((CONVOLVED, CONVOLVED_BASE) if setting == QA else (), f"{QA}, linear", ", interpolated"),
+                    )
+                    for label in labels
+                ),
+            ),
+            full_scale=_SMALL + _LONG + _RULER,
         ),
         Claim(
             name="text",
