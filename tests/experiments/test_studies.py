@@ -103,6 +103,21 @@ def test_arrangements_see_the_same_rows_in_the_same_order(small_study, cache):
         assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
+def test_models_without_their_longest_heads_are_asked_apart(results, small_study, cache):
+    """On text, where the loss follows every head; the model that is asked next is whole again."""
+    setting, twin = small_study.settings[1], small_study.arrangements[1]
+    job = Plan(small_study, cache).job(twin, setting, 1)
+    [loss] = [one for one in setting.evaluations if one.suite == "perplexity"]
+    silent = loss.model_copy(update={"name": "silent", "without_longest": 0.5})
+    assert loss.plain and not silent.plain
+    asking._scorer.cache_clear()
+    whole, less = (asking.evaluate(job, one, cache) for one in (loss, silent))
+    other = loss.model_copy(update={"options": loss.options | {"samples": loss.options["samples"] + 1}})
+    again = asking.evaluate(job, other, cache)
+    assert [row["y"] for row in less] != [row["y"] for row in whole]
+    assert [row["scores"][0] for row in again] == [row["scores"][0] for row in whole]
+
+
 def test_source_holds_rows_out(small_study, cache):
     for setting in small_study.settings:
         source = Source(setting.data, 64, 0, cache)

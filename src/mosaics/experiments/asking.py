@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from mosaics.experiments.questions import Asked
 
 
+_RANKED = 16  # rows that heads are ranked by
+
+
 def evaluate(job: Training, evaluation: Evaluation, cache: Path) -> list[dict[str, Any]]:
     """Ask a trained model, unless the cache has its answers.
 
@@ -78,7 +81,8 @@ def answers(
     changes = evaluation.changes if changes is None else changes
     suite = SUITES[evaluation.suite].suite
     sample = word_digest(options.get("task"), "automata" in suite.model_fields)
-    key = digest([suite.name, options, evaluation.without, changes, job.setting.data.test, sample])
+    silent = [evaluation.without_longest] if evaluation.without_longest else []
+    key = digest([suite.name, options, evaluation.without, changes, job.setting.data.test, sample, *silent])
     if "training_length" in suite.model_fields:  # it asks about text
         text = job.setting.data.test or str(prepared(job.setting.data, cache))
         options = {"data": text, "field": job.setting.data.field, "training_length": _length(job)} | options
@@ -88,6 +92,12 @@ def answers(
             from mosaics.evaluation import evaluate as ask
 
             scorer = _scorer(job.folder(cache) / "model", evaluation.without, json.dumps(changes))
+            if silent:
+                from mosaics.experiments.silenced import silence_longest
+
+                rows = Source(job.setting.data, _length(job), 0, cache).held_out.batch(0, _RANKED)["input_ids"]
+                silence_longest(scorer.model, rows.to(scorer.model.device), *silent)
+                _scorer.cache_clear()  # the model is another one now
             more = {"without": list(evaluation.without)} if evaluation.without else None
             ask(suite(**options), scorer, folder, model=str(job), more_settings=more, with_plot=False)
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))

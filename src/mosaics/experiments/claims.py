@@ -192,7 +192,7 @@ def settings(
         asked(task, suffix, mixed_length, without=without, **short.get(task, {}))
         for task in (PERSISTENT, QA, ICL)
         for suffix, without in (("", ()), (WITHOUT, LONG_TERM), (WITHOUT_SHORT, SHORT_TERM))
-    )
+    ) + tuple(asked(task, WITHOUT_LONGEST, mixed_length, **short[task], **_SILENCED) for task in (PERSISTENT, QA))
     given = {"training.steps": 1000} | (changes or {})
     more = common | {"changes": given, "probe": Probe(every=100, rows=32)}
     more |= {"tuning_steps": min(200, given["training.steps"]), "held_out": held_out, "test": test}
@@ -204,7 +204,7 @@ def settings(
     losses = tuple(
         loss.model_copy(update={"name": "loss" + suffix, "without": without})
         for suffix, without in (("", ()), (WITHOUT, LONG_TERM), (WITHOUT_SHORT, SHORT_TERM))
-    )
+    ) + (loss.model_copy(update={"name": "loss" + WITHOUT_LONGEST} | _SILENCED),)
     longer = tuple(
         loss.model_copy(update={"name": f"loss, {way}", "stretch": way, "only": (TRANSFORMER,)})
         for way in ("linear", "yarn")
@@ -317,6 +317,8 @@ def _slower(task: str, *arrangements: str) -> tuple[Check, ...]:
 NAMED = "classes with meaning"
 RECALL, QA, ICL, PERSISTENT = "recall", "new-knowledge", "in-context-learning", "persistent-knowledge"
 WITHOUT, WITHOUT_SHORT = " without long-term memory", " without short-term memory"
+WITHOUT_LONGEST = " without the longest heads"
+_SILENCED: dict[str, Any] = {"without_longest": 0.5, "only": (TRANSFORMER,)}
 WIDE_HEADS, MANY_SHOTS, EASY_FIRST = (f"classes, {how}" for how in ("twice as wide", "many shots", "easy ones first"))
 # Steps of other episodes: examples of one word, of more, then as they are but without noise.
 EASY_CLASSES = (
@@ -444,10 +446,10 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="table2",
             paper="Without long-term memory, v2 keeps its knowledge on 13 benchmarks (56.8 before, 56.6 after).",
-            here="Facts of the training corpus, with the long-term memory and without; as a control, without the "
-            "short-term memory.",
-            arrangements=(V2,),
-            asks=tuple(("mixed", PERSISTENT + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT)),
+            here="Facts of the training corpus, with the long-term memory and without; as controls, without the "
+            "short-term memory, and a Transformer without half of its heads, those that read farthest.",
+            arrangements=(V2, TRANSFORMER),
+            asks=tuple(("mixed", PERSISTENT + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT, WITHOUT_LONGEST)),
             checks=(
                 _least("the facts are known (50 %)", _of(V2, PERSISTENT, "mixed"), 50, kind="premise"),
                 _least(
@@ -463,6 +465,13 @@ CLAIMS: dict[str, Claim] = {
                     _of(V2, PERSISTENT, "mixed"),
                     kind="control",
                 ),
+                _least(
+                    "the Transformer keeps them without its longest heads, within 5 points",
+                    _of(TRANSFORMER, PERSISTENT + WITHOUT_LONGEST, "mixed"),
+                    -5,
+                    _of(TRANSFORMER, PERSISTENT, "mixed"),
+                    kind="control",
+                ),
             ),
             full_scale=_LARGE
             + " Ask: mosaics evaluate RUN --suite persistent-knowledge, and again --without long_term.",
@@ -470,13 +479,18 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="table9",
             paper="Without long-term memory, v2 loses the 6 benchmarks that need the context (42.1 to 34.9).",
-            here="Classes that exist only in the prompt, and the loss at 8 times the training length.",
-            arrangements=(V2,),
-            asks=tuple(
-                ask
-                for suffix in ("", WITHOUT, WITHOUT_SHORT)
-                for ask in (("mixed", ICL + suffix), ("text", "loss" + suffix))
+            here="Classes that exist only in the prompt, and the loss at 8 times the training length; as a control, "
+            "on text, a Transformer without half of its heads, those that read farthest.",
+            arrangements=(V2, TRANSFORMER),
+            asks=(
+                *(
+                    ask
+                    for suffix in ("", WITHOUT, WITHOUT_SHORT)
+                    for ask in (("mixed", ICL + suffix), ("text", "loss" + suffix))
+                ),
+                ("text", "loss" + WITHOUT_LONGEST),
             ),
+            only={"mixed": (V2,)},
             checks=(
                 _least("classes are told apart (30 %)", _of(V2, ICL, "mixed"), 30, kind="premise"),
                 _most(
@@ -493,6 +507,13 @@ CLAIMS: dict[str, Claim] = {
                     _of(V2, "loss" + WITHOUT, "text"),
                     kind="control",
                 ),
+                _least(
+                    "the Transformer's loss on text rises without its longest heads, at the training length",
+                    _of(TRANSFORMER, "loss" + WITHOUT_LONGEST, "text", at=0),
+                    0,
+                    _of(TRANSFORMER, "loss", "text", at=0),
+                    kind="control",
+                ),
             ),
             full_scale=_LARGE
             + " Ask: mosaics evaluate RUN --suite persistent-knowledge, and again --without long_term.",
@@ -500,9 +521,10 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             name="table10",
             paper="Without long-term memory, v2 cannot answer from long documents (32k: 53.4 to 20.2).",
-            here="Facts of the context at 1 to 8 times the training length, with the long-term memory and without.",
-            arrangements=(V2,),
-            asks=tuple(("mixed", QA + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT)),
+            here="Facts of the context at 1 to 8 times the training length, with the long-term memory and without; as "
+            "a control, a Transformer without half of its heads, those that read farthest.",
+            arrangements=(V2, TRANSFORMER),
+            asks=tuple(("mixed", QA + suffix) for suffix in ("", WITHOUT, WITHOUT_SHORT, WITHOUT_LONGEST)),
             checks=(
                 *_learnt(QA, V2, setting="mixed"),
                 *(
@@ -519,6 +541,13 @@ CLAIMS: dict[str, Claim] = {
                     _of(V2, QA + WITHOUT_SHORT, "mixed"),
                     0,
                     _of(V2, QA + WITHOUT, "mixed"),
+                    kind="control",
+                ),
+                _most(
+                    "the Transformer's answers fall by 10 points or more without its longest heads, at its length",
+                    _of(TRANSFORMER, QA + WITHOUT_LONGEST, "mixed", at=0),
+                    -10,
+                    _of(TRANSFORMER, QA, "mixed", at=0),
                     kind="control",
                 ),
             ),

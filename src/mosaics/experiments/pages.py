@@ -196,7 +196,7 @@ def _asked(record: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any], list[d
 
 def _is_drawn(evaluation: dict[str, Any]) -> bool:
     """Not where the same models are asked the same again with something changed."""
-    return not (evaluation["changes"] or evaluation["without"] or evaluation["stretch"])
+    return not any(evaluation.get(key) for key in ("changes", "without", "without_longest", "stretch"))
 
 
 def _answers(rows: Sequence[dict[str, Any]], simple: dict[str, dict[float, float]]) -> str:

@@ -105,6 +105,8 @@ def _title(setting: dict[str, Any], evaluation: dict[str, Any]) -> str:
         title += f", positions stretched ({evaluation['stretch']})"
     if evaluation["without"]:
         title += f", without {' and '.join(evaluation['without'])}"
+    elif evaluation.get("without_longest"):
+        title += f", without {evaluation['without_longest']:.0%} of the heads, those that read farthest"
     elif setting["name"] != "text" and not evaluation["name"].startswith(setting["name"]):
         title += f" ({setting['series'] or setting['name']})"
     return title

@@ -61,7 +61,7 @@ def run_study(study: Study, cache: Path, jobs: int = 1) -> dict[str, Any]:
             {"setting": setting.shown_as, "evaluation": evaluation.name} | row
             for setting in study.settings
             for evaluation in setting.evaluations
-            if not (evaluation.without or evaluation.changes or evaluation.stretch)
+            if evaluation.plain
             for row in asking.baselines(plan.job(study.arrangements[0], setting, study.seeds[0]), evaluation, cache)
         ],
         "examples": some_examples(plan, cache),
@@ -83,13 +83,7 @@ def some_examples(plan: Plan, cache: Path) -> list[dict[str, Any]]:
         jobs = [plan.job(arrangement, setting, plan.study.seeds[0]) for arrangement in plan.study.members(setting)]
         for evaluation in setting.evaluations:
             able = [job for job in jobs if job.result(cache)["held_out_loss"] is not None and evaluation in asked(job)]
-            if (
-                evaluation.suite != "world"
-                or evaluation.without
-                or evaluation.changes
-                or evaluation.stretch
-                or not able
-            ):
+            if evaluation.suite != "world" or not evaluation.plain or not able:
                 continue
             records = {
                 job.arrangement.label: {r["id"]: r for r in asking.answers(job, evaluation, cache)["examples"]}

@@ -90,6 +90,7 @@ class Evaluation(Part):
             `regbench-variation`; on files of yours `many-shot` (`InContextLearning`) or `documents` (`NewKnowledge`).
         options: of the suite.
         without: memories that are taken out first.
+        without_longest: the share of all heads that is silenced first: those that read farthest.
         changes: options of the config that are changed first, such as `long_term.delay`.
         stretch: `linear` or `yarn`: rotary positions are stretched to each length beyond the training length.
         only: labels of the arrangements that are asked; empty: all that have the memories and options named above.
@@ -103,10 +104,16 @@ class Evaluation(Part):
     )
     options: dict[str, Any] = Field(default_factory=dict)
     without: tuple[str, ...] = ()
+    without_longest: float = Field(0.0, ge=0, le=1)
     changes: dict[str, Any] = Field(default_factory=dict)
     stretch: Literal["linear", "yarn"] | None = None
     only: tuple[str, ...] = ()
     beside: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether models are asked as they were trained."""
+        return not (self.without or self.without_longest or self.changes or self.stretch)
 
 
 class Probe(Part):
