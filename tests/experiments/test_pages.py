@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import OPTIONS
 
-from mosaics.experiments.pages import _asked, _to_equal_loss, reached, records_in, results_page, write_results_page
+from mosaics.experiments.pages import (
+    _asked,
+    _learning,
+    _to_enough,
+    _to_equal_loss,
+    reached,
+    records_in,
+    results_page,
+    write_results_page,
+)
 from mosaics.experiments.points import plot_of
 from mosaics.experiments.records import trainings
 
@@ -84,6 +93,48 @@ def test_page_says_when_both_had_the_loss_of_the_worse():
     assert table.splitlines()[-1].startswith(row), table
     assert table.splitlines()[-1].endswith("| 0.9167 (0.5 … 1.333) | 1.833 (1 … 2.667) |"), table
     assert reached([[100, 5.0, 6.0], [200, 9.0, 5.0]], 7.0) == (100, 5.0)
+
+
+def test_page_says_how_many_times_the_steps_of_the_first_each_took():
+    """Looked at every 25 steps: what was learnt at step 50 may have been there after 26."""
+
+    def model(arrangement, seed, enough, steps, seconds, trial=False):
+        about = {"setting": "recall", "arrangement": arrangement, "seed": seed, "trial": trial}
+        return about | {"enough_at": enough, "steps": steps, "seconds": seconds}
+
+    models = [model("v2", 0, 50, 75, 7.5), model("v2", 1, 100, 125, 12.5), model("v2", 0, 25, 50, 1.0, trial=True)]
+    models += [model("slow", 0, 100, 200, 40.0), model("slow", 1, 350, 375, 75.0)]
+    models += [model("never", 0, 400, 400, 40.0), model("never", 1, None, 800, 80.0)]
+    models += [model("other seed", 7, 50, 75, 7.5)]
+    study = {"arrangements": [{"label": label} for label in ("v2", "slow", "never", "other seed")]}
+    task = {"name": "recall", "data": {"corpus": None}, "probe": {"every": 25, "enough": 97.0}}
+    study["settings"] = [task, task | {"name": "text", "data": {"corpus": "x"}}, task | {"name": "none", "probe": None}]
+    said, table = _to_enough(study, models)
+    assert "97 %" in said and "every 25 steps" in said
+    slow, never = table.strip().splitlines()[2:]
+    assert slow == "| slow | 50, 100 | 100, 350 | 3 (1.5 … 4.667) | 6 |"  # 75 of 50 … 350 of 75 steps; 90 of 15 s
+    assert never == "| never | 50, 100 | never in 400, 800 | at least 8 | at least 8 |"
+    assert not list(_to_enough(study, [m | {"enough_at": None} for m in models]))
+
+
+def test_curves_of_learning_are_those_that_the_claim_names():
+    probes = [[100, 10.0, 5.0], [200, 20.0, 50.0]]
+    models = [
+        {"setting": setting, "arrangement": "v2", "seed": seed, "trial": trial, "probes": probes}
+        | {"steps": 200, "seconds": 20.0 * (seed + 1)}
+        for setting, seed, trial in (
+            ("recall", 0, False),
+            ("recall", 1, False),
+            ("recall", 0, True),
+            ("mixed", 0, False),
+        )
+    ]
+    study = {"settings": [{"name": name, "data": {"corpus": None}} for name in ("recall", "mixed")]}
+    steps, seconds = _learning({"name": "learning", "study": study, "models": models})
+    assert steps["curves"] == [("v2", seed, [100, 200], [5.0, 50.0]) for seed in (0, 1)] and steps["title"] == "recall"
+    assert seconds["curves"] == [("v2", seed, [15.0, 30.0], [5.0, 50.0]) for seed in (0, 1)]  # at the pace of both
+    for name in ("table3", "of a stranger"):
+        assert not list(_learning({"name": name, "study": study, "models": models}))
 
 
 def test_trainings_leave_out_what_was_only_tried():

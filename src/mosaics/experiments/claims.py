@@ -129,6 +129,7 @@ class Claim(Part):
         only: labels of those that take part in a setting, where not all do.
         checks: what must hold.
         full_scale: recipe, data and hardware of the paper's own experiment.
+        curves: settings whose curves of learning are shown.
         alone: it needs a text of its own, so that no group of claims has it.
     """
 
@@ -140,6 +141,7 @@ class Claim(Part):
     only: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     checks: tuple[Check, ...]
     full_scale: str
+    curves: tuple[str, ...] = ()
     alone: bool = False
 
 
@@ -788,6 +790,7 @@ PROOF: dict[str, Claim] = {
             "that was tried; a Transformer that does not get there is counted with all steps it was given.",
             arrangements=(V2, TRANSFORMER, ALIBI),
             asks=((RECALL, RECALL), (QA, QA)),
+            curves=(RECALL, QA),
             checks=(*_slower(RECALL, TRANSFORMER, ALIBI), *_slower(QA, TRANSFORMER, ALIBI)),
             full_scale=_SMALL,
         ),
@@ -839,6 +842,7 @@ PROOF: dict[str, Claim] = {
             "tokens, with rotary positions and with ALiBi.",
             arrangements=(V2, CONVOLVED, CONVOLVED_ALIBI),
             asks=((QA, QA),),
+            curves=(QA,),
             checks=(
                 *_learnt(QA, V2),
                 *_slower(QA, CONVOLVED, CONVOLVED_ALIBI),
@@ -896,6 +900,7 @@ PROOF: dict[str, Claim] = {
             here="Loss on test documents at 1 to 8 times the training length; bigrams and trigrams counted in the same "
             "tokens; the Transformer also with positions stretched.",
             asks=(("text", "loss"), ("text", "loss, linear"), ("text", "loss, yarn"), ("text", "attention")),
+            curves=("text",),
             checks=(
                 *(
                     _most(
@@ -960,6 +965,7 @@ PROOF: dict[str, Claim] = {
             here="Classes that exist only in the prompt, with 1 to 32 shots, also with more classes, less and more "
             "noise; naive Bayes and nearest examples on the same questions.",
             asks=((ICL, ICL), *((ICL, f"{ICL}, {about}") for about in OTHER_CLASSES)),
+            curves=(ICL,),
             checks=(
                 _most("v2 does not fall with shots by more than 3 points", _of(V2, ICL, measure="fall"), 3),
                 *(
@@ -984,6 +990,7 @@ PROOF: dict[str, Claim] = {
             "1, 2, 4 and 8 words and no noise, for both alike; untuned. The Transformer has ALiBi and a convolution.",
             arrangements=(V2, CONVOLVED_ALIBI),
             asks=((EASY_FIRST, ICL),),
+            curves=(EASY_FIRST,),
             checks=(
                 _told_apart(ICL, CONVOLVED_ALIBI, EASY_FIRST),
                 *(

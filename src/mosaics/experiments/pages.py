@@ -8,10 +8,11 @@ from typing import Any
 
 from mosaics.experiments.league import NAME
 from mosaics.experiments.league_page import draw_league, league_page
-from mosaics.experiments.points import draw_evaluation, grid, shown_range, simple_predictors
+from mosaics.experiments.points import draw_evaluation, shown_range, simple_predictors
 from mosaics.experiments.records import read_record, trainings
+from mosaics.experiments.report import numbers
 from mosaics.experiments.reproduce import CLAIMS
-from mosaics.reporting import markdown, shown
+from mosaics.reporting import draw, markdown, shown
 
 _HEAD = """\
 # What was measured
@@ -20,7 +21,8 @@ Made from the files in `{folder}` by `mosaics report {folder} --output {page}`; 
 claims are defined in `mosaics reproduce --list`; each file names the commit that it was measured with, and holds each \
 trial, curve, seed and single answer. Intervals hold 95 %: over seeds and examples drawn anew, and for shares at least \
 Newcombe's. A claim *can't be told* where a premise is not met or an interval has both signs; *left out* is what is \
-compared with what has not learnt the task at the training length. *Found* are both sides, the right one with margin.
+compared with what has not learnt the task at the training length. *Found* are both sides, the right one with margin. \
+Seconds are those of machines that did other things beside.
 """
 
 
@@ -62,9 +64,11 @@ def write_results_page(folder: Path, page: Path) -> list[Path]:
         page.write_text(results_page(records, folder, page), encoding="utf-8")
         written.append(page)
     for record in records:
+        (page.parent / "images").mkdir(exist_ok=True)
+        for plot in _learning(record):
+            draw(plot, page.parent / _image(record, plot["title"], plot["x"]))
         for setting, evaluation, rows in filter(lambda asked: _is_drawn(asked[1]), _asked(record)):
-            (page.parent / "images").mkdir(exist_ok=True)
-            draw_evaluation(evaluation, rows, record, page.parent / _image(record, setting, evaluation))
+            draw_evaluation(evaluation, rows, record, page.parent / _image(record, setting, evaluation["name"]))
     if league := league_in(folder):
         other = page.with_name(f"{NAME}.md")
         other.write_text(league_page(league, folder, page, league_in(folder, "systems")), encoding="utf-8")
@@ -107,12 +111,16 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
     if models := [model for model in record["models"] if "trial" in model]:
         yield _models(study, models)
         yield from _to_equal_loss(study, models)
+        yield from _to_enough(study, models)
+        for plot in _learning(record):
+            picture = _image(record, plot["title"], plot["x"]).as_posix()
+            yield f"![{plot['title']}, by {plot['x']}]({picture})\n"
     for setting, evaluation, rows in _asked(record):
         name = evaluation["name"] if evaluation["name"] == setting else f"{setting}: {evaluation['name']}"
-        yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (lowest … highest):\n"
-        yield _answers(rows, simple_predictors(record, setting, evaluation["name"]))
+        yield f"**{name}** – {evaluation['title'] or 'answers'}; mean over seeds (95 % interval):\n"
+        yield _answers(record, rows, simple_predictors(record, setting, evaluation["name"]))
         if _is_drawn(evaluation):
-            yield f"![{name}]({_image(record, setting, evaluation).as_posix()})\n"
+            yield f"![{name}]({_image(record, setting, evaluation['name']).as_posix()})\n"
 
 
 def _check(check: dict[str, Any]) -> list[Any]:
@@ -171,6 +179,65 @@ def _to_equal_loss(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> I
             yield markdown(columns, rows)
 
 
+def _to_enough(study: dict[str, Any], models: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """In a world, the steps until enough was learnt, and how many times those of the first arrangement each other took:
+    from what seeds and the steps between two looks leave open."""
+    first, *others = [arrangement["label"] for arrangement in study["arrangements"]]
+    for setting in study["settings"]:
+        probe = setting.get("probe") or {}
+        if setting["data"]["corpus"] is not None or not probe.get("enough"):
+            continue
+        mine = [m for m in models if m["setting"] == setting["name"] and not m["trial"]]
+        at = {(m["arrangement"], m["seed"]): m for m in mine}
+        rows = []
+        for other in others:
+            both = [(at[first, seed], m) for (label, seed), m in at.items() if label == other and (first, seed) in at]
+            if not both or any(one["enough_at"] is None for one, _ in both):
+                continue
+            never = any(two["enough_at"] is None for _, two in both)
+            steps = [(one["enough_at"], two["enough_at"] or two["steps"]) for one, two in both]
+            seconds = [tuple(map(_seconds, pair, ends)) for pair, ends in zip(both, steps, strict=True)]
+            every = probe["every"]
+            low = min((theirs - every * (not never)) / ours for ours, theirs in steps)
+            high = max(theirs / max(1, ours - every) for ours, theirs in steps)
+            middle = sum(theirs for _, theirs in steps) / sum(ours for ours, _ in steps)
+            factor = f"at least {shown(low)}" if never else f"{shown(middle)} ({shown(low)} … {shown(high)})"
+            times = shown(sum(theirs for _, theirs in seconds) / sum(ours for ours, _ in seconds))
+            took = [", ".join(f"{end:,}" for end in side) for side in zip(*steps, strict=True)]
+            rows.append([other, took[0], f"never in {took[1]}" if never else took[1], factor])
+            rows[-1].append(f"at least {times}" if never else times)
+        if rows:
+            yield (
+                f"To {probe['enough']:g} % of held-out questions of `{setting['name']}`, looked at every "
+                f"{probe['every']} steps:\n"
+            )
+            yield markdown(["other", f"steps, {first}", "steps, other", "times the steps", "times the seconds"], rows)
+
+
+def _seconds(model: dict[str, Any], step: int) -> float:
+    return model["seconds"] * step / model["steps"]
+
+
+def _learning(record: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Curves of what was learnt, against steps and seconds, in the settings that the claim names; those of a seed are
+    drawn at the pace of all."""
+    shown_ones = CLAIMS[record["name"]].curves if record["name"] in CLAIMS else ()
+    for setting in record["study"]["settings"] if shown_ones else ():
+        if setting["name"] not in shown_ones:
+            continue
+        mine = [m for m in record["models"] if m["setting"] == setting["name"] and not m["trial"] and m["probes"]]
+        text = setting["data"]["corpus"] is not None
+        plot = {"title": setting["name"], "y": "nats per token, held out" if text else "held-out questions right (%)"}
+        for x in ("optimisation step", "seconds"):
+            curves = []
+            for m in mine:
+                own = [one for one in mine if one["arrangement"] == m["arrangement"]]
+                pace = sum(one["seconds"] for one in own) / sum(one["steps"] for one in own) if x == "seconds" else 1
+                xs, ys = [pace * step for step, *_ in m["probes"]], [value for *_, value in m["probes"]]
+                curves.append((m["arrangement"], m["seed"], xs, ys))
+            yield plot | {"x": x, "log_x": True, "curves": curves}
+
+
 def reached(probes: Sequence[Sequence[float]], loss: float) -> tuple[float, float]:
     """Steps and seconds until probes (step, seconds, loss) first are down to a loss, straight between them."""
     for before, after in zip(probes, probes[1:], strict=False):
@@ -199,16 +266,14 @@ def _is_drawn(evaluation: dict[str, Any]) -> bool:
     return not any(evaluation.get(key) for key in ("changes", "without", "without_longest", "stretch"))
 
 
-def _answers(rows: Sequence[dict[str, Any]], simple: dict[str, dict[float, float]]) -> str:
+def _answers(record: dict[str, Any], rows: Sequence[dict[str, Any]], simple: dict[str, dict[float, float]]) -> str:
     xs = sorted({row["x"] for row in rows})
-    lines = []
-    for arrangement, points in grid(rows).items():
-        lines.append([arrangement, *(shown_range(list(points[x].values())) if x in points else "" for x in xs)])
+    lines = [[label, *(str(points.get(x, "")) for x in xs)] for label, points in numbers(record, rows).items()]
     lines += [[f"*{name}*", *(points.get(x, "") for x in xs)] for name, points in simple.items()]
     return markdown(["", *(f"{x:g}" for x in xs)], lines)
 
 
-def _image(record: dict[str, Any], setting: str, evaluation: dict[str, Any]) -> Path:
-    words = "-".join((record["name"], setting, evaluation["name"])).lower()
+def _image(record: dict[str, Any], setting: str, name: str) -> Path:
+    words = "-".join((record["name"], setting, name)).lower()
     name = "".join(c if c.isalnum() else "-" for c in words)
     return Path("images") / f"results-{'-'.join(filter(None, name.split('-')))}.png"
