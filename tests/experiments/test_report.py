@@ -203,6 +203,13 @@ def test_draw_tells_many_curves_apart_and_shows_the_first_above_the_others(tmp_p
     assert all(lines[0].get_zorder() > line.get_zorder() for line in lines[1:])
 
 
+def test_draw_writes_numbers_beside_the_axis_however_many_points_there_are(tmp_path):
+    xs = list(range(25, 1000, 25))
+    plot = {"title": "t", "x": "optimisation step", "y": "nats", "log_x": True}
+    drawing = draw(plot | {"curves": [("a", 0, xs, xs)]}, tmp_path / "a.png")
+    assert {"50", "100", "200", "500"} <= set(re.findall(r">([0-9]+)<", drawing))
+
+
 def test_draw_breaks_long_names(tmp_path):
     name = "learning rate 0.008, initializer range 0.02, warmup steps 50, final learning rate ratio 0.01 (taken)"
     plot = {"title": "t", "x": "x", "y": "y", "log_x": False, "curves": [(name, 0, [1, 2], [1, 2])]}

@@ -32,6 +32,7 @@ def draw(plot: dict[str, Any], png: Path) -> str:
         The drawing as HTML.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6.0, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -67,6 +68,9 @@ def draw(plot: dict[str, Any], png: Path) -> str:
         ticks = sorted({x for curve in [*plot["curves"], *plot.get("beside", [])] for x in curve[-2]})
         if len(ticks) <= 12:
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        else:
+            axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     if "%" in plot["y"]:
         axes.set_ylim(-3, 103)
