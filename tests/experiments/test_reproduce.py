@@ -10,7 +10,7 @@ from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, PROOF, REAL, settin
 from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
-from mosaics.experiments.trainings import Training
+from mosaics.experiments.trainings import SPEED, Training, write_json
 
 TABLES, FIGURES = "1 2 9 10 3 4 12 13".split(), "1 3 4 5 8 12".split()
 
@@ -152,6 +152,9 @@ def test_find_claims_of_a_group_are_those_of_one_paper():
     assert [claim.name for claim in find_claims("regbench")] == ["regbench"]
     assert not {"text-code"} & {claim.name for claim in find_claims("proof")}  # that has a text of its own
     assert [claim.name for claim in find_claims("text-code")] == ["text-code"]
+    everything = [claim.name for claim in find_claims("everything")]
+    assert everything[0] == "learning" and len(everything) == len(set(everything))
+    assert set(everything) == {claim.name for group in ("all", "v1", "proof") for claim in find_claims(group)}
 
 
 @pytest.mark.slow
@@ -222,6 +225,14 @@ def test_plan_text_counts_what_claims_share_once(tmp_path):
     chosen = [CLAIMS[name] for name in ("table3", "table13", "figure5")]
     counts = {line.split()[0]: line.split()[1:] for line in plan_text(chosen, known, (0, 1), tmp_path).splitlines()[1:]}
     assert [counts[name][1] for name in ("table3", "table13", "figure5")] == ["12", "0", "6"]
+    for number, seconds in enumerate((10.0, 20.0, 1e6)):  # ten times as fast as where nothing was trained yet
+        done = {"flops_per_token": 1e3, "tokens": 1e6, "seconds": seconds}
+        write_json(tmp_path / "done" / "models" / str(number) / "training.json", done)
+    slow, fast = (
+        float(plan_text([CLAIMS["abstract"]], settings(), (0,), folder).split()[-1])
+        for folder in (tmp_path, tmp_path / "done")
+    )
+    assert fast == pytest.approx(slow * SPEED / (3e9 / 20), rel=0.05)
     tuned = settings(changes=MICRO, tuning={"training.learning_rate": (1e-3, 2e-3, 4e-3)}, beyond=3)
     more = plan_text([CLAIMS["table13"]], tuned, (0, 1), tmp_path).splitlines()[1].split()
     assert more[1:3] == ["8", "4"]  # 3 rates; for the Transformer 2 rotary bases more

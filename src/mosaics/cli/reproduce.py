@@ -19,7 +19,10 @@ def reproduce(
     context: Context,
     name: Annotated[
         str | None,
-        Argument(metavar="NAME", help="A claim, such as table3 or regbench; all of v2, or v1. --list names them."),
+        Argument(
+            metavar="NAME",
+            help="A claim, such as table3 or regbench; all of v2, v1, proof or everything. --list names them.",
+        ),
     ] = None,
     output: Annotated[
         Path, Option(metavar="FOLDER", help="A folder for each claim is made in it: report.html, plots, results.json.")
@@ -76,7 +79,7 @@ def reproduce(
     changes, words = parse_overrides(words, OPTIONS.split())
     if len(words) != 1:
         raise ValueError(
-            f"reproduce takes one claim, all or v1, and was given {', '.join(words) or 'none'}; --list names them"
+            f"reproduce takes one claim or group, and was given {', '.join(words) or 'none'}; --list names them"
         )
     chosen = of.find_claims(words[0])
     rates = tuple(numbers("--learning-rates", learning_rates, float)) if learning_rates else ()

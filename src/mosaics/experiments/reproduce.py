@@ -22,11 +22,14 @@ GROUPS = {
     group: tuple(name for name, claim in known.items() if not claim.alone)
     for group, known in (("all", claims.CLAIMS), ("v1", claims_v1.CLAIMS), ("proof", claims.PROOF))
 }
+# What decides most comes first: learning, length, text, then what the papers claim.
+GROUPS["everything"] = tuple(dict.fromkeys((*GROUPS["proof"], *GROUPS["all"], *GROUPS["v1"])))
 OWN = {three_moons.NAME: three_moons}  # experiments that are no study of language models
 
 
 def find_claims(name: str) -> list[Claim]:
-    """A claim by its name, or a group of them: `all` of Memory Mosaics v2, those of `v1`, or the `proof`, our own.
+    """A claim by its name, or a group of them: `all` of Memory Mosaics v2, those of `v1`, the `proof`, our own, or
+    `everything`.
 
     Raises:
         ValueError: there is none; the nearest name is in the message.
@@ -79,23 +82,26 @@ def reproduce(
 
 
 def plan_text(chosen: Sequence[Claim], known: dict[str, Setting], seeds: Sequence[int], cache: Path) -> str:
-    """What claims would train that the cache does not have, with minutes on one thread; trainings that several claims
-    share are counted with the first. Trainings that stop when enough is learnt take less."""
-    lines, counted, total = [f"{'claim':<16}{'trials':>8}{'models':>8}{'minutes':>9}"], set(), 0.0
+    """What claims would train that the cache does not have, with minutes on one thread, at the pace of what it has;
+    trainings that several claims share are counted with the first. Trainings that stop when enough is learnt take
+    less."""
+    wide = max(len("together"), *(len(claim.name) for claim in chosen))
+    lines, counted, total = [f"{'claim':<{wide}}{'trials':>8}{'models':>8}{'minutes':>9}"], set(), 0.0
+    pace = trainings.pace(cache)
     for claim in chosen:
         if claim.name in OWN:
-            lines.append(f"{claim.name:<16}{'-':>8}{'-':>8}{'?':>9}")
+            lines.append(f"{claim.name:<{wide}}{'-':>8}{'-':>8}{'?':>9}")
             continue
         plan = Plan(study_of((claim,), known, tuple(seeds), ""), cache)
         trials, jobs = plan.expected()
         new = [job for job in (*trials, *jobs) if job.digest not in counted and job.result(cache) is None]
         counted |= {job.digest for job in new}
-        minutes = sum(trainings.seconds_expected(job) for job in new) / 60
+        minutes = sum(trainings.seconds_expected(job, pace) for job in new) / 60
         total += minutes
         own = {job.digest for job in jobs}
         models = len({job.digest for job in new} & own)
-        lines.append(f"{claim.name:<16}{len(new) - models:>8}{models:>8}{minutes:>9.0f}")
-    return "\n".join([*lines, f"{'together':<32}{total:>9.0f}"])
+        lines.append(f"{claim.name:<{wide}}{len(new) - models:>8}{models:>8}{minutes:>9.0f}")
+    return "\n".join([*lines, f"{'together':<{wide + 16}}{total:>9.0f}"])
 
 
 def verdict_text(verdict: dict[str, Any]) -> str:

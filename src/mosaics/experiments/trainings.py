@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from mosaics.training.progress import as_clock
 
 CHECKPOINT_SECONDS = 120
 HELD_OUT_ROWS = 64
-SPEED = 2e10  # operations a second of a thread, in training of small models
+SPEED = 2e10  # operations a second of a thread, in training of small models, where nothing was trained yet
 
 
 def say(text: str) -> None:
@@ -351,8 +352,15 @@ def _train(job: Training, folder: Path, cache: Path) -> dict[str, Any]:
 _flops: dict[str, float] = {}
 
 
-def seconds_expected(job: Training) -> float:
-    """How long a training of all its steps takes on one thread, roughly."""
+def pace(cache: Path) -> float:
+    """Operations a second of a thread: the median of the trainings that a cache has."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (cache / "models").glob("*/training.json")]
+    paces = [3 * one["flops_per_token"] * one["tokens"] / one["seconds"] for one in found if one["seconds"]]
+    return statistics.median(paces) if paces else SPEED
+
+
+def seconds_expected(job: Training, pace: float = SPEED) -> float:
+    """How long a training of all its steps takes on one thread, roughly, at so many operations a second."""
     import torch
 
     from mosaics import MosaicForCausalLM
@@ -365,7 +373,7 @@ def seconds_expected(job: Training) -> float:
         with torch.device("meta"):
             model = MosaicForCausalLM(config)
         _flops[key] = model.describe(job.recipe.training.context_length)["flops_per_token"]
-    return 3 * _flops[key] * job.recipe.training.steps * job.recipe.tokens_per_step / SPEED
+    return 3 * _flops[key] * job.recipe.training.steps * job.recipe.tokens_per_step / pace
 
 
 def _figures(job: Training, model, device, dtype) -> dict[str, Any]:
