@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import OPTIONS
 
+from mosaics.experiments import pages
 from mosaics.experiments.pages import (
     _asked,
     _learning,
@@ -50,6 +51,18 @@ def test_page_follows_the_numbers(kept, tmp_path):
     record["rows"][0]["y"] += 12.5
     record["verdict"]["checks"][0]["low"] -= 1.25
     assert results_page([record], kept, tmp_path / "page.md") != before
+
+
+@pytest.mark.slow
+def test_page_says_when_a_claim_was_defined_otherwise(kept, tmp_path, monkeypatch):
+    [record] = records_in(kept)
+    assert "was changed since" not in results_page([record], kept, tmp_path / "page.md")
+    claim = pages.CLAIMS[record["name"]]
+    easier = claim.checks[0].model_copy(update={"margin": claim.checks[0].margin - 1})
+    monkeypatch.setitem(pages.CLAIMS, record["name"], claim.model_copy(update={"checks": (easier, *claim.checks[1:])}))
+    assert "was changed since" in results_page([record], kept, tmp_path / "page.md")
+    monkeypatch.setitem(pages.CLAIMS, record["name"], claim.model_copy(update={"here": "in other words"}))
+    assert "was changed since" not in results_page([record], kept, tmp_path / "page.md")
 
 
 def test_plots_have_lines_of_what_counting_reaches():

@@ -23,7 +23,7 @@ from mosaics.experiments.compare import (
     world_setting,
 )
 from mosaics.experiments.real_tasks import CLASSES, QUESTIONS, real_tasks
-from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study
+from mosaics.experiments.study import Arrangement, Evaluation, Part, Probe, Setting, Study, digest
 
 V1, V2, TRANSFORMER = "memory-mosaics-v1", "memory-mosaics-v2", "transformer"
 LONG_SHORT, FIXED, EQUAL_FLOPS = "transformer-long-short", "v2, fixed delay", "transformer, equal FLOPs"
@@ -143,6 +143,12 @@ class Claim(Part):
     full_scale: str
     curves: tuple[str, ...] = ()
     alone: bool = False
+
+    @property
+    def definition(self) -> str:
+        """A digest of what decides the verdict: who is asked what, and what must hold."""
+        own = {"arrangements", "asks", "only", "checks"}
+        return digest(self.model_dump(mode="json", include=own, exclude_defaults=True))
 
 
 def settings(

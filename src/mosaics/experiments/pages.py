@@ -106,6 +106,8 @@ def _record(record: dict[str, Any]) -> Iterable[str]:
     words = f"{machine.get('processor', machine['device'])}, torch {machine['torch']}"
     yield f"Commit {record['commit']}, {words}, seeds {', '.join(map(str, study['seeds']))}:\n"
     yield f"```\n{record['command']}\n```\n"
+    if claim and record.get("definition", claim.definition) != claim.definition:
+        yield "**What is asked, or what must hold, was changed since; this is the verdict of before.**\n"
     if checks := verdict["checks"]:
         yield markdown(["", "must hold", "found", "by", "95 % interval", ""], map(_check, checks))
     if models := [model for model in record["models"] if "trial" in model]:

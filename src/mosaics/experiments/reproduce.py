@@ -77,7 +77,7 @@ def reproduce(
     results["verdict"] = judge(claim, results)
     write(results, output, verdict_parts(claim, results["verdict"]), command)
     if record is not None:
-        write_record(record[0], claim.name, results, record[1])
+        write_record(record[0], claim.name, results, record[1], definition=claim.definition)
     return results
 
 
