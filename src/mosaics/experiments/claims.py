@@ -933,16 +933,18 @@ PROOF: dict[str, Claim] = {
                 ),
                 *(
                     _most(
-                        f"at 8 times, v2's loss is below that of the {label}{how}",
-                        _of(V2, "loss", "text"),
+                        f"at {MULTIPLES[at]} times, v2's loss is below that of the {label}{how}",
+                        _of(V2, "loss", "text", at=at),
                         0,
-                        _of(label, name, "text"),
+                        _of(label, name, "text", at=at),
+                        kind="claim" if MULTIPLES[at] == MULTIPLES[-1] else "control",
                     )
                     for label, name, how in (
                         (TRANSFORMER, "loss", ""),
                         (TRANSFORMER, "loss, yarn", " with YaRN"),
                         (TRANSFORMER, "loss, linear", ", positions interpolated"),
                     )
+                    for at in range(1, len(MULTIPLES))
                 ),
             ),
             full_scale=_SMALL,
