@@ -1,0 +1,186 @@
+"""The numbers of docs/reproduction.md are those of results/: each sentence is made anew and must stand there."""
+
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mosaics.experiments.claims import (
+    ALIBI,
+    CONVOLVED,
+    CONVOLVED_ALIBI,
+    EASY_FIRST,
+    ICL,
+    LONG,
+    NAMED,
+    NO_POSITIONS,
+    PERSISTENT,
+    QA,
+    RECALL,
+    TRANSFORMER,
+    V2,
+    WINDOW,
+    WITHOUT,
+    WITHOUT_SHORT,
+)
+from mosaics.experiments.records import read_record
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+
+
+@cache
+def kept(name):
+    return read_record(ROOT / "results" / f"{name}.json")
+
+
+def mean(name, arrangement, evaluation, x, setting=None, seed=None):
+    wanted = (arrangement, setting or evaluation, evaluation, x)
+    found = [
+        row["y"]
+        for row in kept(name)["rows"]
+        if (row["arrangement"], row["setting"], row["evaluation"], row["x"]) == wanted and seed in (None, row["seed"])
+    ]
+    assert found, wanted
+    return sum(found) / len(found)
+
+
+def counted(name, predictor, evaluation, x, setting=None):
+    wanted = (setting or evaluation, evaluation, x)
+    [row] = [row for row in kept(name)["baselines"] if (row["setting"], row["evaluation"], row["x"]) == wanted]
+    return row[predictor]
+
+
+def rounded(value, digits=0):
+    """As one rounds by hand: halves up."""
+    return str(Decimal(f"{value:.6f}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def learnt(name, arrangement, setting=QA):
+    models = [m for m in kept(name)["models"] if (m["arrangement"], m["setting"]) == (arrangement, setting)]
+    return sorted(m["enough_at"] for m in models if not m["trial"])
+
+
+def span(values):
+    return f"{values[0]:,} to {values[-1]:,}" if values[0] != values[-1] else f"{values[0]:,}"
+
+
+def points(name, arrangement, evaluation, xs, setting=None, seed=None):
+    return ", ".join(f"{rounded(mean(name, arrangement, evaluation, x, setting, seed))}" for x in xs)
+
+
+def percent(*arguments, **keywords):
+    return points(*arguments, **keywords).replace(",", " %,") + " %"
+
+
+def naive(name, evaluation, shots, setting=None):
+    return ", ".join(f"{rounded(counted(name, 'naive_bayes', evaluation, x, setting))}" for x in shots)
+
+
+FAR, SHOTS = (512, 2048), (1, 8, 32)
+
+
+def test_steps_until_facts_are_learnt():
+    assert {*learnt("extrapolation", V2), *learnt("learning", V2), *learnt("convolution", V2)} == {50}
+    assert (
+        f"with ALiBi {span(learnt('learning', ALIBI))} where the rate falls within 3,000 steps, "
+        f"{span(learnt('extrapolation', ALIBI))} within 8,000" in PAGE
+    )
+    assert (
+        f"with rotary positions {span(learnt('convolution', CONVOLVED))}, "
+        f"with ALiBi {span(learnt('convolution', CONVOLVED_ALIBI))} |" in PAGE
+    )
+    never = [mean("extrapolation", label, QA, 64) for label in (TRANSFORMER, NO_POSITIONS, WINDOW)]
+    assert f"{rounded(min(never))} to {rounded(max(never))} % with new names" in PAGE
+    assert f"counting words reaches ({rounded(counted('extrapolation', 'word_counts', QA, 64))} %)" in PAGE
+
+
+def test_facts_beyond_the_length_of_training():
+    runs = sorted(mean(name, V2, QA, 2048) for name in ("extrapolation", "table12", "learning"))
+    assert f"| {rounded(mean('extrapolation', V2, QA, 512))} %, {int(runs[0])} to {rounded(runs[-1])} % |" in PAGE
+    assert (
+        f"ALiBi {percent('extrapolation', ALIBI, QA, FAR)}; "
+        f"ALiBi and a convolution {percent('convolution', CONVOLVED_ALIBI, QA, FAR)}; "
+        f"rotary positions and a convolution {percent('convolution', CONVOLVED, QA, FAR)} |" in PAGE
+    )
+    after = {label: percent("table4", label, QA, FAR, LONG) for label in (V2, CONVOLVED, CONVOLVED_ALIBI)}
+    assert (
+        f"| {after[V2]} | rotary positions and a convolution {after[CONVOLVED]}; "
+        f"ALiBi and a convolution {after[CONVOLVED_ALIBI]}; ALiBi {percent('extrapolation', ALIBI, QA, FAR, LONG)}"
+        in PAGE
+    )
+    needle = [mean("table13", label, "needle", 2048, QA) for label in (V2, TRANSFORMER)]
+    assert (
+        f"| {rounded(needle[0])} % | rotary positions {rounded(needle[1])} % (100 % at the length of training) |"
+        in PAGE
+    )
+
+
+def test_free_recall():
+    def said(label):
+        return f"{span(learnt('abstract', label, RECALL))}, then {percent('abstract', label, RECALL, FAR)}"
+
+    assert f"{said(V2).replace(', then', ';')} | rotary positions or ALiBi never in 3,000 " in PAGE
+    assert f"rotary positions and a convolution {said(CONVOLVED)}; " in PAGE
+    assert f"ALiBi and a convolution {said(CONVOLVED_ALIBI)} |" in PAGE
+    none = {f"{rounded(mean('learning', label, RECALL, 64))}" for label in (TRANSFORMER, ALIBI)}
+    assert none == {"14"} and "(14 % right)" in PAGE
+
+
+def test_text():
+    half = [f"{rounded(mean('table3', label, 'loss', 1, 'text'), 2)}" for label in (V2, TRANSFORMER)]
+    full = [f"{rounded(mean('text', label, 'loss', 1, 'text'), 2)}" for label in (V2, TRANSFORMER)]
+    trigram = [f"{rounded(counted(name, 'trigram', 'loss', 1, 'text'), 2)}" for name in ("table3", "text")]
+    assert f"(a counted trigram: {', '.join(trigram)}) | {half[0]}, {full[0]} | {half[1]}, {full[1]} |" in PAGE
+    longest = [f"{rounded(mean('text', label, 'loss', 8, 'text'), 2)}" for label in (V2, TRANSFORMER)]
+    yarn = mean("text", TRANSFORMER, "loss, yarn", 8, "text")
+    assert f"| {longest[0]} | {longest[1]}, with YaRN {rounded(yarn, 2)} |" in PAGE
+
+
+def test_classes():
+    assert (
+        f"(naive Bayes {naive('classification', ICL, SHOTS)} %) | {percent('classification', V2, ICL, SHOTS)} | "
+        f"{percent('figure12', TRANSFORMER, ICL, SHOTS)}: it does not learn" in PAGE
+    )
+    for line, evaluation in (("40 % noise", ICL), *((more, f"{ICL}, {more}") for more in ("16 classes", "20 % noise"))):
+        own = points("classification", V2, evaluation, SHOTS, ICL)
+        read = ", ".join(f"{rounded(counted('classification', 'kernel_4x16', evaluation, x, ICL))}" for x in SHOTS)
+        bayes = naive("classification", evaluation, SHOTS, ICL)
+        assert f"| {line} | {own} % | {bayes} % | {read} % |" in PAGE
+    seeds = [
+        points("classification-curriculum", CONVOLVED_ALIBI, ICL, SHOTS, EASY_FIRST, seed)
+        for seed in (0, 1, 2)
+        if mean("classification-curriculum", CONVOLVED_ALIBI, ICL, 1, EASY_FIRST, seed) > 20
+    ]
+    assert (
+        f"| {percent('classification-curriculum', V2, ICL, SHOTS, EASY_FIRST)} | with ALiBi and a convolution "
+        f"{' % and '.join(seeds)} % with two seeds" in PAGE
+    )
+
+
+def test_classes_with_a_meaning():
+    shots = (2, 4, 8, 32)
+    bayes = naive("figure3", NAMED, shots)
+    assert (
+        f"(naive Bayes {bayes} %; the last words alone {rounded(counted('figure3', 'last_words', NAMED, 2))} %) | "
+        f"{percent('figure3', V2, NAMED, shots)} | rotary positions {points('figure3', TRANSFORMER, NAMED, shots)} %; "
+        in PAGE
+    )
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "x", "name"), ((PERSISTENT, 128, "table2"), (QA, 1024, "table10"), (ICL, 32, "table9"))
+)
+def test_without_a_memory(evaluation, x, name):
+    whole, less = (mean(name, V2, evaluation + suffix, x, "mixed") for suffix in ("", WITHOUT))
+    if evaluation == ICL:
+        bayes = counted(name, "naive_bayes", evaluation, x, "mixed")
+        assert f"| {rounded(whole)} % (naive Bayes {rounded(bayes)} %), without {rounded(less)} % (chance" in PAGE
+        return
+    short = mean(name, V2, evaluation + WITHOUT_SHORT, x, "mixed")
+    digits = 1 if evaluation == PERSISTENT else 0
+    assert (
+        f"| {rounded(whole, digits)} %, without its long-term memory {rounded(less, digits)} % "
+        f"(without the short-term one {rounded(short)} %) |" in PAGE
+    )
