@@ -160,6 +160,13 @@ def test_classes():
 
 
 def test_classes_with_a_meaning():
+    first, last = (mean("figure3", V2, NAMED, x) for x in (1, 32))
+    ahead = last - mean("figure3", CONVOLVED_ALIBI, NAMED, 32)
+    assert f"v2 gains by more examples ({rounded(first)} to {rounded(last)} %)" in PAGE
+    assert (
+        f"v2 rises by {rounded(last - first)} points with the shots, where 10 were asked, and is {rounded(ahead)} ahead"
+        in PAGE
+    )
     shots = (2, 4, 8, 32)
     bayes = naive("figure3", NAMED, shots)
     assert (
