@@ -31,6 +31,7 @@ NO_POSITIONS, ALIBI, WINDOW = "transformer, no positions", "transformer, ALiBi",
 CONVOLVED, CONVOLVED_ALIBI = "transformer, convolution", "transformer, ALiBi, convolution"
 CONVOLVED_FLOPS = f"{CONVOLVED_ALIBI}, equal FLOPs"
 CONVOLVED_ALONE, CONVOLVED_BASE = f"{NO_POSITIONS}, convolution", f"{CONVOLVED}, rotary base 500,000"
+CONVOLVED_ONES = (CONVOLVED, CONVOLVED_ALONE, CONVOLVED_ALIBI)
 ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
@@ -385,7 +386,7 @@ CLAIMS: dict[str, Claim] = {
             name="abstract",
             paper="v2 stores new knowledge and learns in context far better than a Transformer, at any length.",
             here="Recall, facts of the context, classes of the prompt and text, to 32 times the training length.",
-            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
+            arrangements=(V2, TRANSFORMER, *CONVOLVED_ONES),
             asks=((RECALL, RECALL), (QA, QA), (ICL, ICL), ("text", "loss")),
             only={setting: (V2, TRANSFORMER) for setting in (ICL, "text")},
             checks=(
@@ -413,7 +414,7 @@ CLAIMS: dict[str, Claim] = {
                         *(
                             (task, label, _learnt(task, label)[0])
                             for task in (RECALL, QA)
-                            for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
+                            for label in (TRANSFORMER, *CONVOLVED_ONES)
                         ),
                         (ICL, TRANSFORMER, None),
                     )
@@ -565,7 +566,7 @@ CLAIMS: dict[str, Claim] = {
             name="table3",
             paper="Trained at 4k, v2 answers from documents of 8k to 32k; the Transformer cannot beyond 4k.",
             here="Facts of the context at 1 to 32 times the training length, and the loss on text to 8 times.",
-            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
+            arrangements=(V2, TRANSFORMER, *CONVOLVED_ONES),
             asks=((QA, QA), ("text", "loss")),
             only={"text": (V2, TRANSFORMER)},
             checks=(
@@ -578,7 +579,7 @@ CLAIMS: dict[str, Claim] = {
                         50,
                         given=_learnt(QA, label)[0],
                     )
-                    for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
+                    for label in (TRANSFORMER, *CONVOLVED_ONES)
                 ),
                 _most(
                     "v2's loss on text does not rise up to 8 times",
@@ -599,7 +600,7 @@ CLAIMS: dict[str, Claim] = {
             name="table4",
             paper="Both fine-tuned at 32k, v2 answers better at 4k to 32k (53.4 against 41.1) and still at 64k.",
             here=f"{FINE_TUNING_STEPS} steps at {LONGER} times the training length; asked at 1 to 32 times.",
-            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
+            arrangements=(V2, TRANSFORMER, *CONVOLVED_ONES),
             asks=((LONG, QA),),
             checks=(
                 *_learnt(QA, V2, CONVOLVED_ALIBI, setting=LONG),
@@ -611,7 +612,7 @@ CLAIMS: dict[str, Claim] = {
                         _of(label, QA, LONG, at=index),
                         given=_learnt(QA, label, setting=LONG)[0],
                     )
-                    for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
+                    for label in (TRANSFORMER, *CONVOLVED_ONES)
                     for index, times in enumerate(MULTIPLES)
                 ),
                 _least(
@@ -731,7 +732,7 @@ CLAIMS: dict[str, Claim] = {
             paper="One mini-batch of fine-tuning at 32k brings v2 22 points; the Transformer is behind after 800.",
             here=f"One step, and {FINE_TUNING_STEPS}, at {LONGER} times the training length; facts of the context, at "
             "32 times.",
-            arrangements=(V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI),
+            arrangements=(V2, TRANSFORMER, *CONVOLVED_ONES),
             asks=((QA, QA), ("one long mini-batch", QA), (LONG, QA)),
             checks=(
                 *_learnt(QA, V2, CONVOLVED_ALIBI),
@@ -747,7 +748,7 @@ CLAIMS: dict[str, Claim] = {
                         _of(label, QA, LONG),
                         given=_learnt(QA, label)[0],
                     )
-                    for label in (TRANSFORMER, CONVOLVED, CONVOLVED_ALIBI)
+                    for label in (TRANSFORMER, *CONVOLVED_ONES)
                 ),
             ),
             full_scale=_LARGE + " Then 1, 2 … 800 steps with --training.context_length 32768." + _RULER,
@@ -756,8 +757,8 @@ CLAIMS: dict[str, Claim] = {
             name="figure12",
             paper="v2 is ahead of Transformers of equal parameters, and of equal FLOPs.",
             here="Facts of the context and classes of the prompt, against twins matched in both ways; for the facts "
-            "also with ALiBi and a convolution, which learn them.",
-            arrangements=(V2, TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALIBI, CONVOLVED_FLOPS),
+            "also with a convolution, without positions and with ALiBi, which learn them.",
+            arrangements=(V2, TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALONE, CONVOLVED_ALIBI, CONVOLVED_FLOPS),
             asks=((QA, QA), (ICL, ICL)),
             only={ICL: (V2, TRANSFORMER, EQUAL_FLOPS)},
             checks=(
@@ -771,7 +772,7 @@ CLAIMS: dict[str, Claim] = {
                         _of(twin, QA, at=at),
                         given=_learnt(QA, twin)[0],
                     )
-                    for twin in (TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALIBI, CONVOLVED_FLOPS)
+                    for twin in (TRANSFORMER, EQUAL_FLOPS, CONVOLVED_ALONE, CONVOLVED_ALIBI, CONVOLVED_FLOPS)
                     for at, where in ((0, "training length"), (-1, "longest"))
                 ),
                 *(
@@ -845,13 +846,13 @@ PROOF: dict[str, Claim] = {
             paper="Asked by us: how much of it is the average in the keys? What does a Transformer with a short "
             "convolution of its queries, keys and values (Primer) lack?",
             here="Facts of the context at 1 to 32 times the training length; Transformers with a convolution over 4 "
-            "tokens, with rotary positions and with ALiBi.",
-            arrangements=(V2, CONVOLVED, CONVOLVED_ALIBI),
+            "tokens, with rotary positions, without positions and with ALiBi.",
+            arrangements=(V2, *CONVOLVED_ONES),
             asks=((QA, QA),),
             curves=(QA,),
             checks=(
                 *_learnt(QA, V2),
-                *_slower(QA, CONVOLVED, CONVOLVED_ALIBI),
+                *_slower(QA, *CONVOLVED_ONES),
                 *(
                     _least(
                         f"at {times} times the training length, v2 is 10 points above the {label}",
@@ -861,7 +862,7 @@ PROOF: dict[str, Claim] = {
                         given=_learnt(QA, label)[0],
                     )
                     for times in (8, 32)
-                    for label in (CONVOLVED, CONVOLVED_ALIBI)
+                    for label in CONVOLVED_ONES
                 ),
             ),
             full_scale=_SMALL,
