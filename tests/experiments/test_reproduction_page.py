@@ -10,9 +10,12 @@ from mosaics.experiments.claims import (
     ALIBI,
     CONVOLVED,
     CONVOLVED_ALIBI,
+    CONVOLVED_ALONE,
+    CONVOLVED_BASE,
     EASY_FIRST,
     ICL,
     LONG,
+    LONGER_TRAINED,
     NAMED,
     NO_POSITIONS,
     PERSISTENT,
@@ -191,3 +194,23 @@ def test_without_a_memory(evaluation, x, name):
         f"| {rounded(whole, digits)} %, without its long-term memory {rounded(less, digits)} % "
         f"(without the short-term one {rounded(short)} %) |" in PAGE
     )
+
+
+def test_remedies():
+    name, yarn = "convolution-remedies", f"{QA}, yarn"
+
+    def line(said, label, turned):
+        cells = [said, span(learnt(name, label))]
+        for setting in (QA, LONGER_TRAINED, LONG):
+            stretched = f" (YaRN {points(name, label, yarn, FAR, setting)})" if turned else ""
+            cells.append(f"{points(name, label, QA, FAR, setting)} %{stretched}")
+        return f"| {' | '.join(cells)} |"
+
+    for said, label, turned in (
+        ("v2", V2, False),
+        ("a Transformer with a convolution and rotary positions", CONVOLVED, True),
+        ("the same, rotary base 500,000", CONVOLVED_BASE, True),
+        ("the same, ALiBi", CONVOLVED_ALIBI, False),
+        ("the same, no positions", CONVOLVED_ALONE, False),
+    ):
+        assert line(said, label, turned) in PAGE, line(said, label, turned)
