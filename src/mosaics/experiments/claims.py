@@ -953,9 +953,9 @@ PROOF: dict[str, Claim] = {
         Claim(
             name="text-remedies",
             paper="Asked by us: on text, do Transformers that are made for longer contexts use them as v2 does?",
-            here="Loss on test documents at 1 to 8 times the training length, without positions, with ALiBi, with a "
-            "window.",
-            arrangements=(V2, NO_POSITIONS, ALIBI, WINDOW),
+            here="Loss on test documents at 1 to 8 times the training length, without positions, also with a "
+            "convolution, with ALiBi, with a window.",
+            arrangements=(V2, NO_POSITIONS, CONVOLVED_ALONE, ALIBI, WINDOW),
             asks=(("text", "loss"),),
             checks=tuple(
                 _most(
@@ -964,7 +964,7 @@ PROOF: dict[str, Claim] = {
                     0,
                     _of(label, "loss", "text"),
                 )
-                for label in (NO_POSITIONS, ALIBI, WINDOW)
+                for label in (NO_POSITIONS, CONVOLVED_ALONE, ALIBI, WINDOW)
             ),
             full_scale=_SMALL,
         ),
