@@ -1,5 +1,6 @@
 """The numbers of docs/reproduction.md are those of results/: each sentence is made anew and must stand there."""
 
+from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from mosaics.experiments.claims import (
     ALIBI,
+    CLAIMS,
     CONVOLVED,
     CONVOLVED_ALIBI,
     CONVOLVED_ALONE,
@@ -27,6 +29,7 @@ from mosaics.experiments.claims import (
     WITHOUT,
     WITHOUT_SHORT,
 )
+from mosaics.experiments.evidence import OPEN
 from mosaics.experiments.records import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +85,14 @@ def naive(name, evaluation, shots, setting=None):
 
 
 FAR, SHOTS = (512, 2048), (1, 8, 32)
+
+
+def test_tally_of_verdicts():
+    told = Counter(kept(name)["verdict"]["verdict"] for name in CLAIMS)
+    assert (
+        f"Of the {len(CLAIMS)} claims of the v2 paper {told['holds']} hold, {told['does not hold']} do not and "
+        f"{told[OPEN]} can't be told" in PAGE
+    )
 
 
 def test_steps_until_facts_are_learnt():
