@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import tiny_config
-from mosaics import MosaicForCausalLM
+from mosaics import MosaicConfig, MosaicForCausalLM
 from mosaics.experiments import bench as module
 from mosaics.experiments import measuring
 from mosaics.experiments.bench import PARTS, Bench, bench, decoding
@@ -33,6 +33,19 @@ def test_bench_peer_has_as_many_parameters(preset):
     here = Bench(tiny_config(preset), device="cpu")
     ours, theirs = (here.build(name).num_parameters() for name in ("mosaic", "llama"))
     assert theirs == pytest.approx(ours, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "said"),
+    [
+        ("gam-tiny", {}, "no heads"),
+        ("memory-mosaics-v2-tiny", {"long_term.num_attention_heads": 2}, r"different numbers of heads \(4, 2\)"),
+    ],
+)
+def test_bench_refuses_what_no_llama_is_like(preset, options, said):
+    config = MosaicConfig.from_preset(preset, **options)
+    with pytest.raises(ValueError, match=said):
+        Bench(config, device="cpu").peer  # noqa: B018
 
 
 def test_bench_peer_is_a_llama_of_the_same_shape():

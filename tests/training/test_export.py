@@ -15,7 +15,9 @@ import yaml
 
 from mosaics.cli import main
 from mosaics.memories.mosaic.long_term import LongTermMemory
+from mosaics.models import PRESETS
 from mosaics.models.loading import load_exported
+from mosaics.training import train
 from mosaics.training.checkpoint import checkpoint_folder
 from mosaics.training.export import export_run
 
@@ -38,6 +40,29 @@ def test_export_run_model_card_says_what_it_is(run):
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert f"{last['validation_bits_per_byte']:.4f} bits per byte" in text
     assert "{" not in re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-tiny")])
+def test_every_preset_is_trained_exported_and_loaded(preset, tiny, tmp_path):
+    one = {"training.steps": 1, "training.warmup_steps": 1, "training.context_length": 80}
+    one |= {"training.batch_size": 1, "training.micro_batch_size": 1, "validation": {"every": 1, "sequences": 1}}
+    recipe = tiny(one | {"model": {"preset": preset, "num_hidden_layers": 1}})
+    assert train(recipe, tmp_path / "run").finished
+    model, _ = load_exported(tmp_path / "run")
+    context = re.search(r"training context \| (.*) \|", (tmp_path / "run/export/README.md").read_text())[1]
+    state = [model.describe(length)["state_bytes"] for length in (80, 320)] if "longer" in context else [0, 0]
+    says = {
+        "80 tokens; longer ones can be read, memory grows with the context": state[0] < state[1],
+        "80 tokens; longer ones can be read, in the same memory": state[0] == state[1],
+        "80 tokens; no more can be read": model.model.embed_positions is not None,
+    }
+    assert says[context]
+
+
+def test_model_card_names_the_heads_of_every_memory(tiny, tmp_path):
+    changes = {"training.steps": 1, "training.warmup_steps": 1, "model.long_term.num_attention_heads": 4}
+    assert train(tiny(changes), tmp_path / "run").finished
+    assert "| 2, 16, 2 and 4 |" in (tmp_path / "run/export/README.md").read_text()
 
 
 def test_export_run_model_card_snippet_runs(run, capsys):

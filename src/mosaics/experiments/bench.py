@@ -121,13 +121,12 @@ class Bench:
         from mosaics.models.matching import matched
 
         c = self.config
-        try:
-            heads = c.num_attention_heads
-        except AttributeError:
-            raise ValueError("the memories of this model have different numbers of heads; a Llama has one") from None
+        if len(heads := c.values_of("num_attention_heads")) != 1:
+            have = f"different numbers of heads ({', '.join(map(str, heads))})" if heads else "no heads"
+            raise ValueError(f"the memories of this model have {have}, and there is no Llama like it to compare with")
         same = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
         start = mosaics.MosaicConfig.from_preset(
-            "transformer-tiny", num_attention_heads=heads, **{name: getattr(c, name) for name in same}
+            "transformer-tiny", num_attention_heads=heads[0], **{name: getattr(c, name) for name in same}
         )
         return matched(start, c)
 

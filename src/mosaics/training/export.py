@@ -35,7 +35,7 @@ mosaics {version}.
 | parameters | {parameters:,} |
 | layers, width, heads | {layers}, {width}, {heads} |
 | vocabulary | {vocabulary:,} tokens |
-| training context | {context:,} tokens; longer ones can be read, memory grows with the context |
+| training context | {context:,} tokens; {longer} |
 
 ## Use
 
@@ -153,6 +153,15 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return checkpoint_folder(root, step)
 
 
+def _longer(model) -> str:
+    """Whether more than the training context can be read, and what it costs in memory."""
+    if model.model.embed_positions is not None:
+        return "no more can be read"
+    length = model.config.max_position_embeddings
+    short, long = (model.describe(times * length)["state_bytes"] for times in (1, 4))
+    return "longer ones can be read, " + ("memory grows with the context" if long > short else "in the same memory")
+
+
 def model_card(recipe: Recipe, model, step: int, metrics: Path, name: str, self_contained: bool = False) -> str:
     """The model card: Markdown with YAML front matter.
 
@@ -195,9 +204,10 @@ def model_card(recipe: Recipe, model, step: int, metrics: Path, name: str, self_
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=" and ".join(map(str, config.values_of("num_attention_heads"))) or "none",
         vocabulary=config.vocab_size,
         context=recipe.training.context_length,
+        longer=_longer(model),
         prompt="def " if recipe.data.corpus == "python-stdlib" else "Once",
         corpus=recipe.data.prepared or recipe.data.corpus,
         share=recipe.data.validation,
