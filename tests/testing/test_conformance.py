@@ -142,6 +142,16 @@ class Modest(Neighbour):
         return 1
 
 
+class Idle(Neighbour):
+    def flops(self, context_length):
+        return 0
+
+
+class Busy(Neighbour):
+    def flops(self, context_length):
+        return 1e30
+
+
 class Noisy(Neighbour):
     """Draws numbers of its own in training."""
 
@@ -234,6 +244,7 @@ PLANTED = {
     AcrossDocuments: ("padding_and_documents_change_nothing", "small_inputs_work"),
     Unset: ("initialisation_is_applied",),
     Boastful: ("it_reaches_as_far_as_it_says",),
+    **{kind: ("flops_of_linear_maps_are_torchs",) for kind in (Idle, Busy)},
     Modest: ("flops_of_linear_maps_are_torchs", "state_bytes_are_those_held"),
     Noisy: ("training_resumes_bit_for_bit", "checkpointing_changes_nothing"),
     Hoarder: ("a_fixed_room_changes_nothing",),
@@ -278,6 +289,8 @@ def test_suite_asks_for_two_values_of_every_option(planted):
     planted(type("OneExample", (Neighbour,), {"EXAMPLES": ({},)}))
     with pytest.raises(Nonconforming, match="'scale'"):
         check_examples("planted")
+    with pytest.raises(Nonconforming, match="'scale'"):
+        conform("planted", {})
 
 
 def test_suite_refuses_a_check_that_is_none(planted):

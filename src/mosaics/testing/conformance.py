@@ -39,14 +39,16 @@ def conform(name: str, options: dict[str, Any], checks: Iterable[str] = ()) -> N
     Args:
         name: its registered type.
         options: what a config says of it, at a width of 16.
-        checks: some of `CHECKS`; by default all.
+        checks: some of `CHECKS`; by default all, and that `EXAMPLES` try every option.
 
     Raises:
         Nonconforming: the first check that it does not pass, with what was found.
         ValueError: there is no such memory or check.
     """
     memory_class(name)
-    for one in checks or CHECKS:
+    if not (chosen := tuple(checks)):
+        check_examples(name)
+    for one in chosen or CHECKS:
         if one not in CHECKS:
             raise ValueError(f"There is no check {one!r}; choose from {', '.join(CHECKS)}.")
         try:
