@@ -116,7 +116,8 @@ def test_facts_beyond_the_length_of_training():
     assert (
         f"ALiBi {percent('extrapolation', ALIBI, QA, FAR)}; "
         f"ALiBi and a convolution {percent('convolution', CONVOLVED_ALIBI, QA, FAR)}; "
-        f"rotary positions and a convolution {percent('convolution', CONVOLVED, QA, FAR)} |" in PAGE
+        f"rotary positions and a convolution {percent('convolution', CONVOLVED, QA, FAR)}; "
+        f"no positions and a convolution {percent('convolution', CONVOLVED_ALONE, QA, FAR)} |" in PAGE
     )
     after = {label: percent("table4", label, QA, FAR, LONG) for label in (V2, CONVOLVED, CONVOLVED_ALIBI)}
     assert (
@@ -137,7 +138,10 @@ def test_free_recall():
 
     assert f"{said(V2).replace(', then', ';')} | rotary positions or ALiBi never in 3,000 " in PAGE
     assert f"rotary positions and a convolution {said(CONVOLVED)}; " in PAGE
-    assert f"ALiBi and a convolution {said(CONVOLVED_ALIBI)} |" in PAGE
+    assert (
+        f"ALiBi and a convolution {said(CONVOLVED_ALIBI)}; no positions and a convolution {said(CONVOLVED_ALONE)} |"
+        in PAGE
+    )
     none = {f"{rounded(mean('learning', label, RECALL, 64))}" for label in (TRANSFORMER, ALIBI)}
     assert none == {"14"} and "(14 % right)" in PAGE
 
