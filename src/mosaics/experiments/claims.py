@@ -690,9 +690,9 @@ CLAIMS: dict[str, Claim] = {
             paper="With semantic labels, v2 rises with the shots; Transformers stall or fall, 10 points behind.",
             here="Classes of the prompt, half of whose words training connects with their labels, with 1 to 32 shots; "
             "trained with 3 on average.",
-            arrangements=(V2, TRANSFORMER, CONVOLVED_ALIBI),
+            arrangements=(V2, TRANSFORMER, CONVOLVED_ALONE, CONVOLVED_ALIBI),
             asks=((NAMED, NAMED),),
-            checks=_rises(NAMED, TRANSFORMER, CONVOLVED_ALIBI),
+            checks=_rises(NAMED, TRANSFORMER, CONVOLVED_ALONE, CONVOLVED_ALIBI),
             full_scale=_LARGE + _MANY_SHOTS + " --labels semantic",
         ),
         Claim(
