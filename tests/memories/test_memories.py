@@ -598,3 +598,13 @@ def test_memory_check_refuses_a_context_in_which_it_reads_nothing(case, time):
     else:
         with pytest.raises(ValueError, match=f"context of {time} tokens is not longer than the delay of {name}, up to"):
             made.check(time)
+
+
+def test_generators_are_the_same_within_a_step_and_differ_between_uses():
+    def numbers(draw, name="noise", layer_index=0):
+        return tuple(torch.rand(4, generator=Context(draw=draw).generator(name, layer_index)).tolist())
+
+    assert numbers(0.5) == numbers(0.5)
+    uses = [(0.5, "noise", 0), (0.25, "noise", 0), (None, "noise", 0), (0.5, "other", 0), (0.5, "noise", 1)]
+    assert len({numbers(*use) for use in uses}) == len(uses)
+    assert numbers(None) == numbers(None)

@@ -37,6 +37,8 @@ def league_page(record: dict[str, Any], folder: Path, page: Path, speeds: dict[s
         f"Commit {record['commit']}, {machine.get('processor', machine['device'])}, torch {machine['torch']}, seeds "
         f"{seeds}:\n\n```\n{record['command']}\n```\n",
     ]
+    if outside := [name for name in CLAIMED if name not in labels]:
+        parts.append(f"Not in this league: {', '.join(outside)}.\n")
     for setting in study.settings:
         training = setting.training
         tried = ", ".join(f"{rate:g}" for rate in setting.tuning.get("training.learning_rate", ()))
