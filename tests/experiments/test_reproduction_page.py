@@ -27,6 +27,7 @@ from mosaics.experiments.claims import (
     V2,
     WINDOW,
     WITHOUT,
+    WITHOUT_LONGEST,
     WITHOUT_SHORT,
 )
 from mosaics.experiments.evidence import OPEN
@@ -229,3 +230,12 @@ def test_remedies():
         ("the same, no positions", CONVOLVED_ALONE, False),
     ):
         assert line(said, label, turned) in PAGE, line(said, label, turned)
+
+
+def test_transformers_trained_on_all_worlds():
+    knows = mean("table1", TRANSFORMER, PERSISTENT, 128, "mixed")
+    less = mean("table2", TRANSFORMER, PERSISTENT + WITHOUT_LONGEST, 128, "mixed")
+    assert f"| {rounded(knows, 1)} %, without half of its heads, those that read farthest, {rounded(less)} % |" in PAGE
+    at = [rounded(mean("table10", TRANSFORMER, QA, x, "mixed")) for x in (128, 1024)]
+    assert f"| rotary positions {at[1]} % ({at[0]} % at the length of training) |" in PAGE
+    assert f"the Transformer answers {at[0]} % about facts of the context" in PAGE
