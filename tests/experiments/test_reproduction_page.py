@@ -239,3 +239,27 @@ def test_transformers_trained_on_all_worlds():
     at = [rounded(mean("table10", TRANSFORMER, QA, x, "mixed")) for x in (128, 1024)]
     assert f"| rotary positions {at[1]} % ({at[0]} % at the length of training) |" in PAGE
     assert f"the Transformer answers {at[0]} % about facts of the context" in PAGE
+
+
+def test_three_moons():
+    """Of docs/memory-mosaics-v1.md."""
+    page = (ROOT / "docs" / "memory-mosaics-v1.md").read_text(encoding="utf-8")
+    for line in three_moons_lines():
+        assert line in page, line
+
+
+def three_moons_lines():
+    seeds, name = (0, 1, 2), "three-moons"
+
+    def each(arrangement, evaluation, x, digits):
+        return [rounded(mean(name, arrangement, evaluation, x, name, seed), digits) for seed in seeds]
+
+    for label in ("one head", "three heads"):
+        yield f"| {label}: right from | {' | '.join(each(label, 'moment', 0, 0))} |"
+        errors = zip(*(each(label, "error", x, 2) for x in (90, 270, 700)), strict=True)
+        yield f"| {label}: error after 90, 270, 700 positions | {' | '.join(map(', '.join, errors))} |"
+        losses = {m["seed"]: m["losses"] for m in kept(name)["models"] if m["arrangement"] == label}
+        starts = (", ".join(rounded(1000 * loss, 1) for loss in losses[seed]) for seed in seeds)
+        yield f"| {label}: training loss of the 4 starts, × 1000 | {' | '.join(starts)} |"
+    shares = " | ".join(f"{share} %" for share in each("three heads", "isolation", 0, 1))
+    yield f"| three heads: share of a key that comes from the head's own moon, least head | {shares} |"
