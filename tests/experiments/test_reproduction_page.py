@@ -21,6 +21,7 @@ from mosaics.experiments.claims import (
     NAMED,
     NO_POSITIONS,
     PERSISTENT,
+    PROOF,
     QA,
     RECALL,
     TRANSFORMER,
@@ -94,6 +95,23 @@ def test_tally_of_verdicts():
         f"Of the {len(CLAIMS)} claims of the v2 paper {told['holds']} hold, {told['does not hold']} do not and "
         f"{told[OPEN]} can't be told" in PAGE
     )
+
+
+def test_trials_of_each():
+    """Of what is trained from the start; those on text are fewer."""
+    counts = {}
+    for record in map(read_record, (ROOT / "results").glob("*.json")):
+        tried = [m for m in record["models"] if m.get("trial")] if record["name"] in CLAIMS | PROOF else []
+        for number in {(m["setting"], m["arrangement"]) for m in tried}:
+            if number[0] in (RECALL, QA, ICL, NAMED, "mixed", "text"):
+                kind = ("text" if number[0] == "text" else "", number[1].startswith(("memory-mosaics-v2", "v2")))
+                many = sum((m["setting"], m["arrangement"]) == number for m in tried)
+                counts.setdefault(kind, set()).add(many)
+    least, most = ({kind: of(found) for kind, found in counts.items()} for of in (min, max))
+    assert f"the best of its own {least['', False]} to {most['', False]} trials" in PAGE
+    assert f"v2 of {least['', True]} to {most['', True]}; on text the Transformer of {most['text', False]} and" in PAGE
+    assert f"v2 of {most['text', True]}, of learning rate" in PAGE
+    assert least["text", False] == most["text", False] and least["text", True] == most["text", True]
 
 
 def test_steps_until_facts_are_learnt():
@@ -235,7 +253,7 @@ def test_remedies():
 def test_transformers_trained_on_all_worlds():
     knows = mean("table1", TRANSFORMER, PERSISTENT, 128, "mixed")
     less = mean("table2", TRANSFORMER, PERSISTENT + WITHOUT_LONGEST, 128, "mixed")
-    assert f"| {rounded(knows, 1)} %, without half of its heads, those that read farthest, {rounded(less)} % |" in PAGE
+    assert f"| {rounded(knows, 1)} %, without half of its heads, those that read farthest, {rounded(less)} % (" in PAGE
     at = [rounded(mean("table10", TRANSFORMER, QA, x, "mixed")) for x in (128, 1024)]
     assert f"| rotary positions {at[1]} % ({at[0]} % at the length of training) |" in PAGE
     assert f"the Transformer answers {at[0]} % about facts of the context" in PAGE
