@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.experiments.conftest import MICRO
 
-from mosaics.experiments import claims_v1
+from mosaics.experiments import claims, claims_v1
 from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, PROOF, REAL, settings, study_of
 from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
@@ -236,3 +236,12 @@ def test_plan_text_counts_what_claims_share_once(tmp_path):
     tuned = settings(changes=MICRO, tuning={"training.learning_rate": (1e-3, 2e-3, 4e-3)}, beyond=3)
     more = plan_text([CLAIMS["table13"]], tuned, (0, 1), tmp_path).splitlines()[1].split()
     assert more[1:3] == ["8", "4"]  # 3 rates; for the Transformer 2 rotary bases more
+
+
+def test_trials_of_v1_are_short_and_of_what_is_tried_on_text() -> None:
+    known = claims_v1.settings(tuning=claims.TUNING, automata=(8,))
+    assert {setting.tuning_steps for setting in known.values()} == {200}
+    assert {key for setting in known.values() for key in setting.tuning} == set(claims.TRIED_ON_TEXT)
+    assert {s.tuning_steps for s in claims_v1.settings(changes=MICRO, automata=(8,)).values()} == {
+        MICRO["training.steps"]
+    }

@@ -76,7 +76,7 @@ TUNING: dict[str, tuple[Any, ...]] = {
     "training.final_learning_rate_ratio": (1.0, 0.01),
 }
 BEYOND = 3
-_TRIED_ON_TEXT = ("training.learning_rate", "model.initializer_range")  # trials there take minutes each
+TRIED_ON_TEXT = ("training.learning_rate", "model.initializer_range")  # trials there take minutes each
 COMPETENT = 90.0  # percent at the training length, without which no failure beyond it can be shown
 
 
@@ -205,7 +205,7 @@ def settings(
     given = {"training.steps": 1000} | (changes or {})
     more = common | {"changes": given, "probe": Probe(every=100, rows=32)}
     more |= {"tuning_steps": min(200, given["training.steps"]), "held_out": held_out, "test": test}
-    more |= {"tuning": {key: values for key, values in (tuning or {}).items() if key in _TRIED_ON_TEXT}}
+    more |= {"tuning": {key: values for key, values in (tuning or {}).items() if key in TRIED_ON_TEXT}}
     text = text_setting(corpus, field=field, samples=max(1, samples // 20), **more)
     look = {"samples": max(1, samples // 10)}
     attention = Evaluation(name="attention", title="What the last position reads", suite="attention", options=look)

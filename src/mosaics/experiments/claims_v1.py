@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mosaics.experiments import three_moons
-from mosaics.experiments.claims import TRANSFORMER, V1, V2, Check, Claim, Term
-from mosaics.experiments.compare import changed, text_setting
+from mosaics.experiments.claims import TRANSFORMER, TRIED_ON_TEXT, V1, V2, Check, Claim, Term
+from mosaics.experiments.compare import TEXT_TRAINING, changed, text_setting
 from mosaics.experiments.study import Data, Evaluation, Setting
 
 REGBENCH, STORIES = "regbench", "stories"
@@ -67,9 +67,14 @@ def settings(
         beyond: as `Setting.beyond`.
         automata: numbers of automata to learn from, a training each.
     """
-    common: dict[str, Any] = {"changes": changes, "tuning": tuning or {}, "beyond": beyond}
+    tried = {key: values for key, values in (tuning or {}).items() if key in TRIED_ON_TEXT}
+    common: dict[str, Any] = {"changes": changes, "tuning": tried, "beyond": beyond}
+
+    def trials(training: dict[str, Any]) -> int:
+        return min(200, (changes or {}).get("training.steps", training["steps"]))
+
     texts = {"field": field, "held_out": held_out, "test": test}
-    text = text_setting(corpus, samples=max(1, samples // 8), **texts, **common)
+    text = text_setting(corpus, samples=max(1, samples // 8), tuning_steps=trials(TEXT_TRAINING), **texts, **common)
     attention = Evaluation(
         name="attention",
         title="What the last position reads",
@@ -83,6 +88,7 @@ def settings(
         options={"samples": max(1, samples // 8), "training_length": STORY_CONTEXT, "multiples": [1, 2]},
     )
     more = {"name": STORIES, "model": STORY_MODEL | text.model, "evaluations": (loss, attention)}
+    common["tuning_steps"] = trials(REGBENCH_TRAINING)
     found = [regbench_setting(number, samples=samples, **common) for number in automata]
     return {setting.name: setting for setting in (*found, text.model_copy(update=more))}
 
