@@ -57,15 +57,8 @@ TTT = {
 }
 
 
-@pytest.mark.parametrize("name", TTT)
-def test_ttt_is_that_of_its_authors(name, shared):
-    path = shared / "fixtures" / f"{name}.safetensors"
-    file = load_file(path)
-    with safe_open(path, "pt") as opened:
-        config = json.loads(opened.metadata()["config"])
-    options = TTT[name] | {"num_attention_heads": 2, "chunk": 8, "base_rate": config["ttt_base_lr"]}
-    memory = build("ttt", options, Common(config["hidden_size"]), 0).double()
-    theirs = {key.removeprefix("param/"): x for key, x in file.items() if key.startswith("param/")}
+def ttt_parameters(theirs):
+    """Theirs, or their gradients, as ours: both biases of a network are rows of its maps."""
     own = {
         "place_rates": theirs["learnable_token_idx"],
         "rate_proj.weight": theirs["learnable_ttt_lr_weight"][:, 0],
@@ -74,18 +67,29 @@ def test_ttt_is_that_of_its_authors(name, shared):
         "norm_shift": theirs["ttt_norm_bias"],
         "read_scale": theirs["post_norm.weight"],
         "read_shift": theirs["post_norm.bias"],
+        "o_proj.weight": theirs["o_proj.weight"],
     }
     for ours, other in (("gate_proj", "g_proj"), ("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj")):
         if f"{other}.weight" in theirs:
             own[f"{ours}.weight"] = theirs[f"{other}.weight"]
-    own["o_proj.weight"] = theirs["o_proj.weight"]
     for letter in "qk":
         if f"conv_{letter}.weight" in theirs:
             own[f"{letter}_convolution.weight"] = theirs[f"conv_{letter}.weight"][:, 0]
             own[f"{letter}_convolution.bias"] = theirs[f"conv_{letter}.bias"]
-    for number in range(1 + ("mlp" in name)):
+    for number in range(1 + ("W2" in theirs)):
         own[f"maps.weights.{number}"] = torch.cat([theirs[f"W{number + 1}"], theirs[f"b{number + 1}"]], dim=1)
-    memory.load_state_dict(own)
+    return own
+
+
+@pytest.mark.parametrize("name", TTT)
+def test_ttt_is_that_of_its_authors(name, shared):
+    path = shared / "fixtures" / f"{name}.safetensors"
+    file = load_file(path)
+    with safe_open(path, "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    options = TTT[name] | {"num_attention_heads": 2, "chunk": 8, "base_rate": config["ttt_base_lr"]}
+    memory = build("ttt", options, Common(config["hidden_size"]), 0).double()
+    memory.load_state_dict(ttt_parameters({key[6:]: x for key, x in file.items() if key.startswith("param/")}))
     x = file["input/hidden_states"].requires_grad_()
     y, state = memory(x, Layout(*x.shape[:2]), memory.initial_state(), Context())
     bound = 1e-9 if "linear" in name else 1e-8  # the authors' derivative of gelu has truncated constants
@@ -99,6 +103,11 @@ def test_ttt_is_that_of_its_authors(name, shared):
             loss = loss + (file[f"weight/{letter}{number + 1}_states"] * found).sum()
     loss.backward()
     assert relative_error(x.grad, file["grad/hidden_states"]) < bound
+    theirs = ttt_parameters({key[11:]: x for key, x in file.items() if key.startswith("grad/param/")})
+    found = dict(memory.named_parameters())
+    assert theirs.keys() == found.keys()
+    for key, gradient in theirs.items():
+        assert relative_error(found[key].grad, gradient) < bound, key
     assert relative_error(memory.q_proj.weight.grad, file["grad/param/q_proj.weight"]) < bound
     assert relative_error(memory.place_rates.grad, file["grad/param/learnable_token_idx"]) < bound
 

@@ -117,6 +117,7 @@ def test_decays_of_any_size_give_numbers(form):
 
 FIXTURES = {
     "linear_attention_fla": ("hebbian", True),
+    "linear_attention_normalized_fla": ("hebbian", True),
     "retention_fla": ("hebbian", True),
     "gla_fla": ("hebbian", True),
     "simple_gla_mamba2_fla": ("hebbian", False),
@@ -140,8 +141,14 @@ def test_equals_the_public_reference(name, form, shared):
     if name == "retention_fla":
         decay = (1 - 2.0 ** (-5 - torch.arange(2.0, dtype=torch.float64))).log()[:, None].expand(queries.shape[:3])
     more = dict(strength=heads.get("beta"), write=write, form=form)
-    read, state = delta_rule(queries, heads["k"], heads["v"], decay, state=own.get("initial_state"), **more)
+    values, normalised = heads["v"], "output/final_z" in file
+    if normalised:  # what the weights sum to is what is read of a 1
+        values = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+    read, state = delta_rule(queries, heads["k"], values, decay, state=own.get("initial_state"), **more)
     found = {"o": read.transpose(1, 2), "final_state": state}
+    if normalised:
+        of_values = read[..., :-1] / (read[..., -1:] + 1e-10)
+        found = {"o": of_values.transpose(1, 2), "final_state": state[..., :-1], "final_z": state[..., -1][:, None]}
     outputs = {key.removeprefix("output/"): x for key, x in file.items() if key.startswith("output/")}
     for key, expected in outputs.items():
         assert relative_error(found[key], expected) < 1e-9

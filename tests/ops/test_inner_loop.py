@@ -258,24 +258,57 @@ def test_windows_of_gradients_are_those_of_the_public_code(form, shared):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("depth", [1, 2])
-def test_titans_is_that_of_the_public_code(depth, form, shared):
-    path = shared / "fixtures" / f"titans_lucidrains_depth{depth}_chunk1.safetensors"
+@pytest.mark.parametrize("name", ["depth1_chunk1", "depth2_chunk1", "depth1_chunk8", "depth2_chunk8", "depth1_muon"])
+def test_titans_is_that_of_the_public_code(name, form, shared):
+    """A layer around the op, with its gradients. There a chunk has one decay and one momentum, is written as a whole
+    with its last token, and not at all while it lacks one."""
+    path = shared / "fixtures" / f"titans_lucidrains_{name}.safetensors"
     file = load_file(path)
     with safe_open(path, "pt") as opened:
-        assert json.loads(opened.metadata()["config"])["batch_size"] == 1
-    queries, keys, values = (file[f"intermediate/{n}"] for n in ("queries", "keys", "values"))
-    initial = [file[f"param/memory_model_parameters.{n}"] for n in range(depth)]
-    initial = [w.flatten(0, 1) if w.dim() == 4 else w for w in initial]
+        config = json.loads(opened.metadata()["config"])
+    size, spectral = config["chunk_size"], config["spectral"]
+    own = {key[6:]: x.requires_grad_() for key, x in file.items() if key.startswith("param/")}
+    x = file["input/seq"].requires_grad_()
+    batch, time = x.shape[:2]
+    complete = time // size * size
+
+    def rms(x):
+        return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+
+    def mapped(of, name):
+        return of @ own[f"{name}.weight"].T + own.get(f"{name}.bias", 0.0)
+
+    stored, asked = (rms(x) * own[f"{n}_norm.weight"] for n in ("store", "retrieve"))
+    chunks = stored[:, :complete].unflatten(1, (-1, size)).mean(2)
+    decay, momentum = (mapped(chunks, f"to_{n}.0").sigmoid().mT for n in ("decay_factor", "momentum"))
+    rows = {"queries": asked, "keys": stored, "values": stored}
+    rows = {n: mapped(row, f"to_{n}").unflatten(-1, (2, -1)).transpose(1, 2) for n, row in rows.items()}
+    queries, keys = (rms(rows[n]) * (own[f"{n[0]}_norm.gamma"] + 1) for n in ("queries", "keys"))
+    step = config["max_lr"] * mapped(stored, "to_adaptive_step.0").sigmoid().mT
+    for n, found in {"queries": queries, "keys": keys, "theta": step, "alpha": decay, "eta": momentum}.items():
+        assert relative_error(found, file[f"intermediate/{n}"]) < 1e-12, n
+    first, last = ((torch.arange(time) % size == place) & (torch.arange(time) < complete) for place in (0, size - 1))
+    momenta, decays = torch.ones(batch, 2, time, dtype=x.dtype), torch.zeros(batch, 2, time, dtype=x.dtype)
+    momenta[..., first], decays[..., last] = momentum, decay
     # There the loss is the mean over the width, where the paper has the sum.
-    step = file["intermediate/theta"] / keys.shape[-1]
-    segments = Layout(2, 21).segments(1, torch.device("cpu"))
-    more = dict(momentum=file["intermediate/eta"], decay=file["intermediate/alpha"], network=Network(), form=form)
-    read, state = inner_loop(initial, queries, keys, values, step, segments, **more)
+    step = torch.where(torch.arange(time) < complete, step, 0.0) / keys.shape[-1]
+    rate = last.to(x.dtype).expand(batch, 2, time)
+    more = dict(momentum=momenta, decay=decays, rate=rate, orthogonal=5 * spectral, network=Network(), form=form)
+    initial = [own[f"memory_model_parameters.{n}"] for n in range(config["depth"])]
+    initial = [w[0] if w.dim() == 4 else w for w in initial]
+    segments = Layout(batch, time).segments(config["batch_size"], torch.device("cpu"))
+    read, state = inner_loop(initial, queries, keys, rows["values"], step, segments, **more)
     assert relative_error(read, file["intermediate/read"]) < 1e-9
-    for number in range(depth):
-        assert relative_error(state.current[number], file[f"output/weights/weights.{number}"]) < 1e-9
-        assert relative_error(state.momentum[number], file[f"output/momentum/weights.{number}"]) < 1e-9
+    gate = mapped(asked, "retrieve_gate.0").sigmoid().mT[..., None]
+    found = {"retrieved": (gate * read).transpose(1, 2).flatten(2) @ own["combine_heads.weight"].T}
+    for n in range(config["depth"]):
+        found |= {f"weights/weights.{n}": state.current[n], f"momentum/weights.{n}": state.momentum[n]}
+    for n, y in found.items():
+        assert relative_error(y, file[f"output/{n}"]) < 1e-9, n
+    loss = sum((file[f"weight/{n}"] * y).sum() for n, y in found.items())
+    gradients = torch.autograd.grad(loss, [x, *own.values()])
+    for n, gradient in zip(["seq", *(f"param/{n}" for n in own)], gradients, strict=True):
+        assert relative_error(gradient, file[f"grad/{n}"]) < 1e-9, n
 
 
 MIRAS = Network(residual=True, normed=True, eps=1e-5, loss=Loss(half=True))

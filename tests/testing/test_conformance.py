@@ -134,6 +134,11 @@ class Boastful(Neighbour):
         return 4, 4
 
 
+class Coy(Neighbour):
+    def reach(self):
+        return 1, None
+
+
 class Modest(Neighbour):
     def flops(self, context_length):
         return -1
@@ -245,7 +250,7 @@ PLANTED = {
     Padded: ("padding_and_documents_change_nothing",),
     AcrossDocuments: ("padding_and_documents_change_nothing", "small_inputs_work"),
     Unset: ("initialisation_is_applied",),
-    Boastful: ("it_reaches_as_far_as_it_says",),
+    **{kind: ("it_reaches_as_far_as_it_says",) for kind in (Boastful, Coy)},
     **{kind: ("flops_of_linear_maps_are_torchs",) for kind in (Idle, Busy)},
     Modest: ("flops_of_linear_maps_are_torchs", "state_bytes_are_those_held"),
     Noisy: ("training_resumes_bit_for_bit", "checkpointing_changes_nothing"),

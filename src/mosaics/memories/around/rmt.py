@@ -105,8 +105,8 @@ class RecurrentMemory(Around):
         nn.init.normal_(self.memory, std=(2 * self.common.hidden_size) ** -0.5)
 
     def reach(self) -> tuple[int, None]:
-        """The first token of a segment has what is in the memory alone."""
-        return 1, None
+        """What is asked here lies in an earlier segment, of which there is what is in the memory alone."""
+        return self.options.segment + 3, None
 
     def seen(self, context_length: int) -> int:
         return min(context_length, self.options.segment) + 2 * self.options.memory_tokens

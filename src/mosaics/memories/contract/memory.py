@@ -165,7 +165,8 @@ class Memory(nn.Module):
 
     def reach(self) -> tuple[int | None, int | None]:
         """How many tokens back this memory alone finds what it was trained to find, at evaluation, and beyond how many
-        it never does: 0 is the position's own token, None no limit. For what fades, the first is smaller."""
+        it never does: 0 is the position's own token, None no limit. For what fades, the first is smaller, but lies
+        beyond what a convolution or a window in the memory sees."""
         return None, None
 
     def activation_bytes(self, element_size: int) -> float:

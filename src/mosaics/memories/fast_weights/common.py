@@ -82,8 +82,8 @@ class FastWeights(Memory):
             convolution.reset_parameters()
 
     def reach(self) -> tuple[int, None]:
-        """What it learns later wears out what it learnt before."""
-        return 1, None
+        """What it learns later wears out what it learnt before; what is asked here, no convolution sees."""
+        return max(6, *(c.weight.shape[1] + 2 for c in self.convolutions()), 0), None
 
     def flops(self, context_length: int) -> float:
         """Those of maps and convolutions, to which a memory adds those of its weights."""

@@ -157,8 +157,8 @@ class TitansMAC(GatedAttention):
         nn.init.ones_(self.retrieved_scale)
 
     def reach(self) -> tuple[int, None]:
-        """The first token of a segment has what the neural memory learnt alone."""
-        return 1, None
+        """What is asked here lies in an earlier segment, of which there is what the neural memory learnt alone."""
+        return self.options.segment + 3, None
 
     def flops(self, context_length: int) -> float:
         """Attention has two vectors a token."""

@@ -136,8 +136,8 @@ class TitansMAG(GatedAttention):
         return read * gate, None if state is None else GatedState(attention, learning)
 
     def reach(self) -> tuple[int, None]:
-        """What is in the window is found exactly."""
-        return max(self.options.window - 1, 1), None
+        """What is in the window is found exactly, and what is asked here lies beyond it."""
+        return self.options.window + 3, None
 
     def flops(self, context_length: int) -> float:
         return self.learning.flops(context_length) + self.attention.flops(context_length)

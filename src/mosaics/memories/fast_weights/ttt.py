@@ -124,10 +124,6 @@ class TTTMemory(Learning):
     def undecayed_parameters(self) -> set[str]:
         return super().undecayed_parameters() | {"norm_scale", "norm_shift"}
 
-    def reach(self) -> tuple[int, None]:
-        """What it learns later wears out what it learnt before."""
-        return 0, None
-
     def flops(self, context_length: int) -> float:
         """Answers to key and query, the errors' way back, and the share of the chunk's update; reads within a chunk."""
         numbers = self.maps.numbers()

@@ -128,7 +128,7 @@ class KernelPersistentMemory(Memory):
 
     def reach(self) -> tuple[int, None]:
         """What the keys' averages hold of the past fades."""
-        return 1, None
+        return 3, None
 
     def flops(self, context_length: int) -> float:
         return linear_flops(self) + 2 * (self.pair_keys.numel() + self.pair_values.numel())
