@@ -109,9 +109,9 @@ def test_trials_of_each():
                 counts.setdefault(kind, set()).add(many)
     least, most = ({kind: of(found) for kind, found in counts.items()} for of in (min, max))
     assert f"the best of its own {least['', False]} to {most['', False]} trials" in PAGE
-    assert f"v2 of {least['', True]} to {most['', True]}; on text the Transformer of {most['text', False]} and" in PAGE
-    assert f"v2 of {most['text', True]}, of learning rate" in PAGE
-    assert least["text", False] == most["text", False] and least["text", True] == most["text", True]
+    of_v2 = f"v2 of {least['', True]} to {most['', True]}"
+    assert f"{of_v2}; on text the Transformer of {least['text', False]} to {most['text', False]} and" in PAGE
+    assert f"v2 of {most['text', True]}, of learning rate" in PAGE and least["text", True] == most["text", True]
 
 
 def test_steps_until_facts_are_learnt():
@@ -173,6 +173,11 @@ def test_text():
     longest = [f"{rounded(mean('text', label, 'loss', 8, 'text'), 2)}" for label in (V2, TRANSFORMER)]
     yarn = mean("text", TRANSFORMER, "loss, yarn", 8, "text")
     assert f"| {longest[0]} | {longest[1]}, with YaRN {rounded(yarn, 2)} |" in PAGE
+    bigram, trigram = (rounded(counted("text-code", name, "loss", 1, "text"), 2) for name in ("bigram", "trigram"))
+    code = [[rounded(mean("text-code", label, "loss", x, "text"), 2) for label in (V2, TRANSFORMER)] for x in (1, 8)]
+    yarn = mean("text-code", TRANSFORMER, "loss, yarn", 8, "text")
+    assert f"bigram: {bigram}, trigram: {trigram}) | {' | '.join(code[0])} |" in PAGE
+    assert f"| {' | '.join(code[1])}, with YaRN {rounded(yarn, 2)} |" in PAGE
 
 
 def test_classes():
