@@ -1057,8 +1057,22 @@ PROOF["text-code"] = _text.model_copy(
         "name": "text-code",
         "alone": True,
         "paper": "Asked by us: is it so on source code, too?",
-        "here": f"{_text.here} Source code is to be given as --text, --held-out and --test "
-        "(`benchmarks/texts.py python`), so it is not among those of `proof`.",
+        "here": f"{_text.here} Beside them Transformers with a convolution, with and without positions. Source code is "
+        "to be given as --text, --held-out and --test (`benchmarks/texts.py python`), so it is not among those of "
+        "`proof`.",
+        "arrangements": (V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALONE),
+        "checks": _text.checks
+        + tuple(
+            _most(
+                f"at {MULTIPLES[at]} times, v2's loss is below that of the {label}",
+                _of(V2, "loss", "text", at=at),
+                0,
+                _of(label, "loss", "text", at=at),
+                kind="control",
+            )
+            for label in (CONVOLVED, CONVOLVED_ALONE)
+            for at in range(len(MULTIPLES))
+        ),
     }
 )
 
