@@ -21,6 +21,8 @@ def test_compare_refuses_in_one_sentence(refused, tmp_path):
     assert "options only" in refused("compare", *to, "more")
     assert "'nosuch'" in refused("compare", *to, "--text", "nosuch", *OPTIONS)
     assert "'--samples'" in refused("compare", *to, "--samples", "0")
+    assert "did you mean 'initializer_range'?" in refused("compare", *to, "--model.initialiser_range", "0.1")
+    assert "no setting 'num_pairs'" in refused("compare", *to, "--systems", "gla,kda", "--model.num_pairs", "9")
     assert "no system 'glaa'" in refused("compare", *to, "--systems", "glaa")
     assert "--match says nothing" in refused("compare", *to, "--systems", "gla", "--match", "flops")
     assert "name its --systems" in refused("compare", *to, "--automata", "5")

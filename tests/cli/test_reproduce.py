@@ -32,6 +32,7 @@ def test_reproduce_lists_the_claims_with_their_full_scale(mosaics):
 def test_reproduce_refuses_in_one_sentence(refused):
     assert "did you mean table3" in refused("reproduce", "tabel3")
     assert "given none" in refused("reproduce")
+    assert "no setting 'num_pairs'" in refused("reproduce", "table3", "--model.num_pairs", "9")
     assert "give them as --data NAME=PATH" in refused("reproduce", "real-tasks")
     assert "there is no file" in refused("reproduce", "real-tasks", "--data", "squad=none.json")
     assert "--automata is 'many'" in refused("reproduce", "regbench", "--automata", "many")

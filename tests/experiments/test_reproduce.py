@@ -11,6 +11,7 @@ from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
 from mosaics.experiments.trainings import SPEED, Training, write_json
+from mosaics.training.setup import build_config
 
 TABLES, FIGURES = "1 2 9 10 3 4 12 13".split(), "1 3 4 5 8 12".split()
 
@@ -245,3 +246,12 @@ def test_trials_of_v1_are_short_and_of_what_is_tried_on_text() -> None:
     assert {s.tuning_steps for s in claims_v1.settings(changes=MICRO, automata=(8,)).values()} == {
         MICRO["training.steps"]
     }
+
+
+@pytest.mark.parametrize("label", ARRANGEMENTS)
+def test_changes_reach_options_that_a_preset_leaves_as_they_are(label):
+    """Also those whose value no preset gives: they were left out silently before."""
+    setting = settings(changes=MICRO | {"model.initializer_range": 0.5})["new-knowledge"]
+    job = Training(ARRANGEMENTS[label], ARRANGEMENTS["memory-mosaics-v2"], setting, 0)
+    blocks = build_config(job.recipe).block_steps()
+    assert {memory["options"]["initializer_range"] for step in blocks[0] for memory in step} == {0.5}

@@ -66,6 +66,7 @@ def reproduce(
     """
     from mosaics.experiments import claims, claims_v1
     from mosaics.experiments import reproduce as of
+    from mosaics.experiments.compare import check_changes
 
     if listed:
         for claim in of.CLAIMS.values():
@@ -95,6 +96,8 @@ def reproduce(
     }
     known = claims.settings(text, files=named_files(data or []), **common)
     known |= claims_v1.settings(text, automata=tuple(numbers("--automata", automata, int)), **common)
+    labels = {label for claim in chosen if claim.asks for label in claim.arrangements}
+    check_changes(changes, [claims.ARRANGEMENTS[label] for label in sorted(labels)])
     seeds, where = numbers("--seeds", seeds, int), cache or output / "cache"
     if planned:
         print(of.plan_text(chosen, known, seeds, where))

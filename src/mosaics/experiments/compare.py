@@ -148,6 +148,22 @@ def changed(model: dict[str, Any], training: dict[str, Any], changes: dict[str, 
     return list(parts.values())
 
 
+def check_changes(changes: dict[str, Any] | None, taking_part: Sequence[Arrangement]) -> None:
+    """Check that every change of a model is one of somebody's who takes part: options that only some have are left out
+    of the others.
+
+    Raises:
+        ValueError: a change is nobody's.
+    """
+    from mosaics.models import MosaicConfig
+
+    plain = [MosaicConfig.from_preset(one.preset) for one in taking_part]
+    for dotted, value in (changes or {}).items():
+        section, _, key = dotted.partition(".")
+        if section == "model" and plain and not any(config.has(key) for config in plain):
+            MosaicConfig.from_preset(taking_part[0].preset, **{key: value})  # which says what is near
+
+
 def arrangements(presets: Sequence[str], match: Sequence[str] = ("parameters",)) -> tuple[Arrangement, ...]:
     """The first preset, and the others matched to it in each of the ways."""
     for by in match:
@@ -199,9 +215,11 @@ def study(
         settings.append(text_setting(corpus, field=field, samples=max(1, samples // 8), changes=changes, **rates))
     if not settings:
         raise ValueError("there is nothing to train on; name --worlds or --text")
+    taking_part = arrangements(presets, match)
+    check_changes(changes, taking_part)
     return Study(
         title=" against ".join(map(_label, presets)),
-        arrangements=arrangements(presets, match),
+        arrangements=taking_part,
         settings=tuple(settings),
         seeds=tuple(seeds),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from mosaics.experiments.claims import ENOUGH
 from mosaics.experiments.claims_v1 import regbench_setting
-from mosaics.experiments.compare import arrangements, text_setting, world_evaluation, world_setting
+from mosaics.experiments.compare import arrangements, check_changes, text_setting, world_evaluation, world_setting
 from mosaics.experiments.studies import Plan, run_study, some_examples
 from mosaics.experiments.study import Arrangement, Probe, Setting, Study
 
@@ -128,9 +128,11 @@ def league(
         found.append(text_setting(corpus, field=field, probe=probe, **more | {"samples": max(1, samples // 8)}))
     if not found:
         raise ValueError("there is nothing to train on; name --worlds, --automata or --text")
+    taking_part = arrangements(presets)
+    check_changes(changes, taking_part)
     return Study(
         title="Memories in the same place",
-        arrangements=arrangements(presets),
+        arrangements=taking_part,
         settings=tuple(found),
         seeds=tuple(seeds),
     )

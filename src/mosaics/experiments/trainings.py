@@ -110,7 +110,7 @@ def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
     import mosaics
 
     plain = mosaics.MosaicConfig.from_preset(arrangement.preset)
-    sizes = {key: value for key, value in setting.model.items() if hasattr(plain, key)} | arrangement.overrides
+    sizes = {key: value for key, value in setting.model.items() if plain.has(key)} | arrangement.overrides
     context = setting.training.get("context_length", 512)
     known = {"vocab_size": vocabulary, "max_position_embeddings": context}
     config = mosaics.MosaicConfig.from_preset(arrangement.preset, **known | sizes)
