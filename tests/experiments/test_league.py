@@ -10,6 +10,7 @@ from mosaics.experiments.league import league, run_league, systems
 from mosaics.experiments.league_page import league_page
 from mosaics.experiments.pages import league_in, write_results_page
 from mosaics.experiments.records import write_record
+from mosaics.experiments.studies import _axes
 from mosaics.models import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +126,15 @@ def test_league_page_in_the_docs_is_made_of_the_results():
     speeds = league_in(ROOT / "results", "systems")
     made = league_page(league_in(ROOT / "results"), ROOT / "results", Path("docs/results.md"), speeds)
     assert (ROOT / "docs" / "league.md").read_text(encoding="utf-8") == made
+
+
+def test_tuned_league_helps_all_alike():
+    """Both starts of all maps, rates beyond the edge, rotary bases of what has rotary positions."""
+    study = league(systems(["memory-mosaics-v2", "transformer", "kda"]), ["recall"], "text", tune=True)
+    assert [bool(one.tuning) for one in study.arrangements] == [False, True, False]
+    for setting in study.settings:
+        assert set(setting.tuning) == {"training.learning_rate", "model.initializer_range"} and setting.beyond
+        for one in study.arrangements:
+            assert {"training.learning_rate", "model.initializer_range"} <= set(_axes(one, setting))
+    plain = league(systems(["memory-mosaics-v2", "transformer"]), ["recall"], None, learning_rates=[1e-3])
+    assert not any(one.tuning for one in plain.arrangements) and not plain.settings[0].beyond

@@ -5,8 +5,9 @@ import json
 import pytest
 from tests.experiments.conftest import MICRO
 
-from mosaics.experiments import claims, claims_v1
+from mosaics.experiments import claims_v1
 from mosaics.experiments.claims import ARRANGEMENTS, CLAIMS, PROOF, REAL, settings, study_of
+from mosaics.experiments.compare import TRIED_ON_TEXT, TUNING
 from mosaics.experiments.real_tasks import real_tasks
 from mosaics.experiments.records import read_record
 from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, write_summary
@@ -240,9 +241,9 @@ def test_plan_text_counts_what_claims_share_once(tmp_path):
 
 
 def test_trials_of_v1_are_short_and_of_what_is_tried_on_text() -> None:
-    known = claims_v1.settings(tuning=claims.TUNING, automata=(8,))
+    known = claims_v1.settings(tuning=TUNING, automata=(8,))
     assert {setting.tuning_steps for setting in known.values()} == {200}
-    assert {key for setting in known.values() for key in setting.tuning} == set(claims.TRIED_ON_TEXT)
+    assert {key for setting in known.values() for key in setting.tuning} == set(TRIED_ON_TEXT)
     assert {s.tuning_steps for s in claims_v1.settings(changes=MICRO, automata=(8,)).values()} == {
         MICRO["training.steps"]
     }

@@ -10,8 +10,8 @@ from typer import Context, Option
 EXAMPLE = "mosaics compare --output runs/compare --text 'books/*.txt' --learning-rates 1e-3,2e-3,4e-3"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OPTIONS = (
-    "--output --arrangements --systems --worlds --automata --text --field --seeds --learning-rates --match --samples "
-    "--cache --jobs --results --help"
+    "--output --arrangements --systems --worlds --automata --text --field --seeds --learning-rates --tune --match "
+    "--samples --cache --jobs --results --help"
 )
 
 
@@ -40,6 +40,10 @@ def compare(
     learning_rates: Annotated[
         str | None, Option(help="Tuning trials of every arrangement (first seed); the best on held-out rows is taken.")
     ] = None,
+    tune: Annotated[
+        bool,
+        Option("--tune", help="Try learning rates until the best is not at the edge, initial values, rotary bases."),
+    ] = False,
     match: Annotated[str, Option(help="Equal parameters, flops, or both: parameters,flops.")] = "parameters",
     samples: Annotated[int, Option(min=1, help="Questions for each length or number of shots.")] = 200,
     cache: Annotated[
@@ -67,6 +71,7 @@ def compare(
         "field": field,
         "seeds": numbers("--seeds", seeds, int),
         "learning_rates": numbers("--learning-rates", learning_rates, float) if learning_rates else (),
+        "tune": tune,
         "samples": samples,
         "changes": changes,
     }

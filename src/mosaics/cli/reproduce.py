@@ -66,7 +66,7 @@ def reproduce(
     """
     from mosaics.experiments import claims, claims_v1
     from mosaics.experiments import reproduce as of
-    from mosaics.experiments.compare import check_changes
+    from mosaics.experiments.compare import BEYOND, TUNING, check_changes
 
     if listed:
         for claim in of.CLAIMS.values():
@@ -91,8 +91,8 @@ def reproduce(
         "test": test,
         "samples": samples,
         "changes": changes,
-        "tuning": claims.TUNING | tuning if tune else tuning,
-        "beyond": claims.BEYOND if tune else 0,
+        "tuning": TUNING | tuning if tune else tuning,
+        "beyond": BEYOND if tune else 0,
     }
     known = claims.settings(text, files=named_files(data or []), **common)
     known |= claims_v1.settings(text, automata=tuple(numbers("--automata", automata, int)), **common)

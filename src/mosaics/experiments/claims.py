@@ -14,8 +14,10 @@ from pydantic import Field
 from mosaics.experiments.compare import (
     LENGTHS,
     MULTIPLES,
+    ROTARY,
     SHOTS,
     STEPS,
+    TRIED_ON_TEXT,
     WORLD_MODEL,
     WORLD_TRAINING,
     text_setting,
@@ -32,7 +34,6 @@ CONVOLVED, CONVOLVED_ALIBI = "transformer, convolution", "transformer, ALiBi, co
 CONVOLVED_FLOPS = f"{CONVOLVED_ALIBI}, equal FLOPs"
 CONVOLVED_ALONE, CONVOLVED_BASE = f"{NO_POSITIONS}, convolution", f"{CONVOLVED}, rotary base 500,000"
 CONVOLVED_ONES = (CONVOLVED, CONVOLVED_ALONE, CONVOLVED_ALIBI)
-ROTARY = {"model.rotary_base": (10000.0, 500000.0)}
 ARRANGEMENTS = {
     arrangement.label: arrangement
     for arrangement in (
@@ -68,15 +69,6 @@ FINE_TUNING_STEPS = 100
 LONG, LONGER_TRAINED = "long fine-tuning", "longer training"
 LONGER_STEPS = 1000  # of a training that goes on after enough was learnt
 ENOUGH = 97.0  # percent of held-out questions at the training length: training stops there
-# What `--tune` tries for every arrangement: one after the other, with the best of the others so far.
-TUNING: dict[str, tuple[Any, ...]] = {
-    "training.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    "model.initializer_range": (None, 0.02),
-    "training.warmup_steps": (50, 200),
-    "training.final_learning_rate_ratio": (1.0, 0.01),
-}
-BEYOND = 3
-TRIED_ON_TEXT = ("training.learning_rate", "model.initializer_range")  # trials there take minutes each
 COMPETENT = 90.0  # percent at the training length, without which no failure beyond it can be shown
 
 

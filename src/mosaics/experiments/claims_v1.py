@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mosaics.experiments import three_moons
-from mosaics.experiments.claims import TRANSFORMER, TRIED_ON_TEXT, V1, V2, Check, Claim, Term
-from mosaics.experiments.compare import TEXT_TRAINING, changed, text_setting
+from mosaics.experiments.claims import TRANSFORMER, V1, V2, Check, Claim, Term
+from mosaics.experiments.compare import TEXT_TRAINING, TRIED_ON_TEXT, changed, text_setting
 from mosaics.experiments.study import Data, Evaluation, Setting
 
 REGBENCH, STORIES = "regbench", "stories"

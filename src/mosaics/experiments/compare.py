@@ -33,6 +33,16 @@ TEXT_MODEL = {
     "long_term.train_delay": [16, 64],
 }
 TEXT_TRAINING = {"steps": 400, "context_length": 512, "batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 20}
+# What `--tune` tries for every arrangement: one after the other, with the best of the others so far.
+TUNING: dict[str, tuple[Any, ...]] = {
+    "training.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "model.initializer_range": (None, 0.02),
+    "training.warmup_steps": (50, 200),
+    "training.final_learning_rate_ratio": (1.0, 0.01),
+}
+ROTARY = {"model.rotary_base": (10000.0, 500000.0)}  # of attention
+BEYOND = 3  # factors of 2 by which a rate may go beyond those, while the best is at the edge
+TRIED_ON_TEXT = ("training.learning_rate", "model.initializer_range")  # trials there take minutes each
 _SETTINGS = "data.settings."  # of a world's episodes
 _NAMED_OTHERWISE = ("data.world", "data.corpus", "data.automata", "data.field")
 _KEYS = tuple(key for key in Data.model_fields if f"data.{key}" not in _NAMED_OTHERWISE)
@@ -164,19 +174,36 @@ def check_changes(changes: dict[str, Any] | None, taking_part: Sequence[Arrangem
             MosaicConfig.from_preset(taking_part[0].preset, **{key: value})  # which says what is near
 
 
-def arrangements(presets: Sequence[str], match: Sequence[str] = ("parameters",)) -> tuple[Arrangement, ...]:
-    """The first preset, and the others matched to it in each of the ways."""
+def tried(learning_rates: Sequence[float] = (), tune: bool = False, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """What settings say of tuning: the rates alone, or `TUNING`, of which these keys, with them in its place."""
+    rates = {"training.learning_rate": tuple(learning_rates)} if learning_rates else {}
+    if not tune:
+        return {"tuning": rates}
+    return {"tuning": {k: v for k, v in (TUNING | rates).items() if not keys or k in keys}, "beyond": BEYOND}
+
+
+def arrangements(
+    presets: Sequence[str], match: Sequence[str] = ("parameters",), tune: bool = False
+) -> tuple[Arrangement, ...]:
+    """The first preset, and the others matched to it in each of the ways; `tune` tries rotary bases of attention."""
+    from mosaics.models import PRESETS, MosaicConfig
+
     for by in match:
         if by not in ("parameters", "flops"):
             raise ValueError(f"twins are matched by parameters or flops, not by {by!r}")
     if not presets or not match or len(set(presets)) < len(presets):
         raise ValueError("name each arrangement once, and at least one")
     first, *others = presets
-    found = [Arrangement(label=_label(first), preset=first)]
+
+    def one(label: str, preset: str, **more: Any) -> Arrangement:
+        attends = tune and preset in PRESETS and MosaicConfig.from_preset(preset).has("positions")
+        return Arrangement(label=label, preset=preset, tuning=ROTARY if attends else {}, **more)
+
+    found = [one(_label(first), first)]
     for preset in others:
         for by in match:
             label = _label(preset) + (f" (equal {by})" if len(match) > 1 else "")
-            found.append(Arrangement(label=label, preset=preset, match=by))
+            found.append(one(label, preset, match=by))
     return tuple(found)
 
 
@@ -192,6 +219,7 @@ def study(
     field: str = "text",
     seeds: Sequence[int] = (0, 1, 2),
     learning_rates: Sequence[float] = (),
+    tune: bool = False,
     match: Sequence[str] = ("parameters",),
     samples: int = 200,
     changes: dict[str, Any] | None = None,
@@ -205,17 +233,19 @@ def study(
         field: of .jsonl records.
         seeds: of the trainings.
         learning_rates: the tuning trials of every arrangement in every setting.
+        tune: try `TUNING`, too, and rotary bases of attention; on text `TRIED_ON_TEXT` of them.
         match: `parameters`, `flops` or both.
         samples: questions for each length or number of shots.
         changes: values by dotted key (`model.…`, `training.…`, `data.…`) for all settings.
     """
-    rates = {"tuning": {"training.learning_rate": tuple(learning_rates)}} if learning_rates else {}
-    settings = [world_setting(world, samples=samples, changes=changes, **rates) for world in worlds]
+    more: dict[str, Any] = {"changes": changes} | tried(learning_rates, tune)
+    settings = [world_setting(world, samples=samples, **more) for world in worlds]
     if corpus is not None:
-        settings.append(text_setting(corpus, field=field, samples=max(1, samples // 8), changes=changes, **rates))
+        more |= tried(learning_rates, tune, TRIED_ON_TEXT)
+        settings.append(text_setting(corpus, field=field, samples=max(1, samples // 8), **more))
     if not settings:
         raise ValueError("there is nothing to train on; name --worlds or --text")
-    taking_part = arrangements(presets, match)
+    taking_part = arrangements(presets, match, tune)
     check_changes(changes, taking_part)
     return Study(
         title=" against ".join(map(_label, presets)),

@@ -12,7 +12,15 @@ from typing import Any
 
 from mosaics.experiments.claims import ENOUGH
 from mosaics.experiments.claims_v1 import regbench_setting
-from mosaics.experiments.compare import arrangements, check_changes, text_setting, world_evaluation, world_setting
+from mosaics.experiments.compare import (
+    TRIED_ON_TEXT,
+    arrangements,
+    check_changes,
+    text_setting,
+    tried,
+    world_evaluation,
+    world_setting,
+)
 from mosaics.experiments.studies import Plan, run_study, some_examples
 from mosaics.experiments.study import Arrangement, Probe, Setting, Study
 
@@ -93,6 +101,7 @@ def league(
     field: str = "text",
     seeds: Sequence[int] = (0, 1),
     learning_rates: Sequence[float] = (),
+    tune: bool = False,
     samples: int = 200,
     changes: dict[str, Any] | None = None,
 ) -> Study:
@@ -107,11 +116,11 @@ def league(
         field: of .jsonl records.
         seeds: of the trainings.
         learning_rates: the tuning trials of every system in every task.
+        tune: try both initial values and rotary bases of attention, too, and rates on beyond the edge.
         samples: questions for each length or number of shots.
         changes: values by dotted key for all trainings.
     """
-    rates = {"tuning": {"training.learning_rate": tuple(learning_rates)}} if learning_rates else {}
-    more: dict[str, Any] = {"changes": changes, "samples": samples, **rates}
+    more: dict[str, Any] = {"changes": changes, "samples": samples} | tried(learning_rates, tune, TRIED_ON_TEXT)
     found: list[Setting] = []
     for world in worlds:
         setting = world_setting(world, probe=Probe(every=25, enough=ENOUGH), **more)
@@ -128,7 +137,7 @@ def league(
         found.append(text_setting(corpus, field=field, probe=probe, **more | {"samples": max(1, samples // 8)}))
     if not found:
         raise ValueError("there is nothing to train on; name --worlds, --automata or --text")
-    taking_part = arrangements(presets)
+    taking_part = arrangements(presets, tune=tune)
     check_changes(changes, taking_part)
     return Study(
         title="Memories in the same place",

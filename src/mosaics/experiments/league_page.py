@@ -10,6 +10,7 @@ from mosaics.experiments.claims import Check, Term
 from mosaics.experiments.evidence import difference
 from mosaics.experiments.league import CLAIMED, NAME
 from mosaics.experiments.points import draw_evaluation, grid, shown_range, simple_predictors
+from mosaics.experiments.report import variant_text
 from mosaics.experiments.study import Evaluation, Setting, Study
 from mosaics.reporting import draw, markdown
 
@@ -43,6 +44,12 @@ def league_page(record: dict[str, Any], folder: Path, page: Path, speeds: dict[s
         training = setting.training
         tried = ", ".join(f"{rate:g}" for rate in setting.tuning.get("training.learning_rate", ()))
         rates = f"learning rates tried for each: {tried}" if tried else f"learning rate {training['learning_rate']:g}"
+        rates += " and on while the best is at the edge" if setting.beyond else ""
+        rates += (
+            ", and maps that start as published or with 0.02"
+            if "model.initializer_range" in setting.tuning
+            else ("; maps start as v2's do (v1's as its authors have them), and no other start was tried")
+        )
         size = f"{training['batch_size']} × {training['context_length']} tokens"
         parts.append(f"## {setting.name}\n\nAt most {training['steps']} steps of {size}; {rates}.\n")
         models = [m for m in record["models"] if m["setting"] == setting.name]
@@ -129,13 +136,13 @@ def _standings(
         learnt = (
             ", ".join(str(m["enough_at"] or "never") for m in kept) if setting.probe and setting.probe.enough else ""
         )
-        line = [label, f"{kept[0]['parameters']:,}", f"{kept[0]['learning_rate']:g}", learnt]
+        line = [label, f"{kept[0]['parameters']:,}", variant_text(kept[0]).removeprefix("learning rate "), learnt]
         line += [shown_range(list(points[label][x].values())) if x in points[label] else "" for x in xs]
         far = dict.fromkeys((0, len(xs) - 1))
         lines.append([*line, *(_beside(rows, setting, evaluation, label, labels[0], at) for at in far)])
     for name, found in simple_predictors(record, setting.shown_as, evaluation.name).items():
         lines.append([f"*{name}*", "", "", "", *(found.get(x, "") for x in xs)])
-    columns = ["system", "parameters", "learning rate", "learnt at step", *(f"{x:g}" for x in xs)]
+    columns = ["system", "parameters", "best rate", "learnt at step", *(f"{x:g}" for x in xs)]
     columns += [f"beside {labels[0]} at {x:g}" for x in dict.fromkeys((xs[0], xs[-1]))]
     return markdown(columns, [[*line, *[""] * (len(columns) - len(line))] for line in lines])
 

@@ -387,7 +387,8 @@ def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
                 m for m in models if m["arrangement"] == arrangement and m["curve"] and m["seed"] == models[0]["seed"]
             ]
             lines = [
-                (_variant(m) + (" (taken)" if not m["trial"] else ""), 0, *zip(*m["curve"], strict=True)) for m in mine
+                (variant_text(m) + (" (taken)" if not m["trial"] else ""), 0, *zip(*m["curve"], strict=True))
+                for m in mine
             ]
             if lines:
                 name = f"{slug(setting['name'])}-{slug(arrangement)}-trials"
@@ -400,7 +401,7 @@ def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
         loss = "diverged" if m["held_out_loss"] is None else Number(m["held_out_loss"], decimals=(4, 4))
         role = "tuning trial" if m["trial"] else "taken"
         lines.append(
-            [m["arrangement"], m["setting"], m["seed"], _variant(m), m["steps"], m.get("enough_at"), loss, role]
+            [m["arrangement"], m["setting"], m["seed"], variant_text(m), m["steps"], m.get("enough_at"), loss, role]
         )
     for setting, arrangement, _, kept in trainings(results["models"]):
         tokens, seconds = sum(m["tokens"] for m in kept) / len(kept), sum(m["seconds"] for m in kept) / len(kept)
@@ -440,7 +441,8 @@ def _trained(results: dict[str, Any], folder: Path) -> list[Section]:
     return [tuning, Section("Budget", about, tables=[Table("budget", columns, budget, note)])]
 
 
-def _variant(model: dict[str, Any]) -> str:
+def variant_text(model: dict[str, Any]) -> str:
+    """What of a training was tried or taken, in words."""
     variant = {"learning rate": model["learning_rate"]}
     variant |= {k.rpartition(".")[2].replace("_", " "): v for k, v in model.get("variant", {}).items()}
     return ", ".join(f"{k} {'as published' if v is None else shown(v)}" for k, v in variant.items())
