@@ -25,6 +25,7 @@ from mosaics.experiments.claims import (
     QA,
     RECALL,
     TRANSFORMER,
+    V1,
     V2,
     WINDOW,
     WITHOUT,
@@ -266,9 +267,40 @@ def test_transformers_trained_on_all_worlds():
 
 def test_three_moons():
     """Of docs/memory-mosaics-v1.md."""
-    page = (ROOT / "docs" / "memory-mosaics-v1.md").read_text(encoding="utf-8")
     for line in three_moons_lines():
-        assert line in page, line
+        assert line in V1_PAGE, line
+
+
+V1_PAGE = (ROOT / "docs" / "memory-mosaics-v1.md").read_text(encoding="utf-8")
+OF_V1 = (("v1", V1), ("Transformer", TRANSFORMER), ("v2", V2))
+
+
+def test_stories_of_v1():
+    name = "babistories"
+    losses = {label: [mean(name, label, "loss", x, "stories") for x in (1, 2)] for _, label in OF_V1}
+    for said, label in OF_V1:
+        assert f"| {said} | {' | '.join(rounded(loss, 2) for loss in losses[label])} |" in V1_PAGE
+    bigram = " | ".join(rounded(counted(name, "bigram", "loss", x, "stories"), 2) for x in (1, 2))
+    assert f"| counted bigram | {bigram} |" in V1_PAGE
+    behind, ahead = (losses[TRANSFORMER][1] - losses[label][1] for label in (V1, V2))
+    assert f"v1 is {rounded(-behind, 2)} nats behind the Transformer, and v2 {rounded(ahead, 2)} ahead of it" in V1_PAGE
+    trials = [sum(m["trial"] and m["arrangement"] == label for m in kept(name)["models"]) for _, label in OF_V1]
+    assert f"({trials[0]} of v1, {trials[1]} of the Transformer, {trials[2]} of v2:" in V1_PAGE
+
+
+def test_attention_of_v1():
+    [check] = kept("v1-figure1")["verdict"]["checks"]
+    assert (
+        f"{rounded(check['left'], 3)} for v1 and {rounded(check['right'], 3)} for the Transformer, "
+        f"{rounded(check['estimate'], 3)} apart (−{rounded(-check['low'], 3)} to {rounded(check['high'], 3)})"
+        in V1_PAGE
+    )
+    near, far = ([mean("v1-figure1", label, "attention", x, "stories") for _, label in OF_V1[:2]] for x in (16, 495.5))
+    assert f"reads {rounded(near[1], 1)} times its even share and v1 {rounded(near[0], 1)} times" in V1_PAGE
+    assert (
+        f"to {rounded(far[0], 1)}, while the Transformer falls to 0.4 and rises again to {rounded(far[1], 1)}."
+        in V1_PAGE
+    )
 
 
 def three_moons_lines():
