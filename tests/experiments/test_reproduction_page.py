@@ -32,6 +32,7 @@ from mosaics.experiments.claims import (
     WITHOUT_LONGEST,
     WITHOUT_SHORT,
 )
+from mosaics.experiments.claims_v1 import PUBLISHED, PUBLISHED_AT
 from mosaics.experiments.evidence import OPEN
 from mosaics.experiments.records import read_record
 
@@ -301,6 +302,31 @@ def test_attention_of_v1():
         f"to {rounded(far[0], 1)}, while the Transformer falls to 0.4 and rises again to {rounded(far[1], 1)}."
         in V1_PAGE
     )
+
+
+def test_regbench_of_v1():
+    for line in regbench_lines():
+        assert line in V1_PAGE, line
+
+
+def regbench_lines():
+    name, numbers = "regbench", (100, 500, 2500)
+    for said, label in OF_V1:
+        right = [f"{rounded(mean(name, label, 'accuracy', x, name), 1)} %" for x in numbers]
+        far = [rounded(mean(name, label, "total variation", x, name), 3) for x in numbers]
+        yield f"| {said} | {' | '.join(right)} | {' | '.join(far)} |"
+    for said, label in OF_V1[:2]:
+        at = [PUBLISHED_AT.index(x) for x in numbers]
+        right, far = ([PUBLISHED[evaluation][label][i] for i in at] for evaluation in ("accuracy", "total variation"))
+        yield f"| {said}, published | {' | '.join(f'{x:.1f} %' for x in right)} | {' | '.join(f'{x:g}' for x in far)} |"
+    trials = {label: 0 for _, label in OF_V1}
+    for model in kept(name)["models"]:
+        trials[model["arrangement"]] += model["trial"]
+    [fewest] = [check for check in kept(name)["verdict"]["checks"] if "within 5 points" in check["says"]]
+    lost = mean(name, V1, "accuracy", 2500, name) - mean(name, V1, "accuracy", 100, name)
+    more = f"{rounded(-fewest['estimate'], 1)} ({rounded(-fewest['high'], 1)} to {rounded(-fewest['low'], 1)})"
+    yield f"v1 loses {rounded(lost, 1)} points from 2500 automata to 100, {more} more than was allowed"
+    yield f"{trials[V1]} trials of v1, {trials[V2]} of v2 and {trials[TRANSFORMER]} of the Transformer"
 
 
 def three_moons_lines():

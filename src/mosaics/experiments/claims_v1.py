@@ -35,7 +35,7 @@ REGBENCH_TRAINING = {
 # As published: 3.5 times the width in pairs, and one embedding for words that come in and go out, for all arrangements.
 STORY_MODEL = {"num_pairs": 672, "dropout": 0.0, "tie_word_embeddings": True} | _NO_MORE
 # Read off the authors' figure, give or take 1 point; up to 200 passes, the best of a grid.
-_AT = (100, 500, 1000, 2500, 40000)
+PUBLISHED_AT = (100, 500, 1000, 2500, 40000)
 PUBLISHED = {
     "accuracy": {V1: (92.5, 92.9, 93.4, 94.1, 96.0), TRANSFORMER: (52.3, 54.4, 53.3, 92.6, 95.3)},
     "total variation": {V1: (0.57, 0.253, 0.216, 0.185, 0.122), TRANSFORMER: (0.68, 0.64, 0.63, 0.232, 0.143)},
@@ -109,7 +109,8 @@ def regbench_setting(
             suite=suite,
             options={"automata": automata, "samples": min(samples, 250)},
             beside={
-                f"{label}, published": tuple(zip(_AT, values, strict=True)) for label, values in PUBLISHED[name].items()
+                f"{label}, published": tuple(zip(PUBLISHED_AT, values, strict=True))
+                for label, values in PUBLISHED[name].items()
             },
         )
         for name, (suite, title) in asked.items()
