@@ -176,10 +176,25 @@ def test_text():
     yarn = mean("text", TRANSFORMER, "loss, yarn", 8, "text")
     assert f"| {longest[0]} | {longest[1]}, with YaRN {rounded(yarn, 2)} |" in PAGE
     bigram, trigram = (rounded(counted("text-code", name, "loss", 1, "text"), 2) for name in ("bigram", "trigram"))
-    code = [[rounded(mean("text-code", label, "loss", x, "text"), 2) for label in (V2, TRANSFORMER)] for x in (1, 8)]
-    yarn = mean("text-code", TRANSFORMER, "loss, yarn", 8, "text")
-    assert f"bigram: {bigram}, trigram: {trigram}) | {' | '.join(code[0])} |" in PAGE
-    assert f"| {' | '.join(code[1])}, with YaRN {rounded(yarn, 2)} |" in PAGE
+    labels = (V2, TRANSFORMER, CONVOLVED, CONVOLVED_ALONE)
+    near, far = ([rounded(mean("text-code", label, "loss", x, "text"), 2) for label in labels] for x in (1, 8))
+    yarn = rounded(mean("text-code", TRANSFORMER, "loss, yarn", 8, "text"), 2)
+    assert f"bigram: {bigram}, trigram: {trigram}) | {near[0]} | {near[1]}, with a convolution {near[2]}, " in PAGE
+    assert f"with a convolution {near[2]}, with that and no positions {near[3]} |" in PAGE
+    assert f"| {far[0]} | {far[1]}, with YaRN {yarn}, with a convolution {far[2]}, " in PAGE
+    assert f"with a convolution {far[2]}, with that and no positions {far[3]} |" in PAGE
+    assert f"at the length of training ({near[2]} against {near[0]} nats, one seed)" in PAGE
+    found = {check["says"]: check for check in kept("text-code")["verdict"]["checks"]}
+
+    def by(label, times):
+        return found[f"at {times} times, v2's loss is below that of the {label}"]
+
+    least, most = (rounded(-by(CONVOLVED, 1)[end], 2) for end in ("high", "low"))
+    ahead, *behind = (rounded(by(CONVOLVED, times)["estimate"], 2).strip("-") for times in (1, 2, 8))
+    assert f"ahead of v2 by {ahead} ({least} to {most}) at the length of training, and behind" in PAGE
+    assert f"behind it by {behind[0]} at twice and {behind[1]} at 8 times the length" in PAGE
+    alone = [rounded(by(CONVOLVED_ALONE, times)["estimate"], 2) for times in (1, 8)]
+    assert f"no positions it is behind by {alone[0]}, and by {alone[1]} at 8 times" in PAGE
 
 
 def test_classes():
