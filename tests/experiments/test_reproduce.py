@@ -14,6 +14,7 @@ from mosaics.experiments.reproduce import find_claims, plan_text, reproduce, wri
 from mosaics.experiments.trainings import SPEED, Training, write_json
 from mosaics.training.setup import build_config
 
+PAIR = ("memory-mosaics-v2", "transformer")
 TABLES, FIGURES = "1 2 9 10 3 4 12 13".split(), "1 3 4 5 8 12".split()
 
 
@@ -256,3 +257,11 @@ def test_changes_reach_options_that_a_preset_leaves_as_they_are(label):
     job = Training(ARRANGEMENTS[label], ARRANGEMENTS["memory-mosaics-v2"], setting, 0)
     blocks = build_config(job.recipe).block_steps()
     assert {memory["options"]["initializer_range"] for step in blocks[0] for memory in step} == {0.5}
+
+
+def test_changes_of_what_v2_sets_leave_the_transformer_alone():
+    setting = settings(changes=MICRO | {"model.window": 4, "model.train_delay": [2, 4]})["new-knowledge"]
+    first, other = (Training(ARRANGEMENTS[name], ARRANGEMENTS["memory-mosaics-v2"], setting, 0) for name in PAIR)
+    assert build_config(first.recipe).window == 4
+    attention = build_config(other.recipe).block_steps()[0][0][0]["options"]
+    assert not {"window", "delay", "train_delay"} & attention.keys()

@@ -105,12 +105,14 @@ def _brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "as published" if value is None else str(value)
 
 
-def _config(arrangement: Arrangement, setting: Setting, vocabulary: int):
-    """The configuration before matching; options of memories that it does not have are left out."""
+def _config(arrangement: Arrangement, first: Arrangement, setting: Setting, vocabulary: int):
+    """The configuration before matching; options of memories that it does not have are left out, and so is what the
+    first arrangement's preset sets and its own does not (the window of v2 is none of the Transformer's)."""
     import mosaics
 
-    plain = mosaics.MosaicConfig.from_preset(arrangement.preset)
-    sizes = {key: value for key, value in setting.model.items() if plain.has(key)} | arrangement.overrides
+    plain, other = (mosaics.MosaicConfig.from_preset(one.preset) for one in (arrangement, first))
+    reached = {key for key in setting.model if hasattr(plain, key) or (plain.has(key) and not hasattr(other, key))}
+    sizes = {key: value for key, value in setting.model.items() if key in reached} | arrangement.overrides
     context = setting.training.get("context_length", 512)
     known = {"vocab_size": vocabulary, "max_position_embeddings": context}
     config = mosaics.MosaicConfig.from_preset(arrangement.preset, **known | sizes)
@@ -143,12 +145,12 @@ def _matched_sizes(arrangement: Arrangement, first: Arrangement, setting: Settin
 
 
 def _matched(arrangement: Arrangement, first: Arrangement, setting: Setting) -> dict[str, Any]:
-    config, sizes = _config(arrangement, setting, _vocabulary(setting.data))
+    config, sizes = _config(arrangement, first, setting, _vocabulary(setting.data))
     if arrangement.match is None or arrangement == first:
         return sizes
     from mosaics.models.matching import matched, width_option
 
-    other, _ = _config(first, setting, _vocabulary(setting.data))
+    other, _ = _config(first, first, setting, _vocabulary(setting.data))
     option = width_option(config)
     key = digest([config.to_diff_dict(), other.to_diff_dict(), arrangement.match])
     if key not in _widths:

@@ -280,10 +280,9 @@ class MosaicConfig(PreTrainedConfig):
         """Whether there is a setting of the config, or an option of its memories, of that name (`name.option`)."""
         return key in _FIELDS or key in _option_keys(_groups(self.__dict__))
 
-    def values_of(self, option: str) -> list[Any]:
+    def values_of(self, name: str) -> list[Any]:
         """The values that an option has among the memories that have it, each once, in their order."""
-        memories = [memory for _, memory in _named_memories(_groups(self.__dict__))]
-        return list(dict.fromkeys(memory["options"][option] for memory in memories if option in memory["options"]))
+        return list(dict.fromkeys(m["options"][name] for m in _memories(_groups(vars(self))) if name in m["options"]))
 
     def block_steps(self) -> list[list[list[dict[str, Any]]]]:
         """The steps of every block, groups written out."""

@@ -164,9 +164,8 @@ class Memory(nn.Module):
         """Raises `ValueError` if the memory makes no sense in training at a context of so many tokens."""
 
     def reach(self) -> tuple[int | None, int | None]:
-        """How many tokens back this memory alone finds what it was trained to find, at evaluation, and beyond how many
-        it never does: 0 is the position's own token, None no limit. For what fades, the first is smaller, but lies
-        beyond what a convolution or a window in the memory sees."""
+        """How many tokens back this memory alone finds what it was trained to find, and beyond how many it never does:
+        0 is the position's own token, None no limit. What fades names a number beyond its convolution."""
         return None, None
 
     def activation_bytes(self, element_size: int) -> float:
